@@ -1,0 +1,46 @@
+"""fsdp_dp: differentially private training on PyTorch FSDP.
+
+    from fsdp_dp import PrivacyConfig, make_private
+
+Importing the package loads no torch; the names below load it when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fsdp_dp.config import PrivacyConfig
+
+if TYPE_CHECKING:
+    from fsdp_dp.engine import PrivacyEngine, make_private
+    from fsdp_dp.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
+    from fsdp_dp.wrapper import FullyShardedDataParallel
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "PrivacyEngine": "fsdp_dp.engine",
+    "make_private": "fsdp_dp.engine",
+    "FullyShardedDataParallel": "fsdp_dp.wrapper",
+    "BudgetExceededError": "fsdp_dp.errors",
+    "PrivacyError": "fsdp_dp.errors",
+    "UnsupportedModelError": "fsdp_dp.errors",
+}
+
+__all__ = [
+    "BudgetExceededError",
+    "FullyShardedDataParallel",
+    "PrivacyConfig",
+    "PrivacyEngine",
+    "PrivacyError",
+    "UnsupportedModelError",
+    "make_private",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fsdp_dp' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)

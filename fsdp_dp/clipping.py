@@ -1,0 +1,79 @@
+"""From norms to the weight of each row: the step that bounds what one row can do.
+
+Rows whose norm is not finite, and padding rows, get weight zero and are dropped by selection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fsdp_dp.gradients import NormTerms
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowWeights:
+    """``weight_B`` multiplies the recorded gradients; ``keep_B`` says which rows take part; ``norm_B`` is reported."""
+
+    weight_B: Tensor
+    keep_B: Tensor
+    norm_B: Tensor
+
+
+def certified_norm(terms: NormTerms) -> Tensor:
+    """``n_i + e_i`` ``[B]`` float64: no gradient of row i, as it will be rounded in the sum, is longer than this.
+
+    The error of the computed square is added under the root; the rounding of the weighted sum moves the summed
+    vector itself, so it is added outside (triangle inequality).
+    """
+    return (terms.norm_sq + terms.error).sqrt() + terms.rounding_sq.sqrt()
+
+
+def nominal_norm(terms: NormTerms) -> Tensor:
+    """The computed norm, as the field uses it: an estimate, not a bound."""
+    return terms.norm_sq.clamp(min=0).sqrt()
+
+
+NORMS = {"certified": certified_norm, "nominal": nominal_norm}
+
+
+def abadi_weights(norm_B: Tensor, bound: float) -> Tensor:
+    """``min(1, bound / norm)`` (Abadi et al., arXiv 1607.00133, algorithm 1), float64.
+
+    **Formal guarantee.** ``weight_i * norm_i <= bound`` for every row with a finite norm, after rounding down.
+    """
+    down = 1 - 2.0**-50
+    return torch.where(norm_B > bound, bound / norm_B * down, 1.0)
+
+
+def round_down(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest value of ``dtype`` that is at most ``x`` (``x >= 0``)."""
+    rounded = x.to(dtype)
+    below = torch.nextafter(rounded, torch.zeros_like(rounded))
+    return torch.where(rounded.to(x.dtype) > x, below, rounded)
+
+
+def row_weights(
+    terms: NormTerms, mask_B: Tensor, *, bound: float, loss_factor: float, numerics: str, dtype: torch.dtype
+) -> RowWeights:
+    """Weights for the recorded gradients of one microbatch.
+
+    Args:
+        terms: norms of the *recorded* per-sample gradients; the row's own gradient is ``loss_factor`` times that.
+        mask_B: bool ``[B]``, False for padding.
+        bound: sensitivity left for a row, in units of the row's own gradient.
+        dtype: format of the weighted sum (float32 or float64).
+
+    **Formal guarantee.** With ``numerics="certified"``, ``|weight_i * G_i| <= bound`` as summed, for every row.
+    """
+    norm_B = NORMS[numerics](terms) * loss_factor
+    # The reported norm is of the same order whatever `numerics` is; its finiteness decides, before any min or max.
+    keep_B = torch.isfinite(norm_B) & mask_B
+    weight_B = torch.where(keep_B, abadi_weights(norm_B, bound) * loss_factor, 0.0)
+    return RowWeights(
+        weight_B=round_down(weight_B, dtype),
+        keep_B=keep_B,
+        norm_B=nominal_norm(terms) * loss_factor,
+    )

@@ -1,0 +1,596 @@
+"""One private step, from the recorded microbatch to the released gradient. This page is the heart of the library.
+
+    forward    the freeze window closes, layers are tapped                                       [taps]
+    backward   each tap turns (a, g) into a per-sample gradient in factored form                 [layers, gradients]
+    its end    norms -> (summed over ranks that split a row) -> weights -> weighted sums,
+               unit by unit, reduce-scattered into float32 accumulators on the local shard       [clipping, sharding]
+    step       the release number grows, lattice noise is added, ``p.grad`` is published         [noise]
+
+States of a logical batch: nothing pending -> (forward, backward)* -> pending -> released -> consumed by optimizers.
+An exception in between poisons it: it can only be discarded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from fsdp_dp import accounting, noise
+from fsdp_dp.clipping import row_weights
+from fsdp_dp.config import PrivacyConfig
+from fsdp_dp.coverage import check_rows, tapped_layers
+from fsdp_dp.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
+from fsdp_dp.gradients import NormTerms, PerSampleGradient, combine
+from fsdp_dp.independence import FirstMicrobatch
+from fsdp_dp.layers import rule_for
+from fsdp_dp.numerics import UN_NOISED_MARGIN, exact_arithmetic
+from fsdp_dp.optimizer_gate import OptimizerGate
+from fsdp_dp.sampling import LogicalBatchLoader
+from fsdp_dp.sharding import ManagedParameter, open_model
+from fsdp_dp.summary import describe
+from fsdp_dp.taps import FreezeWindow, Report, Taps, at_end_of_backward, recomputing, with_boundary
+from fsdp_dp.watch import FirstForward
+
+_SEED_WARNING = "seed fixed: no privacy guarantee. Leave seed=None outside tests"
+
+
+@dataclasses.dataclass(eq=False)
+class _Microbatch:
+    """One forward and its backward.
+
+    ``uses`` collects the per-sample gradients of each parameter, one for each use in the forward. A ``rehearsal``
+    (see `independence`) is measured and never summed.
+    """
+
+    rows: int
+    mask_B: Tensor
+    from_loader: bool
+    rehearsal: bool = False
+    narrowest: torch.dtype = torch.float64
+    uses: dict[str, list[PerSampleGradient]] = dataclasses.field(default_factory=dict)
+    entered: bool = False
+    done: bool = False
+
+
+class PrivacyEngine:
+    """Differentially private gradients for one model; made by `make_private`.
+
+    **Formal guarantee.** With ``numerics="certified"``, every release is ``sum_i w_i G_i + sigma R xi`` over the rows
+    of one logical batch, divided by ``expected_batch_size``, where every ``|w_i G_i| <= R`` as rounded, ``xi`` is
+    standard normal on a public lattice, drawn once per release from a key that is never stored, and R is
+    ``max_grad_norm``. Adding or removing one row moves the sum by at most R. `epsilon` composes the releases as
+    sampled by `loader`.
+
+    Attributes:
+        privacy: the configuration.
+        noise_multiplier: sigma, given or calibrated.
+        steps: releases so far.
+        nonfinite_rows: int64 scalar, rows of this rank zeroed because their gradient was not finite. Not private.
+    """
+
+    def __init__(self, model: nn.Module, privacy: PrivacyConfig, optimizer: Optimizer | None = None) -> None:
+        self.privacy = privacy
+        self.model = open_model(model)
+        self.layers = tapped_layers(self.model)
+        self.dtype = self.model.parameters[0].accumulator.dtype
+        self.noise_multiplier = self._agree_on_noise_multiplier()
+        self._lattice = noise.Lattice.for_release(
+            max_grad_norm=privacy.max_grad_norm,
+            noise_multiplier=self.noise_multiplier,
+            expected_batch_size=privacy.expected_batch_size,
+        )
+        self.row_bound = self._sensitivity_left_for_a_row()
+        self.steps = 0
+        self._new_keys()
+
+        self._parameters = {p.name: p for p in self.model.parameters}
+        handles = {p.name: p.parameter for p in self.model.parameters}
+        self._current: _Microbatch | None = None
+        self._mask_B: Tensor | None = None
+        self._mask_from_loader = True
+        self._unrun_yields = 0
+        self._in_forward = False
+        self._pending = 0
+        self._poisoned: str | None = None
+        self._vouched = True
+        self._loaders = 0
+        self._norm_B: Tensor | None = None
+        self.nonfinite_rows = torch.zeros((), dtype=torch.int64, device=self.model.device)
+
+        self._window = FreezeWindow(handles)
+        self._taps = Taps(self.layers, self._start_record)
+        self._first_forward: FirstForward | None = FirstForward(model, self.model.names, self._taps.running)
+        self._first_microbatch: FirstMicrobatch | None = None
+        self._checked = False
+        self._gate = OptimizerGate(handles, self._release, self._discard_pending)
+        self._gate.adopt_zero_grad(model)
+        if optimizer is not None:
+            self._gate.adopt(optimizer)
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+        ]
+        if hasattr(model, "privacy_engine"):
+            model.privacy_engine = self  # type: ignore[assignment]
+
+    # ------------------------------------------------------------------------------------------------ public surface
+
+    def epsilon(self, delta: float | None = None) -> float:
+        """Upper bound on epsilon at ``delta`` (default ``target_delta``) for the releases so far.
+
+        Raises:
+            PrivacyError: a batch was released that the accountant's sampling assumption does not cover.
+        """
+        if not self._vouched:
+            raise PrivacyError(
+                f"epsilon: sampling='{self.privacy.sampling}' assumes that every microbatch comes from "
+                "engine.loader(...), but some did not, so no epsilon holds. Use engine.loader, or set "
+                "sampling='external_poisson' if your own loader draws every row independently with probability "
+                f"{self.privacy.sample_rate:g}"
+            )
+        if self.privacy.seed is not None:
+            warnings.warn(_SEED_WARNING, stacklevel=2)
+        delta = self.privacy.target_delta if delta is None else delta
+        return accounting.epsilon_for(self.privacy, self.noise_multiplier, self.steps, delta).upper
+
+    @property
+    def per_sample_norms(self) -> Tensor:
+        """``[B]`` float64: gradient norms of the last microbatch's rows on this rank. Not private: do not publish."""
+        if self._norm_B is None:
+            raise PrivacyError("per_sample_norms: no microbatch has been run backward yet")
+        return self._norm_B
+
+    def loader(
+        self, dataset: Any, microbatch_size: int, steps: int | None = None, **dataloader_kwargs: Any
+    ) -> LogicalBatchLoader:
+        """Logical batches drawn as the accountant assumes; each iterates over equal-shape, masked microbatches.
+
+        Args:
+            dataset: map-style, of length ``privacy.dataset_size``.
+            microbatch_size: rows of a microbatch on one rank, padding included.
+            steps: logical batches; default ``privacy.steps``, endless if that is None.
+            dataloader_kwargs: for torch's ``DataLoader`` (``num_workers``, ``collate_fn``, ...).
+        """
+        self._loaders += 1
+        return LogicalBatchLoader(
+            dataset,
+            privacy=self.privacy,
+            key=noise.derive_key(self._master_key, f"sampling {self._loaders}"),
+            microbatch_size=microbatch_size,
+            steps=self.privacy.steps if steps is None else steps,
+            rank=self.model.data_rank,
+            world_size=self.model.data_size,
+            on_logical_batch=self._start_logical_batch,
+            on_microbatch=self._take_microbatch,
+            on_logical_batch_end=lambda: None,
+            dataloader_kwargs=dataloader_kwargs,
+        )
+
+    @contextmanager
+    def microbatch(self, mask: Tensor) -> Iterator[None]:
+        """Run one forward and backward of your own loader's microbatch; ``mask`` ``[B]`` is False for padding rows."""
+        self._mask_B, self._mask_from_loader, self._unrun_yields = mask, False, 1
+        try:
+            yield
+            if self._unrun_yields or (self._current is not None and not self._current.done):
+                raise PrivacyError("engine.microbatch(mask): the block ended without one forward and one backward")
+        finally:
+            self._mask_B, self._mask_from_loader, self._unrun_yields = None, True, 0
+
+    def discard(self) -> None:
+        """Drop everything since the last release: sums, records and released gradients that no step has used.
+
+        To be called on all ranks alike.
+        """
+        self._window.open()
+        self._gate.clear()
+        for parameter in self.model.parameters:
+            parameter.accumulator.zero_()
+        self._forget_first_microbatch()
+        self._current, self._pending, self._poisoned, self._in_forward = None, 0, None, False
+        self._mask_B, self._unrun_yields = None, 0
+
+    def privatize(self) -> None:
+        """Release now: every managed ``.grad`` becomes its private gradient, which the next step uses as it is."""
+        self._release()
+
+    def summary(self) -> str:
+        """A readable account of the mechanism, the model's layers and what is communicated."""
+        return describe(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: counts and the mechanism. Nothing secret, and nothing un-noised."""
+        mechanism = {k: v for k, v in dataclasses.asdict(self.privacy).items() if k != "seed"}
+        return {**mechanism, "steps": self.steps, "noise_multiplier": self.noise_multiplier, "vouched": self._vouched}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue counting where ``state`` ended. Draws fresh keys, so no noise repeats. Call on all ranks.
+
+        Raises:
+            PrivacyError: the mechanism differs, so that the releases could not be accounted together.
+        """
+        now = self.state_dict()
+        for name in ("noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling"):
+            if state[name] != now[name]:
+                raise PrivacyError(
+                    f"load_state_dict: {name} was {state[name]!r} when the state was saved and is {now[name]!r} now; "
+                    "releases of two mechanisms are not accounted together. Use the saved value"
+                )
+        self.discard()
+        self.steps = max(self.steps, int(state["steps"]))
+        self._vouched = self._vouched and bool(state["vouched"])
+        self._new_keys()
+
+    def detach(self) -> None:
+        """Give the model back as it was. Un-released sums are dropped; the engine cannot be used any more."""
+        self.discard()
+        self._poisoned = "the engine was detached from its model"
+        self._taps.remove()
+        self._window.remove()
+        self._gate.remove()
+        for hook in self._hooks:
+            hook.remove()
+        if getattr(self.model.root, "privacy_engine", None) is self:
+            self.model.root.privacy_engine = None  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        raise PrivacyError(
+            "A privacy engine cannot be copied: two copies would draw the same noise. Copy the model before "
+            "make_private, or call engine.detach() first"
+        )
+
+    def __copy__(self) -> NoReturn:
+        self.__deepcopy__(None)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise PrivacyError(
+            "A privacy engine cannot be pickled: it holds keys that must reach no disk. Save model.state_dict() and "
+            "engine.state_dict()"
+        )
+
+    # ------------------------------------------------------------------------------------------------- attachment
+
+    def _agree_on_noise_multiplier(self) -> float:
+        """Calibrated on rank 0 only, so that ranks cannot differ in the last digit; a failure there ends all ranks."""
+        value, failure = 0.0, ""
+        if self.model.is_first_rank:
+            try:
+                value = accounting.calibrate_for(self.privacy)
+            except (ValueError, RuntimeError) as error:
+                failure = f"{type(error).__name__}: {error}"
+        payload = self.model.agree(struct.pack("<d1024s", value, failure.encode()[:1024]))
+        value, message = struct.unpack("<d1024s", payload)
+        if message.strip(b"\0"):
+            raise accounting.AccountingError(message.strip(b"\0").decode(errors="replace"))
+        return float(value)
+
+    def _new_keys(self) -> None:
+        """Keys for an attachment or a load: from system entropy on rank 0, or from the seed (tests only)."""
+        if self.privacy.seed is None:
+            self._master_key = self.model.agree(noise.new_key())
+        else:
+            warnings.warn(_SEED_WARNING, stacklevel=5)
+            self._master_key = noise.key_from_seed(self.privacy.seed)
+            if self.steps:
+                self._master_key = noise.derive_key(self._master_key, f"after release {self.steps}")
+        self._noise_key = noise.derive_key(self._master_key, "noise")
+
+    def _sensitivity_left_for_a_row(self) -> float:
+        """``max_grad_norm`` less what rounding of sums and the noise lattice may add (rules 2 to 4)."""
+        bound = self.privacy.max_grad_norm
+        if self.privacy.numerics == "certified":
+            bound -= self.privacy.max_grad_norm * UN_NOISED_MARGIN[self.dtype]
+        if self.noise_multiplier > 0:
+            bound -= self._lattice.sensitivity_charge(self.model.global_numel)
+        if bound <= 0:
+            raise UnsupportedModelError(
+                f"The noise lattice (spacing {self._lattice.spacing:.2e}) is too coarse for {self.model.global_numel} "
+                "parameters at this expected_batch_size; lower expected_batch_size or noise_multiplier"
+            )
+        return bound
+
+    # --------------------------------------------------------------------------------------------- forward, backward
+
+    def _start_logical_batch(self) -> None:
+        if self._pending:
+            raise PrivacyError(
+                "A new logical batch starts while the sums of the last one are not released: call optimizer.step() "
+                "after every logical batch, or engine.discard() on all ranks to drop it"
+            )
+        self._mask_B, self._unrun_yields = None, 0
+
+    def _take_microbatch(self, mask_B: Tensor) -> None:
+        self._mask_B, self._mask_from_loader = mask_B, True
+        self._unrun_yields += 1
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled() or recomputing():
+            return
+        rehearsal = self._current is not None and self._current.rehearsal and not self._current.entered
+        if not rehearsal:
+            self._check_before_forward()
+            self._current = self._next_microbatch(args, kwargs)
+        assert self._current is not None
+        self._in_forward = True
+        self._window.close()
+        if not rehearsal and not self._checked and self._first_microbatch is None:
+            self._first_microbatch = FirstMicrobatch(self._current.rows, args, kwargs, self.model.device)
+        if self._first_forward is not None:
+            self._first_forward.__enter__()
+
+    def _check_before_forward(self) -> None:
+        self._raise_if_poisoned()
+        if self._unrun_yields > 1:
+            raise PrivacyError(
+                f"{self._unrun_yields} microbatches were taken from the loader before this forward, so masks and rows "
+                "no longer belong together: run forward and backward of each microbatch before taking the next"
+            )
+        if self._gate.waiting:
+            raise PrivacyError(
+                "A new forward starts while a released gradient waits for its optimizer.step(); call step() (or "
+                "engine.discard() on all ranks) first"
+            )
+        self._gate.clear()
+
+    def _next_microbatch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Microbatch:
+        """Pair the mask that travels with the microbatch with the rows that the model is given."""
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
+        if not tensors:
+            raise PrivacyError("The model was called without a tensor input, so its number of rows is unknown")
+        rows, mask = tensors[0].shape[0], self._mask_B
+        if mask is not None and (mask.ndim != 1 or mask.numel() != rows):
+            raise PrivacyError(
+                f"The mask has shape {tuple(mask.shape)}, but the model's first input has {rows} rows; the mask needs "
+                "one entry for every row of the microbatch"
+            )
+        from_loader = mask is not None and self._mask_from_loader
+        mask = torch.ones(rows, dtype=torch.bool) if mask is None else mask
+        self._mask_B, self._unrun_yields = None, 0
+        return _Microbatch(rows, mask.to(self.model.device, torch.bool), from_loader)
+
+    def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if not self._in_forward or recomputing():
+            return None
+        self._in_forward = False
+        self._taps.running.clear()
+        first, self._first_forward = self._first_forward, None
+        if first is not None:
+            first.__exit__(None, None, None)
+        if output is None:
+            self._window.open()
+            self._poisoned = "a forward raised an exception"
+            return None
+        if first is not None:
+            self._verify_first_forward(first)
+        return self._bounded(output)
+
+    def _verify_first_forward(self, first: FirstForward) -> None:
+        try:
+            first.verify()
+        except UnsupportedModelError:
+            self.discard()
+            self._poisoned = "the model is not supported"
+            raise
+
+    def _bounded(self, output: Any) -> Any:
+        """The outputs with a boundary behind which the freeze window is open until backward comes back."""
+        microbatch, recorded = self._current, self._first_microbatch
+        assert microbatch is not None
+        if recorded is not None and (microbatch.rehearsal or self._pending):
+            recorded = None
+
+        def entered(index: int, grad: Tensor) -> None:
+            self._enter_backward(microbatch)
+            if recorded is not None:
+                recorded.saw_output_grad(index, grad)
+
+        bounded, found = with_boundary(output, entered)
+        if found:
+            self._window.open()
+        if recorded is not None:
+            recorded.saw_outputs(bounded)
+        return bounded
+
+    def _start_record(self, layer: str) -> Report:
+        """A tap's report function, made at each call of a layer in forward."""
+        if recomputing():
+            return lambda a, g: None
+        microbatch = self._current
+        if not self._in_forward or microbatch is None:
+            raise PrivacyError(
+                f"Layer '{layer}' was called outside the model's own forward, where its gradient cannot be clipped "
+                "with the rest of the row; call it inside model.forward, or under torch.no_grad()"
+            )
+        return lambda a, g: self._record(microbatch, layer, a, g)
+
+    def _enter_backward(self, microbatch: _Microbatch) -> None:
+        if microbatch.done:
+            raise PrivacyError(
+                "A second backward on one microbatch: its rows would contribute twice. Add the losses and call "
+                "backward once"
+            )
+        if microbatch is not self._current:
+            raise PrivacyError(
+                "backward through an earlier forward: the model was run again since. Run one forward, then its "
+                "backward; use torch.no_grad() for forwards without backward"
+            )
+        if not microbatch.entered:
+            microbatch.entered = True
+            self._poisoned = "the last backward did not finish"
+            self._window.close()
+
+    def _record(self, microbatch: _Microbatch, layer: str, a: Tensor, g: Tensor) -> None:
+        self._enter_backward(microbatch)
+        if not microbatch.uses:
+            at_end_of_backward(self._finish_backward)
+        module = self.layers[layer]
+        a, g = self.model.localize(layer, a, g)
+        check_rows(layer, microbatch.rows, a, g)
+        microbatch.narrowest = min(microbatch.narrowest, g.dtype, key=lambda dtype: dtype.itemsize)
+        names = {attribute: name for (owner, attribute), name in self.model.names.items() if owner is module}
+        with exact_arithmetic(a.device):
+            for attribute, gradient in rule_for(module)(module, a, g, frozenset(names)).items():
+                microbatch.uses.setdefault(names[attribute], []).append(gradient)
+
+    def _finish_backward(self) -> None:
+        microbatch = self._current
+        assert microbatch is not None
+        with exact_arithmetic(self.model.device):
+            gradients = {name: combine(uses) for name, uses in microbatch.uses.items()}
+            microbatch.uses.clear()
+            terms = self._norm_terms(gradients, microbatch.rows)
+            if microbatch.rehearsal:
+                self._norm_B = terms.norm_sq.sqrt()
+            else:
+                self._clip_and_accumulate(microbatch, gradients, terms)
+        microbatch.done, self._poisoned = True, None
+        self._window.open()
+
+    def _norm_terms(self, gradients: dict[str, PerSampleGradient], rows: int) -> NormTerms:
+        """Squared norms over all parameters of a row, and over all ranks that hold a part of its gradient."""
+        parts = {split: NormTerms.zeros(rows, self.model.device) for split in (True, False)}
+        for name, gradient in gradients.items():
+            parts[self._parameters[name].split] += gradient.norm_terms()
+        return self.model.sum_split_norms(parts[True], parts[False])
+
+    def _clip_and_accumulate(
+        self, microbatch: _Microbatch, gradients: dict[str, PerSampleGradient], terms: NormTerms
+    ) -> None:
+        rows = row_weights(
+            terms,
+            microbatch.mask_B,
+            bound=self.row_bound,
+            loss_factor=microbatch.rows if self.privacy.loss_reduction == "mean" else 1,
+            numerics=self.privacy.numerics,
+            dtype=self.dtype,
+        )
+        self._norm_B = rows.norm_B
+        if self._first_microbatch is not None and not self._pending:
+            self._first_microbatch.norm_B = terms.norm_sq.sqrt()
+        self.nonfinite_rows += (microbatch.mask_B & ~rows.keep_B).sum()
+        for unit in reversed(range(self.model.unit_count)):
+            of_unit = [name for name in gradients if self._parameters[name].unit == unit]
+            sums = {name: gradients.pop(name).weighted_sum(rows.weight_B, rows.keep_B) for name in of_unit}
+            self.model.start_accumulate(unit, sums)
+        self.model.finish_accumulate()
+        self._pending += 1
+        self._vouched &= microbatch.from_loader or self.privacy.sampling == "external_poisson"
+
+    # -------------------------------------------------------------------------------------------------------- release
+
+    def _release(self) -> None:
+        """Noise what is pending and publish it. The counter grows before the first draw and is never taken back."""
+        self._check_before_release()
+        if not self._checked:
+            self._check_independence()
+        self.steps += 1
+        for parameter in self.model.parameters:
+            self.model.publish(parameter, self._private_gradient(parameter))
+            parameter.accumulator.zero_()
+        self._pending = 0
+        grads = {name: p.parameter.grad for name, p in self._parameters.items()}
+        self._gate.published({name: grad for name, grad in grads.items() if grad is not None})
+
+    def _check_before_release(self) -> None:
+        self._raise_if_poisoned()
+        if self._gate.waiting:
+            raise PrivacyError("privatize: a released gradient already waits for its optimizer.step()")
+        if not self._pending:
+            raise PrivacyError(
+                "optimizer.step() without a backward since the last release: there is nothing to release. Run at least "
+                "one microbatch (an empty draw still gives one, all padding, from engine.loader)"
+            )
+        if self._unrun_yields or (self._current is not None and not self._current.done and self._current.from_loader):
+            raise PrivacyError(
+                "optimizer.step(): a microbatch taken from the loader was not run forward and backward; run every "
+                "microbatch of the logical batch, or engine.discard() on all ranks"
+            )
+        limit = self.privacy.steps
+        if self.privacy.target_epsilon is not None and limit is not None and self.steps >= limit:
+            self.discard()
+            raise BudgetExceededError(
+                f"The budget was fixed at {limit} releases for epsilon={self.privacy.target_epsilon:g}; another one "
+                "would exceed it. The sums were discarded; end training here"
+            )
+
+    def _check_independence(self) -> None:
+        """Rerun the first microbatch with some rows exchanged, before anything is released (see `independence`)."""
+        first, norm_B, current = self._first_microbatch, self._norm_B, self._current
+        self._checked = True
+        if first is None or first.norm_B is None:
+            return
+        first.loss.stop()
+        rehearsal = _Microbatch(first.rows, torch.ones(first.rows, dtype=torch.bool), False, rehearsal=True)
+        self._current = rehearsal
+        try:
+            first.run_exchanged(self.model.root)
+            assert self._norm_B is not None
+            first.compare(self._norm_B, rehearsal.narrowest)
+        except Exception:
+            self.discard()
+            self._checked = False
+            raise
+        self._forget_first_microbatch()
+        self._norm_B, self._current = norm_B, current
+
+    def _forget_first_microbatch(self) -> None:
+        if self._first_microbatch is not None:
+            self._first_microbatch.loss.stop()
+            self._first_microbatch = None
+
+    def _private_gradient(self, parameter: ManagedParameter) -> Tensor:
+        """``(sum_i w_i G_i + sigma R xi) / expected_batch_size`` on the local shard, float64, flat."""
+        total = parameter.accumulator.double()
+        if self.noise_multiplier > 0:
+            run = noise.standard_normal(
+                self._noise_key,
+                release=self.steps,
+                parameter=parameter.index,
+                start=parameter.region.start,
+                count=parameter.region.count,
+                device=total.device,
+            )
+            std = self.noise_multiplier * self.privacy.max_grad_norm
+            total = self._lattice.privatize(total, parameter.region.select(run), std)
+        return total / self.privacy.expected_batch_size
+
+    def _discard_pending(self) -> None:
+        """What ``zero_grad`` does: drop what is pending, if anything is."""
+        if self._pending or self._poisoned or self._gate.waiting:
+            self.discard()
+
+    def _raise_if_poisoned(self) -> None:
+        if self._poisoned is not None:
+            raise PrivacyError(
+                f"Nothing was released: {self._poisoned}, so the sums of this logical batch are incomplete. Call "
+                "optimizer.zero_grad() or engine.discard() on all ranks and go on with the next logical batch"
+            )
+
+
+def make_private(model: nn.Module, privacy: PrivacyConfig, optimizer: Optimizer | None = None) -> PrivacyEngine:
+    """Attach a privacy engine to a model. From here on its gradients are private, whatever ``torch.optim`` steps.
+
+    Args:
+        model: on one device; or wrapped by ``FullyShardedDataParallel`` (``use_orig_params=True``); or sharded with
+            ``fully_shard`` on a 1-D mesh; or parallelised with ``ColwiseParallel``/``RowwiseParallel`` Linears and
+            then sharded with ``fully_shard`` on a 2-D mesh (data, tensor).
+        privacy: the mechanism and its budget.
+        optimizer: known from the start, its ``zero_grad`` discards a pending batch and its parameters are checked now;
+            otherwise both happen at its first step.
+
+    Raises:
+        UnsupportedModelError: a trainable parameter is outside every supported layer; all such modules are named.
+        ValueError: the way the model is sharded is not supported.
+    """
+    if not isinstance(privacy, PrivacyConfig):
+        raise TypeError(f"make_private: privacy must be a PrivacyConfig, found {type(privacy).__name__}")
+    return PrivacyEngine(model, privacy, optimizer)

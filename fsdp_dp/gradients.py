@@ -1,0 +1,310 @@
+"""Per-sample gradients in factored form: the one abstraction that layers produce and clipping consumes.
+
+A backward pass gives, for each parameter ``W`` and each row ``i`` of the microbatch, a gradient ``G_i``. It is almost
+never stored. What is stored is one of
+
+* `OuterProduct`   ``G_i = sum_t g_it a_it^T``     (Linear weights; book-keeping, arXiv 2210.00038, section 3)
+* `IndexedRows`    ``G_i[v] = sum_{t: x_it = v} h_it``   (Embedding weights)
+* `Materialized`   ``G_i`` itself, where that is small (biases, norm layers)
+* `TiedSum`        an outer product plus indexed rows  (an embedding that is also the output head)
+
+and each can answer the three questions of a private step: how long is every row (`norm_terms`), what is the weighted
+sum ``sum_i w_i G_i`` (`weighted_sum`), and, as a last resort, what is the gradient of every row (`dense`).
+
+[Note: tensors] shape suffixes used from here on
+    B rows (samples) of the microbatch     T positions of a row       D inputs    P outputs    V vocabulary
+    ``a_BTD``  input activations of a layer          ``g_BTP``  gradients of the loss with respect to its output
+    ``keep_B``  False for padding and non-finite rows  ``weight_B``  clip factor times loss factor
+All sums are float32 (float64 for float64 models); norms are summed in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fsdp_dp.numerics import accumulate_dtype, gamma, unit_roundoff
+
+MAX_SCRATCH_ELEMENTS = 1 << 25
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormTerms:
+    """Squared norms of one or more parameters' per-sample gradients, and what rounding may hide. All float64 ``[B]``.
+
+    ``norm_sq`` is the computed value; the true one is at most ``norm_sq + error`` (both may be summed over
+    parameters). ``rounding_sq`` is the squared bound on ``|weighted_sum's term of row i / w_i - G_i|``.
+    """
+
+    norm_sq: Tensor
+    error: Tensor
+    rounding_sq: Tensor
+
+    def __add__(self, other: NormTerms) -> NormTerms:
+        return NormTerms(
+            norm_sq=self.norm_sq + other.norm_sq,
+            error=self.error + other.error,
+            rounding_sq=self.rounding_sq + other.rounding_sq,
+        )
+
+    def stack(self) -> Tensor:
+        """``[3, B]``, the form in which terms travel between ranks."""
+        return torch.stack([self.norm_sq, self.error, self.rounding_sq])
+
+    @staticmethod
+    def unstack(stacked: Tensor) -> NormTerms:
+        return NormTerms(norm_sq=stacked[0], error=stacked[1], rounding_sq=stacked[2])
+
+    @staticmethod
+    def zeros(rows: int, device: torch.device) -> NormTerms:
+        return NormTerms.unstack(torch.zeros(3, rows, dtype=torch.float64, device=device))
+
+
+class PerSampleGradient(Protocol):
+    """The gradient of one parameter for every row of a microbatch, in whatever form is cheapest."""
+
+    def norm_terms(self) -> NormTerms: ...
+
+    def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor: ...
+
+    def dense(self) -> Tensor: ...
+
+
+def _rows_per_chunk(elements_per_row: int) -> int:
+    return max(1, MAX_SCRATCH_ELEMENTS // max(1, elements_per_row))
+
+
+def _norm_sq(x: Tensor) -> Tensor:
+    """Squared 2-norm of every row of ``x`` ``[B, ...]``, float64."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64).square()
+
+
+def _kept(x: Tensor, keep_B: Tensor) -> Tensor:
+    """Zero the dropped rows by selection: 0 * NaN would be NaN."""
+    return torch.where(keep_B.view(-1, *[1] * (x.ndim - 1)), x, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Materialized:
+    """``G_i`` stored as computed, ``value`` ``[B, *shape]`` float32 or float64. What is summed is what was measured."""
+
+    value: Tensor
+
+    def norm_terms(self) -> NormTerms:
+        norm_sq = _norm_sq(self.value)
+        relative = gamma(self.value[0].numel() + 2, torch.float64)
+        return NormTerms(
+            norm_sq=norm_sq,
+            error=norm_sq * relative,
+            rounding_sq=norm_sq * (2 * unit_roundoff(self.value.dtype)) ** 2,
+        )
+
+    def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
+        kept = _kept(self.value, keep_B)
+        return (weight_B.to(kept.dtype) @ kept.flatten(1)).view(self.value.shape[1:])
+
+    def dense(self) -> Tensor:
+        return self.value
+
+
+@dataclasses.dataclass(frozen=True)
+class OuterProduct:
+    """``G_i = sum_t g_it a_it^T`` ``[P, D]``, kept as ``a_BTD`` and ``g_BTP`` in the dtypes that autograd had."""
+
+    a_BTD: Tensor
+    g_BTP: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return accumulate_dtype(torch.promote_types(self.a_BTD.dtype, self.g_BTP.dtype))
+
+    @property
+    def uses_gram(self) -> bool:
+        """Whether two T x T Gram matrices are cheaper than the P x D gradient of a row."""
+        T, D, P = *self.a_BTD.shape[1:], self.g_BTP.shape[2]
+        return T * (D + P) < D * P
+
+    def norm_terms(self) -> NormTerms:
+        T, D, P = *self.a_BTD.shape[1:], self.g_BTP.shape[2]
+        step = _rows_per_chunk(T * T * 4 if self.uses_gram else D * P)
+        norms = _gram_norms if self.uses_gram else _instantiated_norms
+        parts = [
+            norms(a.to(self.dtype), g.to(self.dtype)).stack()
+            for a, g in zip(self.a_BTD.split(step), self.g_BTP.split(step), strict=True)
+        ]
+        return NormTerms.unstack(torch.cat(parts, dim=1))
+
+    def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
+        scaled = _kept(self.g_BTP.to(self.dtype) * weight_B.to(self.dtype)[:, None, None], keep_B)
+        return scaled.flatten(0, 1).T @ _kept(self.a_BTD, keep_B).to(self.dtype).flatten(0, 1)
+
+    def dense(self) -> Tensor:
+        return self.g_BTP.to(self.dtype).mT @ self.a_BTD.to(self.dtype)
+
+
+def _token_norms(a_BTD: Tensor, g_BTP: Tensor) -> tuple[Tensor, Tensor]:
+    """``|a_t|`` and ``|g_t|`` ``[B, T]`` float64, rounded up enough to stay bounds."""
+    up = 1 + 2.0**-40
+    norm = functools.partial(torch.linalg.vector_norm, dim=2, dtype=torch.float64)
+    return norm(a_BTD) * up, norm(g_BTP) * up
+
+
+def _product_rounding(S_B: Tensor, T: int, dtype: torch.dtype) -> Tensor:
+    """Rounding of ``sum_t (w g_t) a_t^T`` in ``dtype``: the scaled factor is rounded, then T products are summed."""
+    return gamma(T + 3, dtype) * S_B
+
+
+def _instantiated_norms(a_BTD: Tensor, g_BTP: Tensor) -> NormTerms:
+    """Norms from the gradient of each row, formed and dropped.
+
+    Entry-wise ``|G^ - G| <= gamma(T) sum_t |g_t| |a_t|``, so in norm ``|G^ - G| <= gamma(T) S`` with
+    ``S = sum_t |a_t| |g_t|``; then ``|G|^2 <= (|G^| + gamma(T) S)^2``.
+    """
+    dtype, T = a_BTD.dtype, a_BTD.shape[1]
+    norm_sq = _norm_sq(g_BTP.mT @ a_BTD)
+    a_norm, g_norm = _token_norms(a_BTD, g_BTP)
+    S_B = (a_norm * g_norm).sum(1)
+    off = gamma(T, dtype) * S_B
+    own = gamma(a_BTD.shape[2] * g_BTP.shape[2] + 2, torch.float64)
+    return NormTerms(
+        norm_sq=norm_sq,
+        error=2 * off * norm_sq.sqrt() * (1 + own) + off**2 + own * norm_sq,
+        rounding_sq=_product_rounding(S_B, T, dtype) ** 2,
+    )
+
+
+def _gram_norms(a_BTD: Tensor, g_BTP: Tensor) -> NormTerms:
+    """The ghost norm ``sum_{t,s} (a_t.a_s)(g_t.g_s)`` (arXiv 2210.00038, eq. 2), products summed in float64.
+
+    With ``M = a a^T``, ``N = g g^T`` and their computed values, ``|M^ - M| <= gamma(D) |a_t||a_s|`` and likewise for
+    N, hence the error ``sum_ts gamma(D) |a_t||a_s||N^| + gamma(P) |g_t||g_s||M^| + 3 gamma(D) gamma(P) S^2``, and the
+    float64 sum over T^2 terms adds ``gamma(T^2) S^2``. The weight ``|N^|`` (not ``|g_t||g_s|``) keeps it small for
+    tokens that are nearly orthogonal. Under cancellation the computed value may be negative: clamped, error kept.
+    """
+    T, D, P, dtype = *a_BTD.shape[1:], g_BTP.shape[2], a_BTD.dtype
+    M, N = (a_BTD @ a_BTD.mT).double(), (g_BTP @ g_BTP.mT).double()
+    a_norm, g_norm = _token_norms(a_BTD, g_BTP)
+    S_B = (a_norm * g_norm).sum(1)
+    on_M = (N.abs() @ a_norm[..., None]).squeeze(2).mul(a_norm).sum(1)
+    on_N = (M.abs() @ g_norm[..., None]).squeeze(2).mul(g_norm).sum(1)
+    own = gamma(T * T + 2 * T, torch.float64) + 3 * gamma(D, dtype) * gamma(P, dtype)
+    return NormTerms(
+        norm_sq=(M * N).sum((1, 2)).clamp(min=0),
+        error=gamma(D, dtype) * on_M + gamma(P, dtype) * on_N + own * S_B**2,
+        rounding_sq=_product_rounding(S_B, T, dtype) ** 2,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexedRows:
+    """``G_i[index_it] = value_it`` ``[V, P]``: the few rows of an embedding that a sample touches.
+
+    Within a sample the indices of non-zero values are distinct (`compress` sees to it), so the norm is that of
+    ``value_BTP`` and nothing is hidden by rounding.
+    """
+
+    index_BT: Tensor
+    value_BTP: Tensor
+    vocabulary: int
+
+    @staticmethod
+    def compress(index_BT: Tensor, g_BTP: Tensor, vocabulary: int) -> IndexedRows:
+        """Add up the gradients of equal indices of a row; slots left over hold index 0 and value 0."""
+        B, T, P = g_BTP.shape
+        sorted_index, order = index_BT.sort(dim=1, stable=True)
+        new = torch.ones_like(sorted_index, dtype=torch.bool)
+        new[:, 1:] = sorted_index[:, 1:] != sorted_index[:, :-1]
+        slot_sorted = new.cumsum(1) - 1
+        slot_BT = torch.empty_like(slot_sorted).scatter_(1, order, slot_sorted)
+        flat = slot_BT + T * torch.arange(B, device=slot_BT.device)[:, None]
+        g = g_BTP.to(accumulate_dtype(g_BTP.dtype))
+        value = g.new_zeros(B * T, P).index_add_(0, flat.flatten(), g.reshape(B * T, P))
+        index = torch.zeros_like(slot_BT).scatter_(1, slot_BT, index_BT)
+        return IndexedRows(index, value.view(B, T, P), vocabulary)
+
+    def norm_terms(self) -> NormTerms:
+        return Materialized(self.value_BTP).norm_terms()
+
+    def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
+        scaled = _kept(self.value_BTP * weight_B.to(self.value_BTP.dtype)[:, None, None], keep_B)
+        out = scaled.new_zeros(self.vocabulary, scaled.shape[2])
+        return out.index_add_(0, self.index_BT.flatten(), scaled.flatten(0, 1))
+
+    def dense(self) -> Tensor:
+        B, _, P = self.value_BTP.shape
+        out = self.value_BTP.new_zeros(B, self.vocabulary, P)
+        return out.scatter_add_(1, self.index_BT[..., None].expand_as(self.value_BTP), self.value_BTP)
+
+
+@dataclasses.dataclass(frozen=True)
+class TiedSum:
+    """One parameter used as a Linear weight ``[V, D]`` and as an embedding table: the sum of both gradients."""
+
+    outer: OuterProduct
+    rows: IndexedRows
+
+    def norm_terms(self) -> NormTerms:
+        """``|X + Y|^2 = |X|^2 + |Y|^2 + 2 <X, Y>``; leaving out the last term breaks the bound (DESIGN section 4)."""
+        x, y = self.outer.norm_terms(), self.rows.norm_terms()
+        cross, cross_error = self._inner_product()
+        return NormTerms(
+            norm_sq=(x.norm_sq + y.norm_sq + 2 * cross).clamp(min=0),
+            error=x.error + y.error + 2 * cross_error,
+            rounding_sq=(x.rounding_sq.sqrt() + y.rounding_sq.sqrt()) ** 2,
+        )
+
+    def _inner_product(self) -> tuple[Tensor, Tensor]:
+        """``<X, Y>_i = sum_{s,t} g_is[x_it] (a_is . h_it)`` and its error bound, both ``[B]`` float64."""
+        parts = [
+            _tied_inner_product(a, g, h, index)
+            for a, g, h, index in zip(
+                *(
+                    x.split(_rows_per_chunk(4 * self.outer.a_BTD.shape[1] * self.rows.index_BT.shape[1]))
+                    for x in (self.outer.a_BTD, self.outer.g_BTP, self.rows.value_BTP, self.rows.index_BT)
+                ),
+                strict=True,
+            )
+        ]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
+        return self.outer.weighted_sum(weight_B, keep_B) + self.rows.weighted_sum(weight_B, keep_B)
+
+    def dense(self) -> Tensor:
+        return self.outer.dense() + self.rows.dense()
+
+
+def _tied_inner_product(a_BSD: Tensor, g_BSV: Tensor, h_BTD: Tensor, index_BT: Tensor) -> tuple[Tensor, Tensor]:
+    S, T = a_BSD.shape[1], h_BTD.shape[1]
+    dtype = accumulate_dtype(torch.promote_types(a_BSD.dtype, g_BSV.dtype))
+    a, h = a_BSD.to(dtype), h_BTD.to(dtype)
+    g_BST = g_BSV.gather(2, index_BT[:, None, :].expand(-1, S, -1)).double()
+    ah_BST = (a @ h.mT).double()
+    a_norm, h_norm = _token_norms(a, h)
+    bound = ((a_norm[:, None, :] @ g_BST.abs()).squeeze(1) * h_norm).sum(1)
+    return (g_BST * ah_BST).sum((1, 2)), (gamma(a.shape[2], dtype) + gamma(S * T, torch.float64)) * 2 * bound
+
+
+def combine(uses: Sequence[PerSampleGradient]) -> PerSampleGradient:
+    """The per-sample gradient of a parameter that was used several times in one forward: the sum over its uses."""
+    outers = [u for u in uses if isinstance(u, OuterProduct)]
+    tables = [u for u in uses if isinstance(u, IndexedRows)]
+    others = [u for u in uses if not isinstance(u, OuterProduct | IndexedRows)]
+    merged: list[PerSampleGradient] = list(others)
+    if outers:
+        merged.append(OuterProduct(*(torch.cat(x, 1) for x in zip(*((u.a_BTD, u.g_BTP) for u in outers), strict=True))))
+    if len(tables) == 1:
+        merged.append(tables[0])
+    elif tables:
+        index, value = (torch.cat(x, 1) for x in zip(*((u.index_BT, u.value_BTP) for u in tables), strict=True))
+        merged.append(IndexedRows.compress(index, value, tables[0].vocabulary))
+    if len(merged) == 1:
+        return merged[0]
+    if len(merged) == 2 and outers and tables:
+        return TiedSum(merged[0], merged[1])  # type: ignore[arg-type]
+    return Materialized(functools.reduce(torch.add, (u.dense() for u in merged)))

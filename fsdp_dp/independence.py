@@ -1,0 +1,255 @@
+"""Is row i's contribution a function of row i alone? Asked of the running program before the first release (rule 8).
+
+Clipping bounds what a row adds only if no other row's term depends on it. Two questions, on the first microbatch:
+
+* the *loss*: it is recorded between the model's outputs and ``backward()``, and replayed with every second row's
+  outputs and labels exchanged. The gradients of the other rows must not move (a mean over the batch's valid tokens
+  moves them).
+* the *model*: forward and backward run once more, with every second row's inputs exchanged and the gradients of
+  the outputs kept. The per-sample norms of the other rows must not move (batch statistics move them, and so does a
+  layer whose records do not line up with the rows).
+
+Neither releases anything. The second costs one forward and backward, at the first step only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode, _push_mode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fsdp_dp.errors import PrivacyError, UnsupportedModelError
+
+_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+_COARSE_TOLERANCE = 2e-2
+
+
+def exchange_rows(x: Tensor, rows: int) -> Tensor:
+    """``x`` ``[B, ...]`` with each odd row replaced by the row after it; even rows as they were."""
+    source = torch.arange(rows, device=x.device)
+    source[1::2] = (source[1::2] + 1) % rows
+    return x.detach().reshape(rows, -1)[source].view(x.shape)
+
+
+class FirstMicrobatch:
+    """The first microbatch of an engine: its inputs, its random state, its loss, and the two questions."""
+
+    def __init__(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> None:
+        self.rows = rows
+        self.norm_B: Tensor | None = None
+        self._args, self._kwargs, self._device = args, kwargs, device
+        self._random_state = _random_state(device)
+        self._output_grads: dict[int, Tensor] = {}
+        self.loss = LossRecording(rows)
+
+    def saw_outputs(self, outputs: Any) -> None:
+        self.loss.start([x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad])
+
+    def saw_output_grad(self, index: int, grad: Tensor) -> None:
+        self._output_grads[index] = grad
+
+    def run_exchanged(self, root: nn.Module) -> None:
+        """Forward and backward with every second row's inputs exchanged; the caller looks at the norms."""
+        change = self._exchange if self.rows > 1 else (lambda x: x)
+        with _restored(self._random_state, self._device), torch.enable_grad():
+            outputs = root(*tree_map(change, self._args), **tree_map(change, self._kwargs))
+            tensors = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
+            pairs = [(tensors[i], grad) for i, grad in self._output_grads.items() if i < len(tensors)]
+            torch.autograd.backward([x for x, _ in pairs], [grad for _, grad in pairs])
+
+    def compare(self, norm_B: Tensor, dtype: torch.dtype) -> None:
+        """Raises UnsupportedModelError if the norm of a row whose inputs stayed has moved."""
+        assert self.norm_B is not None
+        before, after = self.norm_B[::2], norm_B[::2]
+        scale = torch.maximum(before, after).clamp(min=1e-30)
+        moved = (before - after).abs() / scale > _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
+        if self.rows > 1 and bool((moved & before.isfinite() & after.isfinite()).any()):
+            row = 2 * int(moved.nonzero()[0])
+            raise UnsupportedModelError(
+                f"Row {row}'s gradient changed (norm {float(self.norm_B[row]):.4g} -> {float(norm_B[row]):.4g}) when "
+                "only other rows' inputs were exchanged, so clipping a row does not bound its influence. Look for "
+                "statistics over the batch, a loss inside the model that averages over all valid tokens, or a layer "
+                "whose first dimension is not the batch (positions without a batch dimension)"
+            )
+
+    def _exchange(self, x: Any) -> Any:
+        return exchange_rows(x, self.rows) if isinstance(x, Tensor) and x.ndim and x.shape[0] == self.rows else x
+
+
+class LossRecording(TorchFunctionMode):
+    """Records what happens between the model's outputs and ``loss.backward()``, then replays it with rows exchanged."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self._rows = rows
+        self._outputs: list[Tensor] = []
+        self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
+        self._active = False
+
+    def start(self, outputs: list[Tensor]) -> None:
+        self._outputs = outputs
+        self._active = True
+        _push_mode(self)
+
+    def stop(self) -> None:
+        """Leave the stack of modes, wherever in it this one is by now."""
+        self._active = False
+        above = []
+        while _len_torch_function_stack():
+            mode = _pop_mode()
+            if mode is self:
+                break
+            above.append(mode)
+        for mode in reversed(above):
+            _push_mode(mode)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._outputs, self._calls = [], []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self._active:
+            return func(*args, **kwargs)
+        if func is Tensor.backward:
+            self._active = False
+            self._before_backward(args[0], kwargs)
+            self._forget()
+            return func(*args, **kwargs)
+        if sys._getframe(1).f_code.co_filename.endswith(("grad_scaler.py", "sharded_grad_scaler.py")):
+            from fsdp_dp.optimizer_gate import refuse_grad_scaler
+
+            refuse_grad_scaler()
+        result = func(*args, **kwargs)
+        self._calls.append((func, args, kwargs, result))
+        return result
+
+    def _before_backward(self, loss: Tensor, kwargs: dict[str, Any]) -> None:
+        if loss.numel() != 1 and kwargs.get("gradient") is None:
+            raise PrivacyError(
+                f"backward() of a loss with shape {tuple(loss.shape)}: the loss must be a scalar, the mean or the sum "
+                "over the rows of the microbatch (PrivacyConfig.loss_reduction says which). Call loss.mean() or loss.sum()"
+            )
+        if loss.grad_fn is None or self._rows < 2 or any(loss is x for x in self._outputs):
+            return
+        with torch.enable_grad():
+            before = torch.autograd.grad(loss, self._outputs, _seed(kwargs, loss), retain_graph=True, allow_unused=True)
+            for labels in (self._exchanged_labels, self._ignored_labels):
+                try:
+                    after = self._replay(loss, labels, kwargs)
+                except (RuntimeError, IndexError, ValueError, TypeError):
+                    continue  # the loss cannot be evaluated on other labels; the model's own check remains
+                self._compare(before, after)
+
+    def _replay(self, loss: Tensor, labels: Callable[[Tensor], Tensor], kwargs: dict[str, Any]) -> list[Tensor | None]:
+        """Gradients of the outputs when odd rows have other outputs and labels."""
+        values: dict[int, Any] = {}
+        leaves = []
+        for output in self._outputs:
+            leaf = exchange_rows(output, self._rows) if _has_rows(output, self._rows) else output.detach().clone()
+            leaves.append(leaf.requires_grad_())
+            values[id(output)] = leaf
+
+        def current(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            if id(x) not in values:
+                other = labels(x)
+                # A copy, so that the program's own running totals are not written twice.
+                values[id(x)] = x.detach().clone() if other is x else other
+            return values[id(x)]
+
+        for func, args, call_kwargs, result in self._calls:
+            if func is not Tensor.__setitem__ and not any(isinstance(x, Tensor) for x in tree_leaves(result)):
+                continue
+            replayed = func(*tree_map(current, args), **tree_map(current, call_kwargs))
+            for old, new in zip(tree_leaves(result), tree_leaves(replayed), strict=True):
+                values[id(old)] = new
+        new_loss = values[id(loss)]
+        return list(torch.autograd.grad(new_loss, leaves, _seed(kwargs, new_loss), allow_unused=True))
+
+    def _compare(self, before: Any, after: list[Tensor | None]) -> None:
+        for old, new in zip(before, after, strict=True):
+            if old is None or new is None or not _has_rows(old, self._rows):
+                continue
+            kept_old, kept_new = (x.reshape(self._rows, -1)[::2].double() for x in (old, new))
+            off = (kept_old - kept_new).norm() / kept_old.norm().clamp(min=1e-300)
+            if bool(off > _TOLERANCE.get(old.dtype, _COARSE_TOLERANCE)):
+                raise UnsupportedModelError(
+                    "The loss couples the rows of a microbatch: exchanging some rows' outputs and labels changed the "
+                    f"gradients of other rows by {float(off):.2g}. A mean over the batch's valid tokens does this; use "
+                    "a mean over a fixed number of tokens, or the mean over rows of each row's own mean "
+                    "(Hugging Face: a constant num_items_in_batch)"
+                )
+
+    def _exchanged_labels(self, x: Tensor) -> Tensor:
+        """Other inputs of the loss: integer tensors with one entry for each row, or for each token, exchange rows."""
+        tokens = {self._rows} | {o.shape[0] * o.shape[1] for o in self._outputs if o.ndim > 1}
+        if x.is_floating_point() or x.ndim == 0 or x.shape[0] not in tokens or x.shape[0] % self._rows:
+            return x
+        return exchange_rows(x, self._rows)
+
+    def _ignored_labels(self, x: Tensor) -> Tensor:
+        """As above, but where cross entropy ignores some of the labels, it ignores all of the odd rows'."""
+        ignore = self._ignore_index(x)
+        exchanged = self._exchanged_labels(x)
+        if ignore is None or exchanged is x or not bool((x == ignore).any()):
+            return exchanged
+        out = x.detach().clone().reshape(self._rows, -1)
+        out[1::2] = ignore
+        return out.view(x.shape)
+
+    def _ignore_index(self, x: Tensor) -> int | None:
+        """The ignore index of the call that takes ``x``, or a reshaped ``x``, as its target."""
+        same = {id(x)}
+        for func, args, kwargs, result in self._calls:
+            reshaped = isinstance(result, Tensor) and result.numel() == x.numel() and not result.is_floating_point()
+            if reshaped and any(isinstance(a, Tensor) and id(a) in same for a in args):
+                same.add(id(result))
+            if func in (F.cross_entropy, F.nll_loss):
+                target = args[1] if len(args) > 1 else kwargs.get("target")
+                if isinstance(target, Tensor) and id(target) in same and not target.is_floating_point():
+                    return int(args[4]) if len(args) > 4 else int(kwargs.get("ignore_index", -100))
+        return None
+
+
+def _seed(kwargs: dict[str, Any], loss: Tensor) -> Tensor | None:
+    gradient = kwargs.get("gradient")
+    return gradient if gradient is not None else torch.ones_like(loss)
+
+
+def _has_rows(x: Tensor, rows: int) -> bool:
+    return x.ndim > 0 and x.shape[0] % rows == 0
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+@contextmanager
+def _restored(states: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Run with the given random state, so that dropout repeats its masks; the program's own state is put back."""
+    now = _random_state(device)
+    _set_random_state(states, device)
+    try:
+        yield
+    finally:
+        _set_random_state(now, device)
+
+
+def _set_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

@@ -1,0 +1,10 @@
+"""Layer rules: what a module's recorded input and output gradient say about its parameters. One family, one file.
+
+A rule is a function ``rule(module, a, g, wanted) -> {parameter name: PerSampleGradient}`` that needs no weights, so it
+works while FSDP has them resharded. Adding a layer is one file: write the rule, decorate it with `layer_rule`.
+"""
+
+from fsdp_dp.layers import embedding, linear, normalization
+from fsdp_dp.layers.registry import Rule, has_rule, layer_rule, refusal, rule_for, supported
+
+__all__ = ["Rule", "embedding", "has_rule", "layer_rule", "linear", "normalization", "refusal", "rule_for", "supported"]

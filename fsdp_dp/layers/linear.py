@@ -1,0 +1,25 @@
+"""Linear: ``y_t = W x_t + b`` on any number of positions, so ``G_i = sum_t g_t x_t^T`` and ``sum_t g_t``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fsdp_dp.gradients import Materialized, OuterProduct, PerSampleGradient
+from fsdp_dp.layers.registry import layer_rule
+from fsdp_dp.numerics import accumulate_dtype
+
+
+def positions(x: Tensor) -> Tensor:
+    """``[B, ..., C]`` -> ``[B, T, C]`` with all middle dimensions merged (T = 1 for ``[B, C]``)."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+@layer_rule(nn.Linear)
+def linear(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    a_BTD, g_BTP = positions(a), positions(g)
+    out: dict[str, PerSampleGradient] = {}
+    if "weight" in wanted:
+        out["weight"] = OuterProduct(a_BTD, g_BTP)
+    if "bias" in wanted:
+        out["bias"] = Materialized(g_BTP.sum(1, dtype=accumulate_dtype(g.dtype)))
+    return out

@@ -1,0 +1,43 @@
+"""LayerNorm and RMSNorm: scale and shift gradients are small, so they are stored per row as soon as they are known."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fsdp_dp.gradients import Materialized, PerSampleGradient
+from fsdp_dp.layers.registry import layer_rule
+from fsdp_dp.numerics import accumulate_dtype
+
+
+def _over_positions(x: Tensor, parameter_dims: int) -> Tensor:
+    """Sum ``[B, ..., *shape]`` over everything between the row and the parameter's shape."""
+    middle = tuple(range(1, x.ndim - parameter_dims))
+    return x.sum(middle) if middle else x
+
+
+@layer_rule(nn.LayerNorm)
+def layer_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    assert isinstance(module, nn.LayerNorm)
+    dtype = accumulate_dtype(a.dtype)
+    normalized = F.layer_norm(a.to(dtype), module.normalized_shape, None, None, module.eps)
+    return _scale_and_shift(normalized, g.to(dtype), len(module.normalized_shape), wanted)
+
+
+@layer_rule(nn.RMSNorm)
+def rms_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    assert isinstance(module, nn.RMSNorm)
+    dtype = accumulate_dtype(a.dtype)
+    eps = module.eps if module.eps is not None else torch.finfo(a.dtype).eps
+    normalized = F.rms_norm(a.to(dtype), module.normalized_shape, None, eps)
+    return _scale_and_shift(normalized, g.to(dtype), len(module.normalized_shape), wanted)
+
+
+def _scale_and_shift(x: Tensor, g: Tensor, dims: int, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    out: dict[str, PerSampleGradient] = {}
+    if "weight" in wanted:
+        out["weight"] = Materialized(_over_positions(g * x, dims))
+    if "bias" in wanted:
+        out["bias"] = Materialized(_over_positions(g, dims))
+    return out

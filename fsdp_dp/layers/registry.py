@@ -1,0 +1,64 @@
+"""The table from module type to layer rule, and the reasons for what is not in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from fsdp_dp.gradients import PerSampleGradient
+
+Rule = Callable[[nn.Module, Tensor, Tensor, frozenset[str]], dict[str, PerSampleGradient]]
+Check = Callable[[nn.Module], str | None]
+
+_RULES: dict[type[nn.Module], Rule] = {}
+_CHECKS: dict[type[nn.Module], Check] = {}
+
+
+def layer_rule(*types: type[nn.Module], check: Check = lambda module: None) -> Callable[[Rule], Rule]:
+    """Register a rule for exactly these types (a subclass may compute something else, so it is not covered).
+
+    ``check(module)`` returns why this instance cannot be exact, or None.
+    """
+
+    def register(rule: Rule) -> Rule:
+        for kind in types:
+            _RULES[kind], _CHECKS[kind] = rule, check
+        return rule
+
+    return register
+
+
+def has_rule(module: nn.Module) -> bool:
+    return type(module) in _RULES
+
+
+def rule_for(module: nn.Module) -> Rule:
+    return _RULES[type(module)]
+
+
+def supported() -> list[str]:
+    """Names of the supported layers, for messages."""
+    return sorted(kind.__name__ for kind in _RULES)
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why the parameters of ``module`` cannot be made private exactly, and what to do; None if they can."""
+    kind = type(module).__name__
+    if has_rule(module):
+        return _CHECKS[type(module)](module)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return (
+            f"{kind} mixes the rows of a batch, so no row has a gradient of its own; "
+            "use GroupNorm or LayerNorm, or freeze it and keep it in eval mode"
+        )
+    base = next((b.__name__ for b in type(module).__mro__ if b in _RULES), None)
+    if base:
+        return (
+            f"{kind} is a subclass of {base} and may compute something else; use {base} itself, or register a rule "
+            "with fsdp_dp.layers.layer_rule"
+        )
+    return (
+        f"{kind} has no layer rule (supported: {', '.join(supported())}); move its parameters into supported layers, "
+        "freeze them with requires_grad_(False), or register a rule with fsdp_dp.layers.layer_rule"
+    )

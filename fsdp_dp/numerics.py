@@ -1,0 +1,54 @@
+"""Floating point, said once: in which format sums are kept, and how far rounding can move them.
+
+Everything here serves GUARANTEE "certified clipping": a clip factor is computed from a norm *plus* a bound on what
+rounding may have hidden, so the bounds below are worst cases, valid for any order of summation, never averages.
+
+Source of the bounds: N. Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., section 3.1: a sum or dot
+product of ``n`` terms evaluated in arithmetic of unit roundoff ``u`` is off by at most
+``gamma(n) * sum_k |x_k y_k|`` with ``gamma(n) = n u / (1 - n u)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+UN_NOISED_MARGIN = {torch.float64: 2.0**-42, torch.float32: 2.0**-14}
+"""Share of ``max_grad_norm`` kept back for the rounding of sums over rows, microbatches and ranks (rule 3).
+
+A row changes not only its own term of ``sum_i c_i G_i`` but also how the others round. In fp32 that is of the order of
+``2^-24 * sqrt(terms)`` of the sum; the margin covers sums whose norm is up to about ``R * 2^10 / sqrt(terms / 1024)``.
+"""
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The format that un-noised sums live in: float64 for float64 tensors, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Largest relative error of one correctly rounded operation in ``dtype``."""
+    return torch.finfo(dtype).eps / 2
+
+
+def gamma(terms: int, dtype: torch.dtype) -> float:
+    """Relative error bound of a sum of ``terms`` products in ``dtype`` (infinite when the bound means nothing)."""
+    spread = terms * unit_roundoff(dtype)
+    return spread / (1 - spread) if spread < 0.5 else float("inf")
+
+
+@contextlib.contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """No autograd, no autocast, IEEE fp32 matrix products, whatever flags the user's program has set."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

@@ -1,0 +1,32 @@
+"""Which of the sharding backends fits a model."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fsdp_dp.sharding.base import ShardedModel
+from fsdp_dp.sharding.fsdp1 import Fsdp1Model
+from fsdp_dp.sharding.fsdp2 import Fsdp2Model
+from fsdp_dp.sharding.single import SingleDevice
+
+
+def open_model(root: nn.Module) -> ShardedModel:
+    """The backend of ``root``; raises ValueError, with what to do, for a way of sharding that is not supported."""
+    modules = list(root.modules())
+    if any(isinstance(m, DistributedDataParallel) for m in modules):
+        raise ValueError("make_private: DistributedDataParallel is not supported yet; shard the model with FSDP")
+    if isinstance(root, FullyShardedDataParallel):
+        return Fsdp1Model(root)
+    if any(isinstance(m, FullyShardedDataParallel) for m in modules):
+        raise ValueError(
+            "make_private: submodules are wrapped with FullyShardedDataParallel, but the model itself is not; "
+            "wrap the root as well"
+        )
+    if any(isinstance(m, FSDPModule) for m in modules):
+        return Fsdp2Model(root)
+    if any(isinstance(p, DTensor) for p in root.parameters()):
+        raise ValueError("make_private: the model has DTensor parameters but no fully_shard; call fully_shard(model)")
+    return SingleDevice(root)

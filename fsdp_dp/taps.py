@@ -1,0 +1,163 @@
+"""Recording (input, output gradient) of every layer, while autograd computes no weight gradient.
+
+Three mechanisms, each independent of what is recorded:
+
+* a *tap*: an identity in the graph behind a layer's output that keeps the layer's input through
+  ``save_for_backward`` (so activation checkpointing and saved-tensor hooks apply to it) and reports both in backward;
+* the *freeze window*: trainable parameters do not require gradients from the root's forward to the end of backward,
+  so FSDP neither computes nor reduces weight gradients;
+* a *boundary*: an identity on the root's outputs. Between it and the start of backward the window is open, so a
+  parameter that the loss uses directly (a weight penalty, say) gets a gradient, and that is refused (rule 9);
+  the first thing that backward does is to close the window again, before FSDP looks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
+
+from fsdp_dp.errors import PrivacyError, UnsupportedModelError
+
+Report = Callable[[Tensor, Tensor], None]
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on ``output``. The anchor is a leaf that requires grad, so an embedding's output does as well."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, layer_input: Tensor, anchor: Tensor, report: Report) -> Tensor:
+        ctx.save_for_backward(layer_input)
+        ctx.report = report
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        (layer_input,) = ctx.saved_tensors
+        ctx.report(layer_input.detach(), grad_output)
+        return grad_output, None, None, None
+
+
+class _Boundary(torch.autograd.Function):
+    """Identity on one output of the root; tells when backward enters the model."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, entered: Callable[[int, Tensor], None], index: int) -> Tensor:
+        ctx.entered, ctx.index = entered, index
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        ctx.entered(ctx.index, grad_output)
+        return grad_output, None, None
+
+
+def with_boundary(outputs: Any, entered: Callable[[int, Tensor], None]) -> tuple[Any, bool]:
+    """``outputs`` with a boundary on every tensor that requires grad, and whether there was one.
+
+    In backward, ``entered(index, gradient)`` is called for the index-th of these tensors.
+    """
+    indices = itertools.count()
+
+    def wrap(x: Any) -> Any:
+        return _Boundary.apply(x, entered, next(indices)) if isinstance(x, Tensor) and x.requires_grad else x
+
+    return tree_map(wrap, outputs), next(indices) > 0
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward: activation checkpointing's recompute."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Taps:
+    """Taps on a set of layers. ``start`` is asked for a report function at every call of a layer.
+
+    Args:
+        layers: canonical name -> module.
+        start: called with the layer's name, input and output in forward; returns what to do in backward.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], start: Callable[[str], Report]) -> None:
+        self._start = start
+        self._anchor = torch.zeros((), requires_grad=True)
+        self.running: list[nn.Module] = []
+        self._handles: list[RemovableHandle] = []
+        for name, layer in layers.items():
+            self._handles.append(layer.register_forward_pre_hook(self._enter, prepend=True))
+            self._handles.append(
+                layer.register_forward_hook(self._leave(name), prepend=True, with_kwargs=True, always_call=True)
+            )
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.running.append(module)
+
+    def _leave(self, name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+            if self.running and self.running[-1] is module:
+                self.running.pop()
+            if output is None or not torch.is_grad_enabled():
+                return None
+            layer_input = args[0] if args else next(iter(kwargs.values()))
+            return _Tap.apply(output, layer_input, self._anchor, self._start(name))  # type: ignore[no-any-return]
+
+        return hook
+
+
+class FreezeWindow:
+    """Switches ``requires_grad`` of the managed parameters off and on; every call is idempotent."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._closed = False
+        self._handles = [
+            p.register_hook(self._refuse(name)) for name, p in parameters.items() if p.numel() and p.requires_grad
+        ]
+
+    def close(self) -> None:
+        """From here on autograd sees no trainable parameter. Raises if trainability changed since attachment."""
+        changed = [n for n, p in self._parameters.items() if not p.requires_grad] if not self._closed else []
+        if changed:
+            raise PrivacyError(
+                f"Parameter '{changed[0]}' was frozen after the engine was attached ({len(changed)} in all); call "
+                "engine.detach() and make_private(...) again between logical batches"
+            )
+        self._closed = True
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(False)
+
+    def open(self) -> None:
+        """Give the parameters back as the user knows them."""
+        self._closed = False
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(True)
+
+    def remove(self) -> None:
+        self.open()
+        for handle in self._handles:
+            handle.remove()
+
+    @staticmethod
+    def _refuse(name: str) -> Callable[[Tensor], None]:
+        def hook(grad: Tensor) -> None:
+            raise UnsupportedModelError(
+                f"Parameter '{name}' received a gradient that did not pass a layer: it is used outside its layer's "
+                "forward (a weight penalty in the loss, or a functional use), so that part would escape clipping. "
+                "Use the optimizer's weight_decay, or move the use into a supported layer"
+            )
+
+        return hook
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Run ``callback`` when the current backward is done (after FSDP1's own callback when queued by a tap)."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]

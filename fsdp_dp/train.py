@@ -1,0 +1,97 @@
+"""The command `python -m fsdp_dp.train`: reads the configuration, checks it, and hands it to the application.
+
+Hydra and OmegaConf end here. A bad option ends the program with its name and the allowed values before torch's process
+group starts; an exception later ends every rank with the message of the one that failed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fsdp_dp.training.config_errors import explain
+from fsdp_dp.training.schema import TrainConfig, check_world
+
+EXIT_BAD_CONFIGURATION = 2
+# How long other ranks give rank 0 to say what is wrong, so that it is said once.
+SECONDS_FOR_RANK_0 = 5
+
+
+def config_folder() -> str:
+    """The folder of `config.yaml`: in the checkout that this file belongs to, else in the installed package.
+
+    Hydra's `pkg://fsdp_dp.conf` cannot find a checkout that is not installed.
+    """
+    package = Path(__file__).resolve().parent
+    checkout = package.parent
+    in_checkout = (checkout / "setup.cfg").is_file() and (checkout / "conf" / "config.yaml").is_file()
+    return str(checkout / "conf" if in_checkout else package / "conf")
+
+
+def writable_schema() -> DictConfig:
+    """The schema as a node that YAML files and overrides may fill in: OmegaConf makes frozen dataclasses read-only."""
+    schema = OmegaConf.structured(TrainConfig)
+    for node in (schema, *schema.values()):
+        if isinstance(node, DictConfig):
+            OmegaConf.set_readonly(node, None)
+    return schema
+
+
+def checked(config: DictConfig) -> TrainConfig:
+    """The configuration as the dataclasses of the schema, for this number of processes.
+
+    Raises:
+        ValueError: a value is not allowed.
+        OmegaConfBaseException: a key is unknown; merging into the schema finds those that `+key=value` added.
+    """
+    known = OmegaConf.merge(writable_schema(), OmegaConf.to_container(config))
+    train_config = OmegaConf.to_object(known)
+    assert isinstance(train_config, TrainConfig)
+    check_world(train_config, int(os.environ.get("WORLD_SIZE", "1")))
+    return train_config
+
+
+def run_job(config: DictConfig) -> None:
+    """Check the configuration, read the data, then train."""
+    try:
+        train_config = checked(config)
+        # Imported late: torch takes seconds, and --help or a wrong option should not.
+        from fsdp_dp.training.app import prepare, run_or_end
+
+        plan = prepare(train_config)
+    except (ValueError, OmegaConfBaseException) as error:
+        refuse(explain(error))
+    run_or_end(plan)
+
+
+def refuse(message: str) -> NoReturn:
+    """End the program over a bad configuration; on several ranks, rank 0 says why."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(SECONDS_FOR_RANK_0)
+    print(f"fsdp_dp.train: {message}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_BAD_CONFIGURATION)
+
+
+def main() -> None:
+    """The entry point of `python -m fsdp_dp.train` and of the console script."""
+    os.environ["HYDRA_FULL_ERROR"] = (
+        "1"  # Hydra then raises instead of printing, and `explain` can add what is allowed.
+    )
+    ConfigStore.instance().store(name="train_schema", node=writable_schema())
+    try:
+        hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(run_job)()
+    except (ValueError, HydraException, OmegaConfBaseException) as error:
+        refuse(explain(error))
+
+
+if __name__ == "__main__":
+    main()

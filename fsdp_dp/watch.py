@@ -1,0 +1,102 @@
+"""What only running the model shows: parameters used behind their layer's back, and buffers written from data (rule 9).
+
+Both are looked for in the first training forward, and refused there: a parameter that is used outside its own layer
+would lose that part of its gradient, and a buffer that a forward changes carries un-noised data into checkpoints.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from fsdp_dp.errors import UnsupportedModelError
+
+Site = tuple[nn.Module, str]
+
+_METADATA = frozenset(
+    "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cuda is_cpu is_meta is_sparse is_quantized "
+    "is_mkldnn is_nested is_xla is_mps names itemsize nbytes _version output_nr size dim numel nelement stride "
+    "element_size is_floating_point is_complex is_contiguous data_ptr untyped_storage storage_offset __len__ __hash__ "
+    "__repr__ __format__ get_device requires_grad_ is_inference _backward_hooks __deepcopy__".split()
+)
+
+
+class FirstForward(TorchFunctionMode):
+    """Active during the first training forward of the root; `verify` is called at its end.
+
+    Args:
+        sites: (module, attribute) -> canonical name, for every managed parameter.
+        running: the stack of layers whose forward is running now.
+    """
+
+    def __init__(self, root: nn.Module, sites: Mapping[Site, str], running: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self._root, self._sites, self._running = root, sites, running
+        self._shapes: set[tuple[int, ...]] | None = None
+        self._buffers: dict[str, Tensor] = {}
+
+    def __enter__(self) -> FirstForward:
+        self._buffers = {name: buffer.detach().clone() for name, buffer in self._root.named_buffers()}
+        return super().__enter__()  # type: ignore[return-value]
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _name(func) not in _METADATA:
+            for tensor in _tensors(args, kwargs):
+                self._check_use(tensor, func)
+        return func(*args, **kwargs)
+
+    def _check_use(self, tensor: Tensor, func: Callable[..., Any]) -> None:
+        owners = [(module, name) for (module, attribute), name in self._sites.items() if _is(module, attribute, tensor)]
+        if not owners or (self._running and any(module is self._running[-1] for module, _ in owners)):
+            return
+        if _called_from_torch_distributed():
+            return
+        raise UnsupportedModelError(
+            f"Parameter '{owners[0][1]}' is used by {_name(func)} outside its own layer's forward, so that part of its "
+            "gradient would escape clipping. Call the layer itself, or wrap this use in a supported layer"
+        )
+
+    def verify(self) -> None:
+        """Raises UnsupportedModelError if the forward changed a buffer."""
+        for name, buffer in self._root.named_buffers():
+            before = self._buffers.get(name)
+            if before is None or before.shape != buffer.shape:
+                continue
+            if not torch.equal(torch.nan_to_num(before.to(buffer.device, buffer.dtype)), torch.nan_to_num(buffer)):
+                raise UnsupportedModelError(
+                    f"Buffer '{name}' was changed by a training forward. It would carry un-noised statistics of the "
+                    "data into checkpoints (running statistics, codebooks, load-balance counters): use a layer without it, "
+                    "or put that module into eval mode"
+                )
+
+
+def _is(module: nn.Module, attribute: str, tensor: Tensor) -> bool:
+    return getattr(module, attribute, None) is tensor
+
+
+def _name(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", str(func))
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    yield from (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+
+
+def _called_from_torch_distributed() -> bool:
+    """FSDP moves parameters around inside the forward; that is no use of them."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if "/torch/distributed/" in frame.f_code.co_filename.replace("\\", "/"):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
