@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -33,7 +34,7 @@ FINE_GRID, LARGEST_GRID = 2**19, 2**22
 SCOUT_ERROR = 5e-2
 # Rounding in the double-precision Fourier transforms of "pld", a release: 30 times what was measured (docs/accounting.md).
 PLD_ROUNDING = 1e-15
-LARGEST_RELEASE = 2**22
+LARGEST_RELEASE = 2**20
 # How far below the target calibration may stop.
 CALIBRATION_SLACK = 3e-3
 SMALLEST_NOISE, LARGEST_NOISE = 1e-2, 1e8
@@ -297,9 +298,8 @@ class PrivacyLoss:
     def mean(self) -> float:
         """The expected loss, by the trapezoidal rule, which converges exponentially for analytic Gaussian integrands."""
         sigma, q = self.mechanism
-        span = 1 + 28 * sigma
-        x = np.linspace(-14 * sigma, 1 + 14 * sigma, math.ceil(span / min(sigma / 50, sigma**2 / 4)))
-        log_ratio = np.logaddexp(np.log1p(-q), np.log(q) + (2 * x - 1) / (2 * sigma**2))
+        x = np.linspace(-14 * sigma, 1 + 14 * sigma, _nodes(1 + 28 * sigma, sigma))
+        log_ratio = _log_ratio(x, sigma, q)
         without = np.exp(-((x / sigma) ** 2) / 2) / (sigma * math.sqrt(2 * math.pi))
         if self.direction == "add":
             return float(np.trapezoid(-log_ratio * without, x))
@@ -339,6 +339,8 @@ def _prv(mechanism: Mechanism, counts: Sequence[int], delta: float) -> list[Epsi
         for direction in get_args(Direction)
     }
     largest = [_larger(*bounds) for bounds in zip(*scouts.values(), strict=True)]
+    if largest[-1].upper <= 0:
+        return largest
     wanted = _prv_error(mechanism, counts[-1], delta, largest[-1].estimate)
     fine = [
         _prv_direction(PrivacyLoss(mechanism, direction), counts, delta, wanted, LARGEST_GRID)
@@ -416,11 +418,11 @@ def _discretise(loss: PrivacyLoss, limit: float, width: float) -> Any:
 def _prv_epsilon(composed: Any, delta: float, eps_error: float) -> EpsilonBounds:
     """Read epsilon off the composed loss; refuse one in which rounding is visible."""
     delta_error = DELTA_ERROR_SHARE * delta
-    # A probability below zero can only be rounding, and the rounding of the other cells is of that size.
-    rounding = -float(composed.pmf[composed.pmf < 0].sum())
-    if rounding > delta_error / 10:
+    # A probability below zero can only be rounding, and that of all cells is of its order.
+    rounding = -10 * float(composed.pmf[composed.pmf < 0].sum())
+    if rounding > delta / 10:
         raise AccountingError(f"rounding errors of {rounding:.2g} in probability are not small beside {delta=:.3g}")
-    lower, estimate, upper = composed.compute_epsilon(delta, delta_error, eps_error)
+    lower, estimate, upper = composed.compute_epsilon(delta, delta_error + rounding, eps_error)
     return EpsilonBounds(lower, estimate, upper)
 
 
@@ -438,8 +440,8 @@ def _pld(mechanism: Mechanism, counts: Sequence[int], delta: float) -> list[Epsi
         raise AccountingError("dp-accounting is not installed (the `pld` extra)") from failure
 
     # The error grows like steps * interval^2 / epsilon; this keeps it near a thousandth of epsilon.
-    scale = _renyi_bound(mechanism, counts[-1], delta)
-    interval = min(max(scale * math.sqrt(5e-4 / counts[-1]), 1e-6), 1e-2)
+    scale = max(_renyi_bound(mechanism, counts[-1], delta), 1e-4)
+    interval = min(max(scale * math.sqrt(5e-4 / counts[-1]), 1e-6), max(1e-2, 1e-5 * scale))
     losses = 1 / (2 * mechanism.noise_multiplier**2) + 20 / mechanism.noise_multiplier
     interval = max(interval, losses / LARGEST_RELEASE)
     release = privacy_loss_distribution.from_gaussian_mechanism(
@@ -460,7 +462,7 @@ def _pld(mechanism: Mechanism, counts: Sequence[int], delta: float) -> list[Epsi
 
 
 def _rdp(mechanism: Mechanism, counts: Sequence[int], delta: float) -> list[EpsilonBounds]:
-    """Opacus's Renyi accountant, at its default orders; the bound is also the estimate."""
+    """Opacus's Renyi accountant, with larger orders than its default too; the bound is also the estimate."""
     with warnings.catch_warnings():
         # The import's deprecations, and "optimal order is the largest": the bound holds there, only looser.
         warnings.simplefilter("ignore")
@@ -468,37 +470,71 @@ def _rdp(mechanism: Mechanism, counts: Sequence[int], delta: float) -> list[Epsi
             from opacus.accountants import RDPAccountant
         except ImportError as failure:
             raise AccountingError("opacus is not installed") from failure
+        # Small epsilons need them; beyond 1024 its binomials overflow.
+        orders = [*RDPAccountant.DEFAULT_ALPHAS, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024]
         bounds = []
         for count in counts:
             accountant = RDPAccountant()
             accountant.history = [(mechanism.noise_multiplier, mechanism.sample_rate, count)]
-            upper = float(accountant.get_epsilon(delta))
+            upper = float(accountant.get_epsilon(delta, alphas=orders))
             bounds.append(EpsilonBounds(0.0, upper, upper))
     return bounds
 
 
 def _renyi_bound(mechanism: Mechanism, steps: int, delta: float) -> float:
-    """A cheap upper bound from integer Renyi orders, for the size of grids and for first guesses.
+    """A cheap upper bound from Renyi divergences, for the size of grids and for first guesses.
 
-    Divergence: Mironov et al. 2019 (arXiv 1908.10530), section 3.3; conversion: Balle et al. 2020 (arXiv 1905.09982),
-    theorem 21.
+    Conversion: Balle et al. 2020 (arXiv 1905.09982), theorem 21.
     """
-    orders = [*range(2, 65), *(2**power for power in range(7, 15))]
     bounds = (
-        steps * _renyi_divergence(mechanism, order) + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
-        for order in orders
+        steps * log_moment / (order - 1) + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+        for order, log_moment in _log_moments(mechanism)
     )
     return max(0.0, min(bounds))
 
 
-def _renyi_divergence(mechanism: Mechanism, order: int) -> float:
+@lru_cache(maxsize=256)
+def _log_moments(mechanism: Mechanism) -> list[tuple[float, float]]:
+    """(order, ln E_{x without the row} (with/without)^order), which is (order - 1) times the Renyi divergence."""
+    sigma, q = mechanism
+    # Little noise makes quadratures long and needs no sharp bound.
+    small = [1.01, 1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6, 1.8, 2.5] if sigma >= 0.05 else []
+    large = [*range(2, 16), *range(16, 64, 4), *(2**power for power in range(6, 15))]
+    if q == 1:
+        return [(order, order * (order - 1) / (2 * sigma**2)) for order in (*small, *large)]
+    return [(order, _log_moment_by_quadrature(mechanism, order)) for order in small] + [
+        (float(order), _log_moment_by_sum(mechanism, order)) for order in large
+    ]
+
+
+def _log_moment_by_quadrature(mechanism: Mechanism, order: float) -> float:
+    from scipy.special import logsumexp
+
+    sigma, q = mechanism
+    span = order + 28 * sigma
+    x = np.linspace(-14 * sigma, order + 14 * sigma, _nodes(span, sigma))
+    log_density = -((x / sigma) ** 2) / 2 - math.log(sigma * math.sqrt(2 * math.pi))
+    return float(logsumexp(log_density + order * _log_ratio(x, sigma, q))) + math.log(x[1] - x[0])
+
+
+def _log_moment_by_sum(mechanism: Mechanism, order: int) -> float:
+    """The binomial expansion of integer orders (Mironov et al. 2019, arXiv 1908.10530, section 3.3)."""
     from scipy.special import gammaln, logsumexp, xlog1py, xlogy
 
     sigma, q = mechanism
     k = np.arange(order + 1)
     log_binomial = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
-    terms = log_binomial + xlog1py(order - k, -q) + xlogy(k, q) + k * (k - 1.0) / (2 * sigma**2)
-    return float(logsumexp(terms)) / (order - 1)
+    return float(logsumexp(log_binomial + xlog1py(order - k, -q) + xlogy(k, q) + k * (k - 1.0) / (2 * sigma**2)))
+
+
+def _log_ratio(x: "NDArray[Any]", sigma: float, q: float) -> "NDArray[Any]":
+    """r(x) = ln(with/without), of `PrivacyLoss`."""
+    return np.logaddexp(np.log1p(-q), np.log(q) + (2 * x - 1) / (2 * sigma**2))
+
+
+def _nodes(span: float, sigma: float) -> int:
+    """How many nodes the trapezoidal rule needs: it converges exponentially in both of these scales of r and of x."""
+    return math.ceil(span / min(sigma / 50, sigma**2 / 4))
 
 
 _COMPOSITIONS: dict[str, Callable[[Mechanism, Sequence[int], float], list[EpsilonBounds]]] = {
@@ -537,7 +573,7 @@ def _search(upper: Callable[[float], float], model: Callable[[float], float], ta
 def _solve(model: Callable[[float], float], value: float) -> float:
     """The noise multiplier at which the decreasing `model` takes `value`, or the end of the range that comes nearest."""
     low, high = math.log(SMALLEST_NOISE), math.log(LARGEST_NOISE)
-    for _ in range(30):
+    for _ in range(20):
         middle = (low + high) / 2
         low, high = (middle, high) if model(math.exp(middle)) > value else (low, middle)
     return math.exp(high)

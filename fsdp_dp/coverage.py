@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable, Sequence
+
 from torch import Tensor, nn
 
-from fsdp_dp.errors import UnsupportedModelError
-from fsdp_dp.layers import refusal
+from fsdp_dp.errors import PrivacyError, UnsupportedModelError
+from fsdp_dp.layers import refusal, unknown_parameters
 from fsdp_dp.sharding.base import ShardedModel, canonical_name
 
 
@@ -22,7 +25,7 @@ def tapped_layers(model: ShardedModel) -> dict[str, nn.Module]:
             continue
         name = canonical_name(module_name + ".").rstrip(".")
         layers[name] = module
-        reason = refusal(module)
+        reason = refusal(module) or unknown_parameters(module, owners.get(module, []))
         if reason is not None:
             owned = ", ".join(owners.get(module, [])) or "none trainable"
             problems.append(f"  '{name or type(module).__name__}' (parameters: {owned}): {reason}")
@@ -38,6 +41,45 @@ def _is_training_batch_norm(module: nn.Module) -> bool:
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
         return False
     return module.training or module.running_mean is None
+
+
+def refuse_training_batch_norm(batch_norms: Sequence[nn.Module]) -> None:
+    """Frozen batch norm is fine only while it stays in eval mode; ``model.train()`` undoes that."""
+    if any(_is_training_batch_norm(module) for module in batch_norms):
+        raise UnsupportedModelError(
+            "A batch norm layer is in training mode: it mixes the rows of the batch and stores their statistics. After "
+            "model.train(), call .eval() on frozen batch norm layers, or use GroupNorm"
+        )
+
+
+def refuse_strangers(model: ShardedModel) -> None:
+    """Parameters that became trainable, or joined the model, after the engine was attached would be trained as they are."""
+    managed = {id(p.parameter) for p in model.parameters}
+    for name, parameter in model.root.named_parameters():
+        if parameter.requires_grad and id(parameter) not in managed:
+            raise PrivacyError(
+                f"Parameter '{canonical_name(name)}' became trainable after the engine was attached, so its gradient "
+                "would not be private. Call engine.detach() and make_private(...) again"
+            )
+
+
+_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def refuse_attached(root: nn.Module) -> None:
+    """Two engines on one layer would each see only a part of a row's gradient."""
+    if any(module in _ATTACHED for module in root.modules()):
+        raise PrivacyError(
+            "make_private: this model, or a part of it, already has a privacy engine; call its engine.detach() first"
+        )
+
+
+def mark_attached(layers: Iterable[nn.Module]) -> None:
+    _ATTACHED.update(layers)
+
+
+def unmark_attached(layers: Iterable[nn.Module]) -> None:
+    _ATTACHED.difference_update(set(layers))
 
 
 def check_rows(layer: str, rows: int, a: Tensor, g: Tensor) -> None:

@@ -13,8 +13,10 @@ An exception in between poisons it: it can only be discarded.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -27,10 +29,19 @@ from torch.utils._pytree import tree_leaves
 from fsdp_dp import accounting, noise
 from fsdp_dp.clipping import row_weights
 from fsdp_dp.config import PrivacyConfig
-from fsdp_dp.coverage import check_rows, tapped_layers
+from fsdp_dp.coverage import (
+    check_rows,
+    mark_attached,
+    refuse_attached,
+    refuse_strangers,
+    refuse_training_batch_norm,
+    tapped_layers,
+    unmark_attached,
+)
 from fsdp_dp.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
 from fsdp_dp.gradients import NormTerms, PerSampleGradient, combine
 from fsdp_dp.independence import FirstMicrobatch
+from fsdp_dp.intake import Intake
 from fsdp_dp.layers import rule_for
 from fsdp_dp.numerics import UN_NOISED_MARGIN, exact_arithmetic
 from fsdp_dp.optimizer_gate import OptimizerGate
@@ -40,6 +51,12 @@ from fsdp_dp.summary import describe
 from fsdp_dp.taps import FreezeWindow, Report, Taps, at_end_of_backward, recomputing, with_boundary
 from fsdp_dp.watch import FirstForward
 
+logger = logging.getLogger("fsdp_dp")
+
+_MECHANISM = (
+    "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "clipping", "clip_function",
+    "numerics",
+)  # fmt: skip
 _SEED_WARNING = "seed fixed: no privacy guarantee. Leave seed=None outside tests"
 
 
@@ -48,15 +65,16 @@ class _Microbatch:
     """One forward and its backward.
 
     ``uses`` collects the per-sample gradients of each parameter, one for each use in the forward. A ``rehearsal``
-    (see `independence`) is measured and never summed.
+    (see `independence`) is measured and never summed. ``taps`` counts calls of each layer, less those recomputed.
     """
 
     rows: int
     mask_B: Tensor
-    from_loader: bool
+    vouched: bool
     rehearsal: bool = False
     narrowest: torch.dtype = torch.float64
     uses: dict[str, list[PerSampleGradient]] = dataclasses.field(default_factory=dict)
+    taps: Counter[str] = dataclasses.field(default_factory=Counter)
     entered: bool = False
     done: bool = False
 
@@ -79,8 +97,10 @@ class PrivacyEngine:
 
     def __init__(self, model: nn.Module, privacy: PrivacyConfig, optimizer: Optimizer | None = None) -> None:
         self.privacy = privacy
+        refuse_attached(model)
         self.model = open_model(model)
         self.layers = tapped_layers(self.model)
+        self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.dtype = self.model.parameters[0].accumulator.dtype
         self.noise_multiplier = self._agree_on_noise_multiplier()
         self._lattice = noise.Lattice.for_release(
@@ -90,25 +110,26 @@ class PrivacyEngine:
         )
         self.row_bound = self._sensitivity_left_for_a_row()
         self.steps = 0
+        self._seeded = privacy.seed is not None
         self._new_keys()
 
         self._parameters = {p.name: p for p in self.model.parameters}
         handles = {p.name: p.parameter for p in self.model.parameters}
+        self._intake = Intake()
         self._current: _Microbatch | None = None
-        self._mask_B: Tensor | None = None
-        self._mask_from_loader = True
-        self._unrun_yields = 0
         self._in_forward = False
         self._pending = 0
         self._poisoned: str | None = None
         self._vouched = True
-        self._loaders = 0
+        self._draws_of_loaders: list[int] = []
+        self._earlier_epochs = 0
         self._norm_B: Tensor | None = None
         self.nonfinite_rows = torch.zeros((), dtype=torch.int64, device=self.model.device)
 
         self._window = FreezeWindow(handles)
         self._taps = Taps(self.layers, self._start_record)
-        self._first_forward: FirstForward | None = FirstForward(model, self.model.names, self._taps.running)
+        self._watch: FirstForward | None = None
+        self._watched: set[bool] = set()
         self._first_microbatch: FirstMicrobatch | None = None
         self._checked = False
         self._gate = OptimizerGate(handles, self._release, self._discard_pending)
@@ -121,6 +142,14 @@ class PrivacyEngine:
         ]
         if hasattr(model, "privacy_engine"):
             model.privacy_engine = self  # type: ignore[assignment]
+        mark_attached(self.layers.values())
+        if self.model.narrow_reduction:
+            logger.warning(
+                "reduce_dtype=%s is overridden: un-noised gradients are summed in %s, since rounding them would break the "
+                "sensitivity bound",
+                self.model.narrow_reduction,
+                self.dtype,
+            )
 
     # ------------------------------------------------------------------------------------------------ public surface
 
@@ -137,10 +166,10 @@ class PrivacyEngine:
                 "sampling='external_poisson' if your own loader draws every row independently with probability "
                 f"{self.privacy.sample_rate:g}"
             )
-        if self.privacy.seed is not None:
+        if self._seeded:
             warnings.warn(_SEED_WARNING, stacklevel=2)
         delta = self.privacy.target_delta if delta is None else delta
-        return accounting.epsilon_for(self.privacy, self.noise_multiplier, self.steps, delta).upper
+        return accounting.epsilon_for(self.privacy, self.noise_multiplier, self._accounted_steps(), delta).upper
 
     @property
     def per_sample_norms(self) -> Tensor:
@@ -160,31 +189,33 @@ class PrivacyEngine:
             steps: logical batches; default ``privacy.steps``, endless if that is None.
             dataloader_kwargs: for torch's ``DataLoader`` (``num_workers``, ``collate_fn``, ...).
         """
-        self._loaders += 1
+        number = len(self._draws_of_loaders)
+        self._draws_of_loaders.append(0)
         return LogicalBatchLoader(
             dataset,
             privacy=self.privacy,
-            key=noise.derive_key(self._master_key, f"sampling {self._loaders}"),
+            key=noise.derive_key(self._master_key, f"sampling {number}"),
             microbatch_size=microbatch_size,
             steps=self.privacy.steps if steps is None else steps,
             rank=self.model.data_rank,
             world_size=self.model.data_size,
-            on_logical_batch=self._start_logical_batch,
-            on_microbatch=self._take_microbatch,
-            on_logical_batch_end=lambda: None,
+            on_logical_batch=lambda: self._start_logical_batch(number),
+            on_microbatch=self._intake.take,
+            on_logical_batch_end=self._intake.end_logical_batch,
             dataloader_kwargs=dataloader_kwargs,
         )
 
     @contextmanager
     def microbatch(self, mask: Tensor) -> Iterator[None]:
         """Run one forward and backward of your own loader's microbatch; ``mask`` ``[B]`` is False for padding rows."""
-        self._mask_B, self._mask_from_loader, self._unrun_yields = mask, False, 1
+        self._raise_if_poisoned()
+        self._intake.open_block(mask)
         try:
             yield
-            if self._unrun_yields or (self._current is not None and not self._current.done):
-                raise PrivacyError("engine.microbatch(mask): the block ended without one forward and one backward")
-        finally:
-            self._mask_B, self._mask_from_loader, self._unrun_yields = None, True, 0
+            self._intake.close_block()
+        except BaseException:
+            self._poisoned = self._poisoned or "an exception ended a microbatch"
+            raise
 
     def discard(self) -> None:
         """Drop everything since the last release: sums, records and released gradients that no step has used.
@@ -196,8 +227,8 @@ class PrivacyEngine:
         for parameter in self.model.parameters:
             parameter.accumulator.zero_()
         self._forget_first_microbatch()
+        self._intake.discard()
         self._current, self._pending, self._poisoned, self._in_forward = None, 0, None, False
-        self._mask_B, self._unrun_yields = None, 0
 
     def privatize(self) -> None:
         """Release now: every managed ``.grad`` becomes its private gradient, which the next step uses as it is."""
@@ -210,7 +241,14 @@ class PrivacyEngine:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: counts and the mechanism. Nothing secret, and nothing un-noised."""
         mechanism = {k: v for k, v in dataclasses.asdict(self.privacy).items() if k != "seed"}
-        return {**mechanism, "steps": self.steps, "noise_multiplier": self.noise_multiplier, "vouched": self._vouched}
+        return {
+            **mechanism,
+            "steps": self.steps,
+            "epochs": self._epochs(),
+            "noise_multiplier": self.noise_multiplier,
+            "vouched": self._vouched,
+            "seeded": self._seeded,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue counting where ``state`` ended. Draws fresh keys, so no noise repeats. Call on all ranks.
@@ -219,15 +257,24 @@ class PrivacyEngine:
             PrivacyError: the mechanism differs, so that the releases could not be accounted together.
         """
         now = self.state_dict()
-        for name in ("noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling"):
+        missing = sorted(now.keys() - state.keys())
+        if missing:
+            raise PrivacyError(
+                f"load_state_dict: this is not the state of a privacy engine (no {missing[0]!r} in it); pass what "
+                "engine.state_dict() returned"
+            )
+        for name in _MECHANISM:
             if state[name] != now[name]:
                 raise PrivacyError(
                     f"load_state_dict: {name} was {state[name]!r} when the state was saved and is {now[name]!r} now; "
                     "releases of two mechanisms are not accounted together. Use the saved value"
                 )
         self.discard()
+        self._earlier_epochs = max(self._epochs(), int(state["epochs"]))
+        self._draws_of_loaders = [0] * len(self._draws_of_loaders)
         self.steps = max(self.steps, int(state["steps"]))
         self._vouched = self._vouched and bool(state["vouched"])
+        self._seeded = self._seeded or bool(state["seeded"])
         self._new_keys()
 
     def detach(self) -> None:
@@ -237,6 +284,7 @@ class PrivacyEngine:
         self._taps.remove()
         self._window.remove()
         self._gate.remove()
+        unmark_attached(self.layers.values())
         for hook in self._hooks:
             hook.remove()
         if getattr(self.model.root, "privacy_engine", None) is self:
@@ -298,19 +346,27 @@ class PrivacyEngine:
             )
         return bound
 
+    def _epochs(self) -> int:
+        """Epochs of shuffling begun, over all loaders: no row was in more releases than that."""
+        per_epoch = self.privacy.dataset_size // self.privacy.expected_batch_size
+        return self._earlier_epochs + sum(-(-draws // per_epoch) for draws in self._draws_of_loaders)
+
+    def _accounted_steps(self) -> int:
+        """Releases as the accountant counts them: for shuffling, whole epochs."""
+        if self.privacy.sampling != "shuffle":
+            return self.steps
+        return max(self.steps, self._epochs() * (self.privacy.dataset_size // self.privacy.expected_batch_size))
+
     # --------------------------------------------------------------------------------------------- forward, backward
 
-    def _start_logical_batch(self) -> None:
+    def _start_logical_batch(self, loader: int) -> None:
         if self._pending:
             raise PrivacyError(
                 "A new logical batch starts while the sums of the last one are not released: call optimizer.step() "
                 "after every logical batch, or engine.discard() on all ranks to drop it"
             )
-        self._mask_B, self._unrun_yields = None, 0
-
-    def _take_microbatch(self, mask_B: Tensor) -> None:
-        self._mask_B, self._mask_from_loader = mask_B, True
-        self._unrun_yields += 1
+        self._draws_of_loaders[loader] += 1
+        self._intake.start_logical_batch()
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled() or recomputing():
@@ -320,20 +376,18 @@ class PrivacyEngine:
             self._check_before_forward()
             self._current = self._next_microbatch(args, kwargs)
         assert self._current is not None
-        self._in_forward = True
         self._window.close()
+        self._in_forward = True
         if not rehearsal and not self._checked and self._first_microbatch is None:
             self._first_microbatch = FirstMicrobatch(self._current.rows, args, kwargs, self.model.device)
-        if self._first_forward is not None:
-            self._first_forward.__enter__()
+        if module.training not in self._watched:
+            self._watch = FirstForward(module, self.model.names, self._taps.running)
+            self._watch.__enter__()
 
     def _check_before_forward(self) -> None:
         self._raise_if_poisoned()
-        if self._unrun_yields > 1:
-            raise PrivacyError(
-                f"{self._unrun_yields} microbatches were taken from the loader before this forward, so masks and rows "
-                "no longer belong together: run forward and backward of each microbatch before taking the next"
-            )
+        refuse_training_batch_norm(self._batch_norms)
+        refuse_strangers(self.model)
         if self._gate.waiting:
             raise PrivacyError(
                 "A new forward starts while a released gradient waits for its optimizer.step(); call step() (or "
@@ -344,40 +398,38 @@ class PrivacyEngine:
     def _next_microbatch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Microbatch:
         """Pair the mask that travels with the microbatch with the rows that the model is given."""
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
-        if not tensors:
-            raise PrivacyError("The model was called without a tensor input, so its number of rows is unknown")
-        rows, mask = tensors[0].shape[0], self._mask_B
-        if mask is not None and (mask.ndim != 1 or mask.numel() != rows):
+        rows = tensors[0].shape[0] if tensors else 0
+        if rows == 0:
             raise PrivacyError(
-                f"The mask has shape {tuple(mask.shape)}, but the model's first input has {rows} rows; the mask needs "
-                "one entry for every row of the microbatch"
+                "The model was called without a row (no tensor input, or a first dimension of 0). Pad an empty "
+                "microbatch with one row and mask it: with engine.microbatch(torch.tensor([False]))"
             )
-        from_loader = mask is not None and self._mask_from_loader
-        mask = torch.ones(rows, dtype=torch.bool) if mask is None else mask
-        self._mask_B, self._unrun_yields = None, 0
-        return _Microbatch(rows, mask.to(self.model.device, torch.bool), from_loader)
+        mask, from_loader = self._intake.next_mask(rows, pending=self._pending > 0)
+        vouched = from_loader or self.privacy.sampling == "external_poisson"
+        return _Microbatch(rows, mask.to(self.model.device, torch.bool), vouched)
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self._in_forward or recomputing():
             return None
         self._in_forward = False
         self._taps.running.clear()
-        first, self._first_forward = self._first_forward, None
-        if first is not None:
-            first.__exit__(None, None, None)
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.__exit__(None, None, None)
         if output is None:
             self._window.open()
             self._poisoned = "a forward raised an exception"
             return None
-        if first is not None:
-            self._verify_first_forward(first)
+        if watch is not None:
+            self._verify(watch)
+            self._watched.add(module.training)
         return self._bounded(output)
 
-    def _verify_first_forward(self, first: FirstForward) -> None:
+    def _verify(self, watch: FirstForward) -> None:
         try:
-            first.verify()
+            watch.verify()
         except UnsupportedModelError:
-            self.discard()
+            self._window.open()
             self._poisoned = "the model is not supported"
             raise
 
@@ -402,15 +454,26 @@ class PrivacyEngine:
 
     def _start_record(self, layer: str) -> Report:
         """A tap's report function, made at each call of a layer in forward."""
-        if recomputing():
-            return lambda a, g: None
         microbatch = self._current
+        if recomputing():
+            return self._recomputed(microbatch, layer)
         if not self._in_forward or microbatch is None:
             raise PrivacyError(
                 f"Layer '{layer}' was called outside the model's own forward, where its gradient cannot be clipped "
                 "with the rest of the row; call it inside model.forward, or under torch.no_grad()"
             )
+        microbatch.taps[layer] += 1
         return lambda a, g: self._record(microbatch, layer, a, g)
+
+    def _recomputed(self, microbatch: _Microbatch | None, layer: str) -> Report:
+        """Activation checkpointing calls a layer again: the tap of the first call reports, this one is idle."""
+        if microbatch is None or microbatch.taps[layer] == 0:
+            raise UnsupportedModelError(
+                f"Layer '{layer}' is recomputed in backward, but its forward ran without a graph: reentrant activation "
+                "checkpointing hides its gradient from the engine. Use checkpoint(..., use_reentrant=False)"
+            )
+        microbatch.taps[layer] -= 1
+        return lambda a, g: None
 
     def _enter_backward(self, microbatch: _Microbatch) -> None:
         if microbatch.done:
@@ -453,6 +516,7 @@ class PrivacyEngine:
             else:
                 self._clip_and_accumulate(microbatch, gradients, terms)
         microbatch.done, self._poisoned = True, None
+        self._intake.finished()
         self._window.open()
 
     def _norm_terms(self, gradients: dict[str, PerSampleGradient], rows: int) -> NormTerms:
@@ -483,7 +547,7 @@ class PrivacyEngine:
             self.model.start_accumulate(unit, sums)
         self.model.finish_accumulate()
         self._pending += 1
-        self._vouched &= microbatch.from_loader or self.privacy.sampling == "external_poisson"
+        self._vouched &= microbatch.vouched
 
     # -------------------------------------------------------------------------------------------------------- release
 
@@ -497,6 +561,7 @@ class PrivacyEngine:
             self.model.publish(parameter, self._private_gradient(parameter))
             parameter.accumulator.zero_()
         self._pending = 0
+        self._intake.released()
         grads = {name: p.parameter.grad for name, p in self._parameters.items()}
         self._gate.published({name: grad for name, grad in grads.items() if grad is not None})
 
@@ -509,11 +574,7 @@ class PrivacyEngine:
                 "optimizer.step() without a backward since the last release: there is nothing to release. Run at least "
                 "one microbatch (an empty draw still gives one, all padding, from engine.loader)"
             )
-        if self._unrun_yields or (self._current is not None and not self._current.done and self._current.from_loader):
-            raise PrivacyError(
-                "optimizer.step(): a microbatch taken from the loader was not run forward and backward; run every "
-                "microbatch of the logical batch, or engine.discard() on all ranks"
-            )
+        self._intake.check_release()
         limit = self.privacy.steps
         if self.privacy.target_epsilon is not None and limit is not None and self.steps >= limit:
             self.discard()

@@ -28,7 +28,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fsdp_dp.numerics import accumulate_dtype, gamma, unit_roundoff
+from fsdp_dp.numerics import (
+    SPLIT_ROUNDOFF,
+    accumulate_dtype,
+    gamma,
+    on_tensor_cores,
+    product,
+    product_roundoff,
+    split_bfloat16,
+    unit_roundoff,
+)
 
 MAX_SCRATCH_ELEMENTS = 1 << 25
 
@@ -133,18 +142,19 @@ class OuterProduct:
         T, D, P = *self.a_BTD.shape[1:], self.g_BTP.shape[2]
         step = _rows_per_chunk(T * T * 4 if self.uses_gram else D * P)
         norms = _gram_norms if self.uses_gram else _instantiated_norms
-        parts = [
-            norms(a.to(self.dtype), g.to(self.dtype)).stack()
-            for a, g in zip(self.a_BTD.split(step), self.g_BTP.split(step), strict=True)
-        ]
+        parts = [norms(a, g).stack() for a, g in zip(self.a_BTD.split(step), self.g_BTP.split(step), strict=True)]
         return NormTerms.unstack(torch.cat(parts, dim=1))
 
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
-        scaled = _kept(self.g_BTP.to(self.dtype) * weight_B.to(self.dtype)[:, None, None], keep_B)
-        return scaled.flatten(0, 1).T @ _kept(self.a_BTD, keep_B).to(self.dtype).flatten(0, 1)
+        a = _kept(self.a_BTD, keep_B).flatten(0, 1)
+        scaled = _kept(self.g_BTP.to(self.dtype) * weight_B.to(self.dtype)[:, None, None], keep_B).flatten(0, 1)
+        if not on_tensor_cores(a):
+            return product(scaled.T, a)
+        high, low = split_bfloat16(scaled)
+        return product(high.T, a).add_(product(low.T, a))
 
     def dense(self) -> Tensor:
-        return self.g_BTP.to(self.dtype).mT @ self.a_BTD.to(self.dtype)
+        return product(self.g_BTP.mT, self.a_BTD)
 
 
 def _token_norms(a_BTD: Tensor, g_BTP: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,9 +164,10 @@ def _token_norms(a_BTD: Tensor, g_BTP: Tensor) -> tuple[Tensor, Tensor]:
     return norm(a_BTD) * up, norm(g_BTP) * up
 
 
-def _product_rounding(S_B: Tensor, T: int, dtype: torch.dtype) -> Tensor:
-    """Rounding of ``sum_t (w g_t) a_t^T`` in ``dtype``: the scaled factor is rounded, then T products are summed."""
-    return gamma(T + 3, dtype) * S_B
+def _product_rounding(S_B: Tensor, a_BTD: Tensor) -> Tensor:
+    """Rounding of ``sum_t (w g_t) a_t^T``: the scaled factor is rounded (or split in two), T products are summed."""
+    split = 1.01 * SPLIT_ROUNDOFF if on_tensor_cores(a_BTD) else 0.0
+    return (split + gamma(a_BTD.shape[1] + 4, product_roundoff(a_BTD))) * S_B
 
 
 def _instantiated_norms(a_BTD: Tensor, g_BTP: Tensor) -> NormTerms:
@@ -165,16 +176,15 @@ def _instantiated_norms(a_BTD: Tensor, g_BTP: Tensor) -> NormTerms:
     Entry-wise ``|G^ - G| <= gamma(T) sum_t |g_t| |a_t|``, so in norm ``|G^ - G| <= gamma(T) S`` with
     ``S = sum_t |a_t| |g_t|``; then ``|G|^2 <= (|G^| + gamma(T) S)^2``.
     """
-    dtype, T = a_BTD.dtype, a_BTD.shape[1]
-    norm_sq = _norm_sq(g_BTP.mT @ a_BTD)
+    norm_sq = _norm_sq(product(g_BTP.mT, a_BTD))
     a_norm, g_norm = _token_norms(a_BTD, g_BTP)
     S_B = (a_norm * g_norm).sum(1)
-    off = gamma(T, dtype) * S_B
+    off = gamma(a_BTD.shape[1], product_roundoff(a_BTD, g_BTP)) * S_B
     own = gamma(a_BTD.shape[2] * g_BTP.shape[2] + 2, torch.float64)
     return NormTerms(
         norm_sq=norm_sq,
         error=2 * off * norm_sq.sqrt() * (1 + own) + off**2 + own * norm_sq,
-        rounding_sq=_product_rounding(S_B, T, dtype) ** 2,
+        rounding_sq=_product_rounding(S_B, a_BTD) ** 2,
     )
 
 
@@ -186,17 +196,17 @@ def _gram_norms(a_BTD: Tensor, g_BTP: Tensor) -> NormTerms:
     float64 sum over T^2 terms adds ``gamma(T^2) S^2``. The weight ``|N^|`` (not ``|g_t||g_s|``) keeps it small for
     tokens that are nearly orthogonal. Under cancellation the computed value may be negative: clamped, error kept.
     """
-    T, D, P, dtype = *a_BTD.shape[1:], g_BTP.shape[2], a_BTD.dtype
-    M, N = (a_BTD @ a_BTD.mT).double(), (g_BTP @ g_BTP.mT).double()
+    T, D, P, unit = *a_BTD.shape[1:], g_BTP.shape[2], product_roundoff(a_BTD, g_BTP)
+    M, N = product(a_BTD, a_BTD.mT).double(), product(g_BTP, g_BTP.mT).double()
     a_norm, g_norm = _token_norms(a_BTD, g_BTP)
     S_B = (a_norm * g_norm).sum(1)
     on_M = (N.abs() @ a_norm[..., None]).squeeze(2).mul(a_norm).sum(1)
     on_N = (M.abs() @ g_norm[..., None]).squeeze(2).mul(g_norm).sum(1)
-    own = gamma(T * T + 2 * T, torch.float64) + 3 * gamma(D, dtype) * gamma(P, dtype)
+    own = gamma(T * T + 2 * T, torch.float64) + 3 * gamma(D, unit) * gamma(P, unit)
     return NormTerms(
         norm_sq=(M * N).sum((1, 2)).clamp(min=0),
-        error=gamma(D, dtype) * on_M + gamma(P, dtype) * on_N + own * S_B**2,
-        rounding_sq=_product_rounding(S_B, T, dtype) ** 2,
+        error=gamma(D, unit) * on_M + gamma(P, unit) * on_N + own * S_B**2,
+        rounding_sq=_product_rounding(S_B, a_BTD) ** 2,
     )
 
 
@@ -281,13 +291,12 @@ class TiedSum:
 
 def _tied_inner_product(a_BSD: Tensor, g_BSV: Tensor, h_BTD: Tensor, index_BT: Tensor) -> tuple[Tensor, Tensor]:
     S, T = a_BSD.shape[1], h_BTD.shape[1]
-    dtype = accumulate_dtype(torch.promote_types(a_BSD.dtype, g_BSV.dtype))
-    a, h = a_BSD.to(dtype), h_BTD.to(dtype)
     g_BST = g_BSV.gather(2, index_BT[:, None, :].expand(-1, S, -1)).double()
-    ah_BST = (a @ h.mT).double()
-    a_norm, h_norm = _token_norms(a, h)
+    ah_BST = product(a_BSD, h_BTD.mT).double()
+    a_norm, h_norm = _token_norms(a_BSD, h_BTD)
     bound = ((a_norm[:, None, :] @ g_BST.abs()).squeeze(1) * h_norm).sum(1)
-    return (g_BST * ah_BST).sum((1, 2)), (gamma(a.shape[2], dtype) + gamma(S * T, torch.float64)) * 2 * bound
+    relative = gamma(a_BSD.shape[2], product_roundoff(a_BSD, h_BTD)) + gamma(S * T, torch.float64)
+    return (g_BST * ah_BST).sum((1, 2)), 2 * relative * bound
 
 
 def combine(uses: Sequence[PerSampleGradient]) -> PerSampleGradient:

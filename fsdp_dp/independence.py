@@ -137,7 +137,7 @@ class LossRecording(TorchFunctionMode):
         if loss.numel() != 1 and kwargs.get("gradient") is None:
             raise PrivacyError(
                 f"backward() of a loss with shape {tuple(loss.shape)}: the loss must be a scalar, the mean or the sum "
-                "over the rows of the microbatch (PrivacyConfig.loss_reduction says which). Call loss.mean() or loss.sum()"
+                "over the rows of the microbatch (PrivacyConfig.loss_reduction says which); call loss.mean() or .sum()"
             )
         if loss.grad_fn is None or self._rows < 2 or any(loss is x for x in self._outputs):
             return

@@ -11,9 +11,19 @@ product of ``n`` terms evaluated in arithmetic of unit roundoff ``u`` is off by 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
+TENSOR_CORE_ROUNDOFF = 2.0**-22
+"""Bound on one accumulation step of a bfloat16 tensor-core product: float32 that truncates and aligns to the largest
+term of a block (Fasi, Higham, Mikaitis, Pranesh 2021, "Numerical behavior of NVIDIA tensor cores"), with a factor to
+spare."""
+
+SPLIT_ROUNDOFF = 2.0**-16
+"""A float32 number is the sum of two bfloat16 numbers up to this, relative: twice 8 bits."""
 
 UN_NOISED_MARGIN = {torch.float64: 2.0**-42, torch.float32: 2.0**-14}
 """Share of ``max_grad_norm`` kept back for the rounding of sums over rows, microbatches and ranks (rule 3).
@@ -33,10 +43,39 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def gamma(terms: int, dtype: torch.dtype) -> float:
-    """Relative error bound of a sum of ``terms`` products in ``dtype`` (infinite when the bound means nothing)."""
-    spread = terms * unit_roundoff(dtype)
+def gamma(terms: int, rounding: torch.dtype | float) -> float:
+    """Relative error bound of a sum of ``terms`` products, given a dtype or a unit roundoff (infinite if useless)."""
+    spread = terms * (rounding if isinstance(rounding, float) else unit_roundoff(rounding))
     return spread / (1 - spread) if spread < 0.5 else float("inf")
+
+
+def on_tensor_cores(*factors: Tensor) -> bool:
+    """Whether a product of these is formed from bfloat16 by tensor cores, with float32 accumulation and result."""
+    return all(x.is_cuda and x.dtype == torch.bfloat16 for x in factors)
+
+
+def product_roundoff(*factors: Tensor) -> float:
+    """Unit roundoff of `product`'s accumulation."""
+    if on_tensor_cores(*factors):
+        return TENSOR_CORE_ROUNDOFF
+    return unit_roundoff(accumulate_dtype(functools.reduce(torch.promote_types, (x.dtype for x in factors))))
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` for ``[m, k] [k, n]`` or batches of these, in float32 (float64 for float64 factors).
+
+    Products of two bfloat16 numbers are exact in float32, so both ways differ only in how they accumulate.
+    """
+    if on_tensor_cores(x, y):
+        return (torch.mm if x.ndim == 2 else torch.bmm)(x, y, out_dtype=torch.float32)  # type: ignore[call-overload, no-any-return]
+    dtype = accumulate_dtype(torch.promote_types(x.dtype, y.dtype))
+    return x.to(dtype) @ y.to(dtype)
+
+
+def split_bfloat16(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 ``x`` as a sum of two bfloat16 tensors, off by at most ``SPLIT_ROUNDOFF * |x|`` (underflow aside)."""
+    high = x.to(torch.bfloat16)
+    return high, (x - high.float()).to(torch.bfloat16)
 
 
 @contextlib.contextmanager

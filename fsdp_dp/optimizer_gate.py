@@ -36,6 +36,7 @@ class OptimizerGate:
             register_optimizer_step_post_hook(_weakly(self, "after_step")),
         ]
         self._owners: list[weakref.ref[Any]] = []
+        self._marked: list[weakref.ref[Any]] = []
 
     @property
     def waiting(self) -> bool:
@@ -58,6 +59,9 @@ class OptimizerGate:
         for owner in (ref() for ref in self._owners):
             if owner is not None:
                 del owner.zero_grad
+        for optimizer in (ref() for ref in self._marked):
+            if optimizer is not None:
+                del optimizer._step_supports_amp_scaling
 
     def before_step(self, optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         held = self._held_by(optimizer)
@@ -90,7 +94,7 @@ class OptimizerGate:
         """Check an optimizer and let its ``zero_grad`` discard. Raises PrivacyError for parameters nobody clips."""
         managed = {id(p) for p in self._parameters.values()}
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        strangers = [tuple(p.shape) for p in held if p.requires_grad and id(p) not in managed]
+        strangers = [tuple(p.shape) for p in held if (p.requires_grad or p.grad is not None) and id(p) not in managed]
         if strangers:
             raise PrivacyError(
                 f"The optimizer holds {len(strangers)} trainable parameter(s) that this engine does not manage (shapes "
@@ -98,7 +102,9 @@ class OptimizerGate:
                 "after sharding, and give other models their own optimizer"
             )
         # GradScaler leaves the scale on optimizers that say they handle it, which tells its step from a plain one.
-        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+        if "_step_supports_amp_scaling" not in vars(optimizer):
+            optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+            self._marked.append(weakref.ref(optimizer))
         self.adopt_zero_grad(optimizer)
 
     def adopt_zero_grad(self, owner: Any) -> None:

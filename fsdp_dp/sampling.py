@@ -129,8 +129,8 @@ class LogicalBatchLoader:
         rank, world_size: *data-parallel* rank and size (tensor-parallel peers share their data).
         on_logical_batch: called before a logical batch is handed out; may raise to refuse.
         on_microbatch: called with the mask (bool [B], True for real rows) just before its microbatch is handed out.
-        on_logical_batch_end: called once the microbatches of a logical batch have all been taken and it ends. What is
-            left of one when the next is asked for is dropped, and none of these is called for it.
+        on_logical_batch_end: called when the last microbatch of a logical batch is handed out. What is left of one when
+            the next is asked for is dropped, and none of these is called for it.
         dataloader_kwargs: options of torch's `DataLoader`, save those that choose rows or their order.
 
     Raises:
@@ -310,16 +310,15 @@ class _LogicalBatch:
 
     def __next__(self) -> Any:
         if self._exhausted:
-            self._end()
             raise StopIteration
         batch, mask_B, self._exhausted = self._stream.next()
         self._callbacks.on_microbatch(mask_B)
+        if self._exhausted:
+            self._end()
         return batch
 
     def drain(self) -> None:
         """Drop what was not taken, without a word to the engine: those rows take part in no release."""
-        if self._exhausted:
-            self._end()
         self._ended = True
         while not self._exhausted:
             _, _, self._exhausted = self._stream.next()

@@ -74,8 +74,8 @@ class FirstForward(TorchFunctionMode):
             if not torch.equal(torch.nan_to_num(before.to(buffer.device, buffer.dtype)), torch.nan_to_num(buffer)):
                 raise UnsupportedModelError(
                     f"Buffer '{name}' was changed by a training forward. It would carry un-noised statistics of the "
-                    "data into checkpoints (running statistics, codebooks, load-balance counters): use a layer without it, "
-                    "or put that module into eval mode"
+                    "data into checkpoints (running statistics, codebooks, load-balance counters): use a layer without "
+                    "it, or put that module into eval mode"
                 )
 
 

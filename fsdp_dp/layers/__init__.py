@@ -5,6 +5,17 @@ works while FSDP has them resharded. Adding a layer is one file: write the rule,
 """
 
 from fsdp_dp.layers import embedding, linear, normalization
-from fsdp_dp.layers.registry import Rule, has_rule, layer_rule, refusal, rule_for, supported
+from fsdp_dp.layers.registry import Rule, has_rule, layer_rule, refusal, rule_for, supported, unknown_parameters
 
-__all__ = ["Rule", "embedding", "has_rule", "layer_rule", "linear", "normalization", "refusal", "rule_for", "supported"]
+__all__ = [
+    "Rule",
+    "embedding",
+    "has_rule",
+    "layer_rule",
+    "linear",
+    "normalization",
+    "refusal",
+    "rule_for",
+    "supported",
+    "unknown_parameters",
+]

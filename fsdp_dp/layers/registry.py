@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
@@ -13,17 +13,20 @@ Check = Callable[[nn.Module], str | None]
 
 _RULES: dict[type[nn.Module], Rule] = {}
 _CHECKS: dict[type[nn.Module], Check] = {}
+_PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {}
 
 
-def layer_rule(*types: type[nn.Module], check: Check = lambda module: None) -> Callable[[Rule], Rule]:
+def layer_rule(
+    *types: type[nn.Module], parameters: tuple[str, ...] = ("weight", "bias"), check: Check = lambda module: None
+) -> Callable[[Rule], Rule]:
     """Register a rule for exactly these types (a subclass may compute something else, so it is not covered).
 
-    ``check(module)`` returns why this instance cannot be exact, or None.
+    ``parameters`` are all that the rule knows; ``check(module)`` returns why an instance cannot be exact, or None.
     """
 
     def register(rule: Rule) -> Rule:
         for kind in types:
-            _RULES[kind], _CHECKS[kind] = rule, check
+            _RULES[kind], _CHECKS[kind], _PARAMETERS[kind] = rule, check, parameters
         return rule
 
     return register
@@ -40,6 +43,17 @@ def rule_for(module: nn.Module) -> Rule:
 def supported() -> list[str]:
     """Names of the supported layers, for messages."""
     return sorted(kind.__name__ for kind in _RULES)
+
+
+def unknown_parameters(module: nn.Module, owned: Iterable[str]) -> str | None:
+    """Why a layer's additional parameters cannot be made private: its rule does not know them."""
+    unknown = [name for name in owned if name not in _PARAMETERS[type(module)]]
+    if not unknown:
+        return None
+    return (
+        f"the rule of {type(module).__name__} does not know its parameter(s) {', '.join(unknown)} (weight norm and other "
+        "reparametrizations add such); remove them or freeze them"
+    )
 
 
 def refusal(module: nn.Module) -> str | None:

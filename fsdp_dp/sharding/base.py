@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -89,6 +89,9 @@ class ShardedModel(abc.ABC):
     data_group: dist.ProcessGroup | None = None
     split_group: dist.ProcessGroup | None = None
 
+    narrow_reduction: torch.dtype | None = None
+    """A reduce_dtype that the user's FSDP policy asked for and that is too narrow for un-noised sums."""
+
     @property
     def data_rank(self) -> int:
         return dist.get_rank(self.data_group) if self.data_group is not None else 0
@@ -152,3 +155,8 @@ def trainable_names(root: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
         min(name for name, _, _ in uses): [(module, attribute) for _, module, attribute in uses]
         for uses in sites.values()
     }
+
+
+def narrow_reduction(dtypes: Iterable[torch.dtype | None]) -> torch.dtype | None:
+    """The first of these reduce dtypes that is narrower than float32."""
+    return next((dtype for dtype in dtypes if dtype is not None and dtype.itemsize < 4), None)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from fsdp_dp.numerics import accumulate_dtype
-from fsdp_dp.sharding.base import ManagedParameter, Region, ShardedModel, canonical_name
+from fsdp_dp.sharding.base import ManagedParameter, Region, ShardedModel, canonical_name, narrow_reduction
 
 _HANDLE_NAMES = ("flat_param", "_get_flat_param_offsets", "process_group", "world_size", "uses_sharded_strategy")
 _FLAT_NAMES = (
@@ -41,6 +41,8 @@ class Fsdp1Model(ShardedModel):
         self.device = self._units[0].buffer.device
         self.data_group = handles[0].process_group
         self.groups = [self.data_group]
+        policies = [m.mixed_precision for m in FullyShardedDataParallel.fsdp_modules(root)]
+        self.narrow_reduction = narrow_reduction(p.reduce_dtype or p.param_dtype for p in policies if p is not None)
         entries = sorted((e for unit in self._units for e in unit.entries), key=lambda e: e.name)
         self.parameters = [
             ManagedParameter(

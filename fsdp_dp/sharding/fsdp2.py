@@ -18,7 +18,14 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from fsdp_dp.gradients import NormTerms
 from fsdp_dp.numerics import accumulate_dtype
-from fsdp_dp.sharding.base import ManagedParameter, Region, ShardedModel, canonical_name, trainable_names
+from fsdp_dp.sharding.base import (
+    ManagedParameter,
+    Region,
+    ShardedModel,
+    canonical_name,
+    narrow_reduction,
+    trainable_names,
+)
 
 
 class Fsdp2Model(ShardedModel):
@@ -61,6 +68,8 @@ class Fsdp2Model(ShardedModel):
             for index, name in enumerate(sorted(named))
         ]
         self._global_numel = sum(p.numel() for p in dtensors.values())
+        policies = [m._get_fsdp_state()._mp_policy for m in root.modules() if isinstance(m, FSDPModule)]
+        self.narrow_reduction = narrow_reduction(p.reduce_dtype or p.param_dtype for p in policies)
         self._in_flight: list[tuple[_Unit, Tensor, Tensor, dist.Work | None]] = []
 
     def start_accumulate(self, unit: int, gradients: Mapping[str, Tensor]) -> None:

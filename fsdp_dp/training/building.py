@@ -1,0 +1,108 @@
+"""From the configuration to a sharded model, its optimizer and its privacy engine."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from fsdp_dp.config import PrivacyConfig
+from fsdp_dp.engine import PrivacyEngine, make_private
+from fsdp_dp.models.config import GPTConfig
+from fsdp_dp.models.gpt import GPT, Block
+from fsdp_dp.training.schema import OptimizerConfig, TrainConfig
+from fsdp_dp.training.world import World
+
+FSDP1_STRATEGIES = {
+    "full_shard": ShardingStrategy.FULL_SHARD,
+    "shard_grad_op": ShardingStrategy.SHARD_GRAD_OP,
+}
+
+
+def build_model(config: TrainConfig, world: World) -> nn.Module:
+    """The decoder on `world.device`, sharded block by block; every rank starts from the same weights."""
+    torch.manual_seed(config.seed)
+    model = GPT(config.model)
+    # Dropout: other rows, other masks; tensor-parallel peers hold the same rows and need the same masks.
+    torch.manual_seed(config.seed + world.data_rank)
+    if config.sharding.strategy in FSDP1_STRATEGIES:
+        return shard_fsdp1(model, config, world)
+    if world.tensor_mesh is not None:
+        split_linears(model, world)
+    return shard_fsdp2(model, config, world)
+
+
+def parameter_count(config: GPTConfig) -> int:
+    """Trainable elements of the whole model; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in GPT(config).parameters())
+
+
+def shard_fsdp1(model: GPT, config: TrainConfig, world: World) -> nn.Module:
+    """FSDP1, one unit a block and one for the rest."""
+    precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # One process is a special case to FSDP1, not to its user.
+    warnings.filterwarnings("ignore", message="FSDP is switching to use `NO_SHARD`")
+    return FullyShardedDataParallel(
+        model,
+        device_mesh=world.data_mesh,
+        sharding_strategy=FSDP1_STRATEGIES[config.sharding.strategy],
+        auto_wrap_policy=ModuleWrapPolicy({Block}),
+        mixed_precision=precision if config.precision.compute == "bf16" else None,
+        device_id=world.device,
+        use_orig_params=True,
+    )
+
+
+def shard_fsdp2(model: GPT, config: TrainConfig, world: World) -> nn.Module:
+    """FSDP2, one unit a block and one for the rest; over the data dimension where there is a tensor one as well."""
+    policy = MixedPrecisionPolicy()
+    if config.precision.compute == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model.to(world.device)
+    for block in model.blocks:
+        fully_shard(block, mesh=world.data_mesh, mp_policy=policy)
+    fully_shard(model, mesh=world.data_mesh, mp_policy=policy)
+    return model
+
+
+def split_linears(model: GPT, world: World) -> None:
+    """Tensor parallelism: each rank holds some heads and some hidden features, and the outputs are summed."""
+    assert world.tensor_mesh is not None
+    model.to(world.device)
+    for block in model.blocks:
+        plan = {
+            "attention.query": ColwiseParallel(),
+            "attention.key": ColwiseParallel(),
+            "attention.value": ColwiseParallel(),
+            "attention.output": RowwiseParallel(),
+            "mlp.up": ColwiseParallel(),
+            "mlp.down": RowwiseParallel(),
+        }
+        parallelize_module(block, world.tensor_mesh, plan)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer over all parameters, as sharded; its learning rate is set at every step."""
+    parameters, rate, decay = list(model.parameters()), config.learning_rate, config.weight_decay
+    if config.name == "sgd":
+        return torch.optim.SGD(parameters, lr=rate, momentum=config.momentum, weight_decay=decay)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
+    return kind(parameters, lr=rate, betas=(config.beta1, config.beta2), weight_decay=decay)
+
+
+def build_engine(
+    model: nn.Module, optimizer: torch.optim.Optimizer, privacy: PrivacyConfig | None
+) -> PrivacyEngine | None:
+    """The engine that makes the model's gradients private; None for plain training."""
+    return None if privacy is None else make_private(model, privacy, optimizer)

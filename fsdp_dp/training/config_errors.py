@@ -1,0 +1,36 @@
+"""Turns an error of the configuration into one message: the option, what was found, what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+from fsdp_dp.training.schema import TrainConfig
+
+
+def explain(error: Exception) -> str:
+    """What to tell the user about an error of the configuration or of Hydra.
+
+    Hydra and OmegaConf name the key; what they leave out, and this adds, is which keys or which type are allowed.
+    """
+    cause = error.__cause__ or error
+    message = str(error).split("\nConfig search path:")[0].split("\nSet the environment variable")[0].strip()
+    key = getattr(cause, "full_key", None)
+    if not key:
+        return message
+    if "not in" in str(cause):
+        return f"{key}: no such option; expected {allowed_keys(key)}"
+    return f"{key}: {getattr(cause, 'msg', None) or cause}".split("\n")[0]
+
+
+def allowed_keys(key: str) -> str:
+    """The options that stand where `key` was looked for: those of its nearest parent that exists."""
+    parents = key.split(".")[:-1]
+    node: type = TrainConfig
+    prefix = ""
+    for name in parents:
+        child = typing.get_type_hints(node).get(name)
+        if not (isinstance(child, type) and dataclasses.is_dataclass(child)):
+            break
+        node, prefix = child, f"{prefix}{name}."
+    return "one of " + ", ".join(prefix + field.name for field in dataclasses.fields(node))

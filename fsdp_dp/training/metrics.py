@@ -1,0 +1,74 @@
+"""What a run writes down as it goes, on rank 0: metrics.jsonl, TensorBoard and the progress bar.
+
+Every statistic of un-noised data stands under `outside_the_guarantee`: publishing it is not covered by ε.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+UNPROTECTED = "outside_the_guarantee"
+# A progress bar redraws itself often on a terminal and seldom in a log file.
+SECONDS_BETWEEN_LINES = 30
+
+
+class RunLog:
+    """Records, one a step, kept in `records` too for the figure and the report."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        self.records: list[dict[str, Any]] = []
+        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._bar = tqdm(total=steps, unit="step", mininterval=0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES)
+        self._shown: dict[str, str] = {}
+
+    def step(self, step: int, epsilon: float | None, learning_rate: float, unprotected: dict[str, float]) -> None:
+        """Write down one optimizer step."""
+        self._write({"step": step, "epsilon": epsilon, "learning_rate": learning_rate, UNPROTECTED: unprotected})
+        self._shown |= {
+            "bits/byte": f"{unprotected['training_bits_per_byte']:.3f}",
+            "ε": "none: not private" if epsilon is None else f"{epsilon:.3f}",
+            "rows/s": f"{unprotected['rows_per_second']:.0f}",
+        }
+        self._bar.set_postfix(self._shown, refresh=False)
+        self._bar.update()
+
+    def evaluation(self, step: int, epsilon: float | None, bits: float, rows: int) -> None:
+        """Write down an evaluation on `rows` held-out rows."""
+        self._write({"step": step, "epsilon": epsilon, "rows": rows, UNPROTECTED: {"held_out_bits_per_byte": bits}})
+        self._shown["held-out"] = f"{bits:.3f}"
+        self._bar.set_postfix(self._shown, refresh=False)
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of a metric, private or not, where it was recorded."""
+        flat = [(record["step"], {**record, **record[UNPROTECTED]}.get(name)) for record in self.records]
+        found = [(step, value) for step, value in flat if value is not None]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def close(self) -> None:
+        self._bar.close()
+        self._board.close()
+        self._file.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        self._file.write(json.dumps(finite_or_text(record)) + "\n")
+        self._file.flush()
+        named = {f"{UNPROTECTED}/{name}": value for name, value in record[UNPROTECTED].items()}
+        named |= {name: record[name] for name in ("epsilon", "learning_rate") if record.get(name) is not None}
+        for name, value in named.items():
+            self._board.add_scalar(name, value, record["step"])
+
+
+def finite_or_text(value: Any) -> Any:
+    """The value as JSON allows it: infinities and NaN, for which it has no number, as text."""
+    if isinstance(value, dict):
+        return {key: finite_or_text(item) for key, item in value.items()}
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)

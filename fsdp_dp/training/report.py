@@ -1,0 +1,206 @@
+"""report.md: what was trained, what is guaranteed, under which assumptions, and what is not guaranteed."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from fsdp_dp.config import PrivacyConfig
+from fsdp_dp.data.corpus import Corpus
+from fsdp_dp.training.budget import Budget
+from fsdp_dp.training.schema import TrainConfig
+
+PACKAGES = ("fsdp-dp", "torch", "prv-accountant", "opacus", "dp-accounting", "cryptography", "hydra-core")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A finished run: what went in, what came out. Without privacy, the three privacy fields are None."""
+
+    config: TrainConfig
+    privacy: PrivacyConfig | None
+    corpus: Corpus
+    noise_multiplier: float | None
+    budget: Budget | None
+    steps: int
+    nonfinite_rows: int
+    held_out_bits: float | None
+    parameters: int
+    ranks: int
+    device: str
+    seconds: float
+
+
+def write_report(outcome: Outcome, path: Path) -> None:
+    """Write the report as Markdown."""
+    sections = [headline(outcome), guarantee(outcome), assumptions(outcome), unprotected(outcome), setup(outcome)]
+    path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+
+
+def summarize(outcome: Outcome, folder: Path) -> str:
+    """The lines that end a run on the terminal."""
+    lines = [
+        f"{outcome.steps} steps in {outcome.seconds:.0f} s; {claim(outcome)}",
+        f"held-out bits per byte {shown(outcome.held_out_bits)} "
+        f"(byte frequencies alone: {outcome.corpus.held_out_unigram_bits:.3f})",
+        f"everything is in {folder}",
+    ]
+    return "\n".join(lines)
+
+
+def claim(outcome: Outcome) -> str:
+    """The guarantee in one line, or that there is none and why."""
+    if outcome.privacy is None or outcome.budget is None:
+        return "NOT PRIVATE: plain training (privacy=none)"
+    if outcome.noise_multiplier == 0:
+        return "NO PRIVACY GUARANTEE: no noise was added (noise_multiplier=0), epsilon is infinite"
+    bound = f"epsilon = {outcome.budget.cap:.4g} at delta = {outcome.privacy.target_delta:.3g}"
+    if outcome.privacy.seed is not None:
+        return f"NO PRIVACY GUARANTEE: seed fixed ({bound} would hold with a secret, random seed)"
+    return bound
+
+
+def shown(bits: float | None) -> str:
+    return "not evaluated" if bits is None else f"{bits:.3f}"
+
+
+def headline(outcome: Outcome) -> str:
+    return "\n".join(
+        [
+            "# Training report",
+            "",
+            f"**{claim(outcome)}**",
+            "",
+            "| | bits per byte |",
+            "|---|---|",
+            f"| held-out text, trained model | {shown(outcome.held_out_bits)} |",
+            f"| held-out text, byte frequencies alone | {outcome.corpus.held_out_unigram_bits:.3f} |",
+            "",
+            "![Loss and epsilon over steps](loss_epsilon.png)",
+        ]
+    )
+
+
+def guarantee(outcome: Outcome) -> str:
+    """The mechanism and its numbers; empty for plain training."""
+    privacy, budget = outcome.privacy, outcome.budget
+    if privacy is None or budget is None:
+        return ""
+    sampling = {
+        "poisson": f"Poisson: each row is in a step's batch independently, with probability {privacy.sample_rate:.6g}",
+        "shuffle": "each row at most once an epoch, in shuffled order; accounted without amplification by sampling",
+    }
+    bound = f"{privacy.max_grad_norm:g}"
+    return "\n".join(
+        [
+            "## What is guaranteed",
+            "",
+            *table(
+                ("epsilon", f"{budget.cap:.6g} (upper bound, for the {privacy.steps} releases fixed at the start)"),
+                ("delta", f"{privacy.target_delta:.6g}"),
+                ("unit of privacy", outcome.corpus.unit),
+                ("adjacency", f"{'zeroing out' if privacy.sampling == 'shuffle' else 'adding or removing'} one row"),
+                ("mechanism", "DP-SGD: clipped gradients of rows are summed and noised, once a step"),
+                ("clipping", f"norm of a row's gradient over all parameters at most R = {bound}"),
+                ("noise", f"Gaussian on a lattice, standard deviation σ · R, σ = {outcome.noise_multiplier:.6g}"),
+                ("divisor", f"the expected batch size, {privacy.expected_batch_size}"),
+                ("sampling", sampling[privacy.sampling]),
+                ("releases made", f"{outcome.steps} of {privacy.steps}"),
+                ("accountant", privacy.accountant),
+                ("numerics", privacy.numerics),
+            ),
+            *early_stop(outcome),
+        ]
+    )
+
+
+def table(*rows: tuple[str, str]) -> list[str]:
+    """A Markdown table of names and values."""
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+
+
+def early_stop(outcome: Outcome) -> list[str]:
+    """What to say of a run that ended before its last release."""
+    if outcome.privacy is None or outcome.budget is None or outcome.steps == outcome.privacy.steps:
+        return []
+    return [
+        "",
+        f"The run was stopped after {outcome.steps} of {outcome.privacy.steps} releases. The ε above is still that of "
+        "all of them: a decision to stop that may have looked at un-noised metrics is covered by nothing less.",
+    ]
+
+
+def assumptions(outcome: Outcome) -> str:
+    """Everything that has to hold for ε to be true; empty for plain training."""
+    privacy = outcome.privacy
+    if privacy is None:
+        return ""
+    points = [
+        f"The unit is {outcome.corpus.unit}. Whoever is in several rows is protected more weakly.",
+        f"The number of training rows, {privacy.dataset_size}, is public, and so are the options of this run.",
+        "Random bits come from the operating system. The 256-bit keys are never written down, but are in the memory of "
+        "the processes: a memory dump exposes the noise.",
+        "Only released gradients and what follows from them are covered: the weights, the optimizer state, the "
+        "checkpoint.",
+        "Other runs on the same rows, to choose hyper-parameters for example, cost privacy that ε does not include.",
+        "Nobody observes how long a step takes or how much memory it uses.",
+    ]
+    if privacy.numerics == "nominal":
+        points.append(
+            "**Nominal numerics**: the rounding of the clipping is not bounded, as is usual in the field; a row may "
+            "contribute more than the clipping bound."
+        )
+    if privacy.seed is not None:
+        points.append("**Seed fixed: no privacy guarantee.** The noise can be computed by anyone who knows the seed.")
+    return "\n".join(["## Assumptions", "", *(f"- {point}" for point in points)])
+
+
+def unprotected(outcome: Outcome) -> str:
+    """Rule 16: what a run writes and shows that no ε covers."""
+    points = [
+        "Training loss (metrics.jsonl, TensorBoard, the figure, the progress bar): computed from un-noised data.",
+        "Rows per second, step times and padding: they reveal how many rows a step drew.",
+        "Held-out bits per byte and byte frequencies: exact statistics of the held-out text, private if it is.",
+        "Norms, and counts of clipped or non-finite rows, where the engine is asked for them"
+        + (
+            f" (here: {outcome.nonfinite_rows} non-finite rows, which contributed nothing)." if outcome.privacy else "."
+        ),
+        "Comparisons with privacy=none: weights and metrics of that run are not private at all.",
+        "The choice of hyper-parameters, as said above.",
+    ]
+    return "\n".join(["## Outside the guarantee", "", *(f"- {point}" for point in points)])
+
+
+def setup(outcome: Outcome) -> str:
+    """What was run, where, with what."""
+    config, corpus = outcome.config, outcome.corpus
+    return "\n".join(
+        [
+            "## Setup",
+            "",
+            "The whole configuration is in config.yaml.",
+            "",
+            *table(
+                (
+                    "model",
+                    f"{outcome.parameters:,} parameters, {config.model.layers} layers, width {config.model.width}",
+                ),
+                ("data", f"{config.data.source}: {len(corpus.train)} training rows, {len(corpus.held_out)} held out"),
+                ("sharding", f"{config.sharding.strategy} on {outcome.ranks} process(es), {outcome.device}"),
+                ("precision", config.precision.compute),
+                ("training and evaluation", f"{outcome.seconds:.0f} s"),
+                ("Python", platform.python_version()),
+                *((package, version(package)) for package in PACKAGES),
+            ),
+        ]
+    )
+
+
+def version(package: str) -> str:
+    """The installed version; a checkout that is not installed has none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed as a package"

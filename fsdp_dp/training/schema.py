@@ -1,0 +1,176 @@
+"""The configuration of a run as typed, frozen dataclasses: what `conf/` may say, checked before torch is loaded.
+
+Hydra checks names and types against these classes; each `__post_init__` checks values. Every message names the option
+as it is written on the command line, what was found, and what is allowed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import get_args
+
+from fsdp_dp.config import AccountantName, Numerics, require_choice, require_integer, require_number
+from fsdp_dp.data.config import DataConfig
+from fsdp_dp.models.config import GPTConfig
+
+SHARDINGS = ("full_shard", "shard_grad_op", "fully_shard", "tensor_parallel")
+MECHANISMS = ("dp_sgd", "none")
+SAMPLINGS = ("poisson", "shuffle")
+OPTIMIZERS = ("adamw", "adam", "sgd")
+SCHEDULES = ("cosine", "linear", "constant")
+PRECISIONS = ("fp32", "bf16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    """How the model is split: `full_shard`, `shard_grad_op` (FSDP1), `fully_shard` (FSDP2), `tensor_parallel` (2-D)."""
+
+    strategy: str = "full_shard"
+    tensor_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        require_choice("sharding.strategy", self.strategy, SHARDINGS)
+        require_integer("sharding.tensor_parallel_size", self.tensor_parallel_size, at_least=1)
+        if (self.strategy == "tensor_parallel") != (self.tensor_parallel_size > 1):
+            raise ValueError(
+                "sharding.tensor_parallel_size must be at least 2 with sharding=tensor_parallel and 1 otherwise, "
+                f"found {self.tensor_parallel_size} with sharding.strategy={self.strategy}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyOptions:
+    """What decides ε; with `batch_size`, `steps` and the data's size it becomes a `fsdp_dp.PrivacyConfig`."""
+
+    mechanism: str = "dp_sgd"
+    target_epsilon: float | None = None
+    noise_multiplier: float | None = None
+    target_delta: float = 1e-6
+    max_grad_norm: float = 1.0
+    sampling: str = "poisson"
+    numerics: str = "certified"
+    accountant: str = "prv"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        require_choice("privacy.mechanism", self.mechanism, MECHANISMS)
+        require_choice("privacy.sampling", self.sampling, SAMPLINGS)
+        require_choice("privacy.numerics", self.numerics, get_args(Numerics))
+        require_choice("privacy.accountant", self.accountant, get_args(AccountantName))
+        require_number("privacy.target_delta", self.target_delta, above=0.0, below=1.0)
+        require_number("privacy.max_grad_norm", self.max_grad_norm, above=0.0)
+        if self.seed is not None:
+            require_integer("privacy.seed", self.seed, at_least=0)
+        self._check_noise_or_budget()
+
+    @property
+    def private(self) -> bool:
+        """Whether gradients are clipped and noised at all."""
+        return self.mechanism != "none"
+
+    def _check_noise_or_budget(self) -> None:
+        if self.target_epsilon is not None:
+            require_number("privacy.target_epsilon", self.target_epsilon, above=0.0)
+        if self.noise_multiplier is not None:
+            require_number("privacy.noise_multiplier", self.noise_multiplier, at_least=0.0)
+        given = [name for name in ("target_epsilon", "noise_multiplier") if getattr(self, name) is not None]
+        if given and not self.private:
+            raise ValueError(f"privacy.{given[0]} has no effect with privacy=none: choose privacy=eps8, eps3 or eps1.")
+        if self.private and len(given) != 1:
+            raise ValueError(
+                "Exactly one of privacy.target_epsilon and privacy.noise_multiplier is needed, found "
+                f"{self.target_epsilon} and {self.noise_multiplier}. To set the noise yourself: "
+                "privacy.noise_multiplier=1.0 privacy.target_epsilon=null"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """A torch optimizer and its learning rate: a linear warm-up, then `schedule` over the remaining steps."""
+
+    name: str = "adamw"
+    learning_rate: float = 1e-2
+    schedule: str = "cosine"
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.98
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_choice("optimizer.name", self.name, OPTIMIZERS)
+        require_choice("optimizer.schedule", self.schedule, SCHEDULES)
+        require_number("optimizer.learning_rate", self.learning_rate, above=0.0)
+        require_integer("optimizer.warmup_steps", self.warmup_steps, at_least=0)
+        require_number("optimizer.weight_decay", self.weight_decay, at_least=0.0)
+        for name in ("beta1", "beta2", "momentum"):
+            require_number(f"optimizer.{name}", getattr(self, name), at_least=0.0, below=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number format of forward and backward: `fp32`, or `bf16` (parameters and summed gradients stay fp32)."""
+
+    compute: str = "fp32"
+
+    def __post_init__(self) -> None:
+        require_choice("precision.compute", self.compute, PRECISIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run.
+
+    Args:
+        steps: optimizer steps, which are releases: fixed at the start, and so the budget.
+        batch_size: rows per step over all ranks; with privacy the *expected* number, for rows are drawn.
+        microbatch_size: rows per forward and backward on one rank (memory and speed, not privacy).
+        evaluate_every: steps between evaluations on `evaluate_rows` held-out rows; the last one uses all of them.
+        seed: of the initial weights, dropout and, with privacy=none, the batches; the noise never uses it.
+        device: `auto` takes CUDA where there is one.
+        output_dir: the run directory, made by rank 0; null makes a new one under outputs/.
+    """
+
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    model: GPTConfig = field(default_factory=GPTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    privacy: PrivacyOptions = field(default_factory=lambda: PrivacyOptions(target_epsilon=8.0))
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    steps: int = 150
+    batch_size: int = 512
+    microbatch_size: int = 64
+    evaluate_every: int = 25
+    evaluate_rows: int = 1024
+    seed: int = 0
+    device: str = "auto"
+    output_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "microbatch_size", "evaluate_every", "evaluate_rows"):
+            require_integer(name, getattr(self, name), at_least=1)
+        require_integer("seed", self.seed, at_least=0)
+        require_choice("device", self.device, DEVICES)
+        size = self.sharding.tensor_parallel_size
+        for name in ("heads", "mlp_width"):
+            if getattr(self.model, name) % size:
+                raise ValueError(
+                    f"model.{name} must be a multiple of sharding.tensor_parallel_size={size}, "
+                    f"found {getattr(self.model, name)}."
+                )
+
+
+def check_world(config: TrainConfig, world_size: int) -> None:
+    """Raise ValueError when this many processes cannot run `config`."""
+    size = config.sharding.tensor_parallel_size
+    if world_size % size:
+        raise ValueError(
+            f"sharding.tensor_parallel_size must divide the number of processes, which is {world_size}, found {size}: "
+            f"start with torchrun --nproc-per-node={size}, or change sharding."
+        )
+    if config.batch_size < world_size // size:
+        raise ValueError(
+            f"batch_size must be at least one row for each of {world_size // size} data-parallel ranks, "
+            f"found {config.batch_size}."
+        )

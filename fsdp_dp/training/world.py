@@ -1,0 +1,93 @@
+"""The processes of a run: rank, device, and the mesh over which data and tensors are split."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fsdp_dp.training.schema import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among the others.
+
+    `data_mesh` has one entry for each replica of the batch's split; `tensor_mesh` is None without tensor parallelism,
+    and ranks along it hold parts of the same layers and see the same rows.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    data_mesh: DeviceMesh
+    tensor_mesh: DeviceMesh | None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the files and shows the progress."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        return self.data_mesh.get_local_rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.data_mesh.size()
+
+    def sum(self, values: Tensor) -> list[float]:
+        """The elementwise sum over all ranks; tensor-parallel peers, which see the same rows, each count."""
+        total = values.to(self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+@contextmanager
+def start_world(config: TrainConfig) -> Iterator[World]:
+    """Join the process group that torchrun describes, or one of this process alone, and leave it when all is well.
+
+    After an exception the group is not taken down: that would wait for ranks that are gone.
+    """
+    device = choose_device(config.device)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield describe_world(config, device)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this process; on CUDA, the one of its local rank."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def describe_world(config: TrainConfig, device: torch.device) -> World:
+    """Rank, size and the mesh: (data,) or (data, tensor), the latter with tensor-parallel peers next to each other."""
+    size, tensor_size = dist.get_world_size(), config.sharding.tensor_parallel_size
+    if tensor_size == 1:
+        data_mesh, tensor_mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("data",)), None
+    else:
+        mesh = init_device_mesh(device.type, (size // tensor_size, tensor_size), mesh_dim_names=("data", "tensor"))
+        data_mesh, tensor_mesh = mesh["data"], mesh["tensor"]
+    return World(rank=dist.get_rank(), size=size, device=device, data_mesh=data_mesh, tensor_mesh=tensor_mesh)
