@@ -1,11 +1,12 @@
 """Epsilon of a run of noised releases, and the noise that a budget asks for: upper bounds, never guesses.
 
-A release is a Gaussian mechanism on a Poisson sample (docs/accounting.md). Three accountants bound its composition: `prv`
-discretises the privacy loss and composes it with Fourier transforms (prv-accountant; Gopi, Lee, Wutschitz 2021,
-arXiv 2106.02848), `pld` is dp-accounting's privacy loss distribution, `rdp` is Opacus's Renyi accountant. What cannot be
-computed raises `AccountingError`. No torch here; each accountant's package is imported where it is used.
+A release is a Gaussian mechanism on a Poisson sample (docs/accounting.md). Three accountants bound its composition:
+`prv` discretises the privacy loss and composes it with Fourier transforms (prv-accountant; Gopi, Lee, Wutschitz 2021,
+arXiv 2106.02848), `pld` is dp-accounting's privacy loss distribution, `rdp` is Opacus's Renyi accountant. What cannot
+be computed raises `AccountingError`. No torch here; each accountant's package is imported where it is used.
 
-Names: `loss` is ln(P/Q) at an outcome drawn from P; direction "remove" has P with the row and Q without, "add" the reverse.
+Names: q is the sample rate, sigma the noise multiplier; the *loss* is ln(P/Q) at an outcome drawn from P, where P is
+with the row and Q without it in the direction "remove", and the other way round in "add".
 """
 
 import logging
@@ -27,14 +28,14 @@ logger = logging.getLogger(__name__)
 
 # What the accountant's own arithmetic may cost, as a share of delta (rule 10).
 DELTA_ERROR_SHARE = 1e-3
-# Half the width of the PRV bounds, as a share of epsilon: wanted, and accepted where the grid would grow beyond FINE_GRID.
+# Half the width of the PRV bounds as a share of epsilon: wanted, and accepted where the grid would pass FINE_GRID cells.
 FINE_ERROR, COARSE_ERROR = 2e-3, 2e-2
 FINE_GRID, LARGEST_GRID = 2**19, 2**22
 # The first PRV pass, which only has to say how large epsilon is and which direction matters.
 SCOUT_ERROR = 5e-2
-# Rounding in the double-precision Fourier transforms of "pld", a release: 30 times what was measured (docs/accounting.md).
+# Rounding of "pld" per release: its Fourier transforms are in double precision; 30 times what was measured.
 PLD_ROUNDING = 1e-15
-LARGEST_RELEASE = 2**20
+LARGEST_RELEASE = 2**18
 # How far below the target calibration may stop.
 CALIBRATION_SLACK = 3e-3
 SMALLEST_NOISE, LARGEST_NOISE = 1e-2, 1e8
@@ -64,9 +65,9 @@ def epsilon(
 ) -> EpsilonBounds:
     """Bound epsilon at `delta` of `steps` releases.
 
-    **Formal guarantee**: releases that each add N(0, (noise_multiplier * R)^2) to a sum of contributions of norm at most
-    R over an independent Poisson sample of rate `sample_rate` are together (upper, delta)-differentially private, for
-    adding and for removing a row, each release being allowed to depend on the earlier ones.
+    **Formal guarantee**: releases that each add N(0, (noise_multiplier * R)^2 I) to a sum of contributions of norm at
+    most R, over an independent Poisson sample of rate `sample_rate`, are together (upper, delta)-differentially
+    private, for adding and for removing a row; each release may depend on the earlier ones.
 
     `steps=0` gives zeros, `noise_multiplier=0` infinity, and nothing else does. `sample_rate=1` is exact except with
     "rdp". With "rdp" and "pld" nothing is known from below and `lower` is 0.
@@ -202,20 +203,20 @@ def _compose(
     try:
         return _with(accountant, mechanism, counts, delta)
     except AccountingError as failure:
-        found = f"accountant='{accountant}' cannot bound epsilon for {_described(mechanism, counts[-1], delta)}: {failure}"
+        found = (
+            f"accountant='{accountant}' cannot bound epsilon for {_described(mechanism, counts[-1], delta)}: {failure}"
+        )
         if accountant != "prv":
-            raise AccountingError(f"{found}. {_ADVICE[accountant]}") from failure
+            raise AccountingError(f"{found}. {_advice(accountant)}") from failure
     try:
         bounds = _with("pld", mechanism, counts, delta)
     except AccountingError as failure:
-        raise AccountingError(f"{found}; nor can 'pld': {failure}. {_ADVICE['prv']}") from failure
+        raise AccountingError(f"{found}; nor can 'pld': {failure}. {_advice(accountant)}") from failure
     logger.info("%s; the bounds are those of accountant='pld'", found)
     return bounds
 
 
-def _with(
-    accountant: AccountantName, mechanism: Mechanism, counts: Sequence[int], delta: float
-) -> list[EpsilonBounds]:
+def _with(accountant: AccountantName, mechanism: Mechanism, counts: Sequence[int], delta: float) -> list[EpsilonBounds]:
     """One accountant's bounds; whatever it raises, and whatever is not finite, becomes an AccountingError."""
     composition = _exact if mechanism.sample_rate == 1 and accountant != "rdp" else _COMPOSITIONS[accountant]
     try:
@@ -239,11 +240,9 @@ def _described(mechanism: Mechanism, steps: int, delta: float) -> str:
     )
 
 
-_ADVICE: dict[str, str] = {
-    "prv": "Use more noise or a larger delta, or accept the looser accountant='rdp'.",
-    "pld": "Use more noise or a larger delta, or accept the looser accountant='rdp'.",
-    "rdp": "Use more noise or a larger delta, or accountant='prv'.",
-}
+def _advice(accountant: AccountantName) -> str:
+    other = "accountant='prv'" if accountant == "rdp" else "accountant='rdp', whose bound is looser"
+    return f"Use more noise, a larger delta or {other}."
 
 
 # Without subsampling: exact
@@ -282,7 +281,7 @@ class PrivacyLoss:
 
     In units of the sensitivity an outcome x is N(0, sigma^2) without the row and the mixture (1-q) N(0, sigma^2) +
     q N(1, sigma^2) with it. r(x) = ln(with/without) = ln(1-q + q exp((2x-1) / (2 sigma^2))) grows with x. The loss is
-    r(x) for x drawn with the row ("remove"), -r(x) for x drawn without ("add"). prv-accountant's own class is the first;
+    r(x) for x drawn with the row ("remove"), -r(x) for x drawn without ("add"). prv-accountant has the first only;
     for compositions neither is known to dominate.
     """
 
@@ -296,7 +295,7 @@ class PrivacyLoss:
         return self._outcome_masses(self._outcome(-edges[::-1]))[::-1]
 
     def mean(self) -> float:
-        """The expected loss, by the trapezoidal rule, which converges exponentially for analytic Gaussian integrands."""
+        """The expected loss, by the trapezoidal rule, which converges exponentially here."""
         sigma, q = self.mechanism
         x = np.linspace(-14 * sigma, 1 + 14 * sigma, _nodes(1 + 28 * sigma, sigma))
         log_ratio = _log_ratio(x, sigma, q)
@@ -333,17 +332,23 @@ def _prv(mechanism: Mechanism, counts: Sequence[int], delta: float) -> list[Epsi
     """Both directions roughly, then finely those that may be the larger one at some step count."""
     if mechanism.noise_multiplier < SMALLEST_NOISE:
         raise AccountingError(f"noise multipliers below {SMALLEST_NOISE} leave the range of its arithmetic")
-    scale = max(_renyi_bound(mechanism, counts[-1], delta), 1e-6)
+    cells_per_error = _cells_per_error(mechanism, counts[-1], delta)
+    scout_error = max(SCOUT_ERROR * _renyi_bound(mechanism, counts[-1], delta), cells_per_error / FINE_GRID)
     scouts = {
-        direction: _prv_direction(PrivacyLoss(mechanism, direction), counts, delta, SCOUT_ERROR * scale, FINE_GRID)
+        direction: _prv_direction(PrivacyLoss(mechanism, direction), counts, delta, scout_error)
         for direction in get_args(Direction)
     }
     largest = [_larger(*bounds) for bounds in zip(*scouts.values(), strict=True)]
-    if largest[-1].upper <= 0:
+    scale = largest[-1].estimate
+    if scale <= 0:
         return largest
-    wanted = _prv_error(mechanism, counts[-1], delta, largest[-1].estimate)
+    error = min(max(FINE_ERROR * scale, cells_per_error / FINE_GRID), COARSE_ERROR * scale)
+    if cells_per_error / error > LARGEST_GRID:
+        raise AccountingError(
+            f"epsilon is about {scale:.2g}, for which its grid would need {cells_per_error / error:.2g} cells"
+        )
     fine = [
-        _prv_direction(PrivacyLoss(mechanism, direction), counts, delta, wanted, LARGEST_GRID)
+        _prv_direction(PrivacyLoss(mechanism, direction), counts, delta, error)
         if any(mine.upper > both.lower for mine, both in zip(bounds, largest, strict=True))
         else bounds
         for direction, bounds in scouts.items()
@@ -356,15 +361,14 @@ def _larger(first: EpsilonBounds, second: EpsilonBounds) -> EpsilonBounds:
     return EpsilonBounds(*(max(pair) for pair in zip(first, second, strict=True)))
 
 
-def _prv_error(mechanism: Mechanism, steps: int, delta: float, scale: float) -> float:
-    """Half the width of the bounds: FINE_ERROR of epsilon, growing to COARSE_ERROR before the grid passes FINE_GRID."""
-    affordable = 2 * _loss_range(mechanism, steps, delta) * _cells_per_error(steps, delta) / FINE_GRID
-    return min(max(affordable, FINE_ERROR * scale), COARSE_ERROR * scale)
+def _cells_per_error(mechanism: Mechanism, steps: int, delta: float) -> float:
+    """How many cells the grid has times the error in epsilon that it leaves."""
+    return 2 * _loss_range(mechanism, steps, delta) / _cell_width(1.0, steps, delta)
 
 
-def _cells_per_error(steps: int, delta: float) -> float:
-    """The error of the composition in units of the cell width (Gopi et al., theorem 5.5)."""
-    return math.sqrt(steps / 2 * math.log(12 / (DELTA_ERROR_SHARE * delta)))
+def _cell_width(eps_error: float, steps: int, delta: float) -> float:
+    """The width of cells that leaves `eps_error` in the composition (Gopi et al., theorem 5.5)."""
+    return eps_error / math.sqrt(steps / 2 * math.log(12 / (DELTA_ERROR_SHARE * delta)))
 
 
 def _loss_range(mechanism: Mechanism, steps: int, delta: float) -> float:
@@ -378,17 +382,12 @@ def _loss_range(mechanism: Mechanism, steps: int, delta: float) -> float:
     return max(composed, single) + 3
 
 
-def _prv_direction(
-    loss: PrivacyLoss, counts: Sequence[int], delta: float, eps_error: float, largest_grid: int
-) -> list[EpsilonBounds]:
-    """Bounds of about +-`eps_error` (wider where the grid would pass `largest_grid`) at each of the step counts."""
+def _prv_direction(loss: PrivacyLoss, counts: Sequence[int], delta: float, eps_error: float) -> list[EpsilonBounds]:
+    """Bounds of +-`eps_error` around the estimate, at each of the increasing step counts."""
     from prv_accountant.composers import Fourier
 
-    limit = _loss_range(loss.mechanism, counts[-1], delta)
-    cells_per_error = _cells_per_error(counts[-1], delta)
-    eps_error = max(eps_error, 2 * limit * cells_per_error / largest_grid)
-    discrete = _discretise(loss, max(limit, eps_error + 3), eps_error / cells_per_error)
-    composer = Fourier([discrete])
+    limit = max(_loss_range(loss.mechanism, counts[-1], delta), eps_error + 3)
+    composer = Fourier([_discretise(loss, limit, _cell_width(eps_error, counts[-1], delta))])
     return [_prv_epsilon(composer.compute_composition([count]), delta, eps_error) for count in counts]
 
 
@@ -442,8 +441,9 @@ def _pld(mechanism: Mechanism, counts: Sequence[int], delta: float) -> list[Epsi
     # The error grows like steps * interval^2 / epsilon; this keeps it near a thousandth of epsilon.
     scale = max(_renyi_bound(mechanism, counts[-1], delta), 1e-4)
     interval = min(max(scale * math.sqrt(5e-4 / counts[-1]), 1e-6), max(1e-2, 1e-5 * scale))
-    losses = 1 / (2 * mechanism.noise_multiplier**2) + 20 / mechanism.noise_multiplier
-    interval = max(interval, losses / LARGEST_RELEASE)
+    sigma, q = mechanism
+    lowest, highest = _log_ratio(np.array([-10 * sigma, 1 + 10 * sigma]), sigma, q)
+    interval = max(interval, float(highest - lowest) / LARGEST_RELEASE)
     release = privacy_loss_distribution.from_gaussian_mechanism(
         mechanism.noise_multiplier, sampling_prob=mechanism.sample_rate, value_discretization_interval=interval
     )
@@ -555,7 +555,7 @@ def _search(upper: Callable[[float], float], model: Callable[[float], float], ta
     """
     too_little, enough = SMALLEST_NOISE, LARGEST_NOISE
     ratio = 1.0
-    for _ in range(40):
+    while enough / too_little > 1 + CALIBRATION_SLACK / 100:
         guess = _solve(model, (1 - CALIBRATION_SLACK / 2) * target / ratio)
         if not too_little < guess < enough:
             guess = math.sqrt(too_little * enough)
@@ -564,14 +564,11 @@ def _search(upper: Callable[[float], float], model: Callable[[float], float], ta
             return guess
         too_little, enough = (guess, enough) if found > target else (too_little, guess)
         ratio = max(found, 1e-12) / max(model(guess), 1e-12)
-    raise AccountingError(
-        f"the search ended between noise multipliers {too_little:.6g} and {enough:.6g}, with epsilon {found:.6g} at "
-        f"{guess:.6g}"
-    )
+    raise AccountingError(f"noise multipliers around {guess:.4g} end the search, with epsilon {found:.4g}")
 
 
 def _solve(model: Callable[[float], float], value: float) -> float:
-    """The noise multiplier at which the decreasing `model` takes `value`, or the end of the range that comes nearest."""
+    """The noise multiplier at which the decreasing `model` takes `value`, or the nearer end of the range."""
     low, high = math.log(SMALLEST_NOISE), math.log(LARGEST_NOISE)
     for _ in range(20):
         middle = (low + high) / 2

@@ -26,9 +26,10 @@ def certified_norm(terms: NormTerms) -> Tensor:
     """``n_i + e_i`` ``[B]`` float64: no gradient of row i, as it will be rounded in the sum, is longer than this.
 
     The error of the computed square is added under the root; the rounding of the weighted sum moves the summed
-    vector itself, so it is added outside (triangle inequality).
+    vector itself, so it is added outside (triangle inequality). The last factor covers the float64 arithmetic on the
+    terms: sums over up to 2^12 parameters and ranks, roots, and the products and quotients of `row_weights`.
     """
-    return (terms.norm_sq + terms.error).sqrt() + terms.rounding_sq.sqrt()
+    return ((terms.norm_sq + terms.error).sqrt() + terms.rounding_sq.sqrt()) * (1 + 2.0**-40)
 
 
 def nominal_norm(terms: NormTerms) -> Tensor:

@@ -92,7 +92,9 @@ class PrivacyConfig:
 
     def _check_batch_fits(self) -> None:
         if self.expected_batch_size > self.dataset_size:
-            reason = "an epoch would hold no whole batch" if self.sampling == "shuffle" else "a row is drawn at most once"
+            reason = (
+                "an epoch would hold no whole batch" if self.sampling == "shuffle" else "a row is drawn at most once"
+            )
             raise ValueError(
                 f"expected_batch_size={self.expected_batch_size} is more than dataset_size={self.dataset_size}: with "
                 f"sampling='{self.sampling}' {reason}. Lower expected_batch_size, which counts the rows of one logical "

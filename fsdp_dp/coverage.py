@@ -45,10 +45,11 @@ def _is_training_batch_norm(module: nn.Module) -> bool:
 
 def refuse_training_batch_norm(batch_norms: Sequence[nn.Module]) -> None:
     """Frozen batch norm is fine only while it stays in eval mode; ``model.train()`` undoes that."""
-    if any(_is_training_batch_norm(module) for module in batch_norms):
+    training = next((module for module in batch_norms if _is_training_batch_norm(module)), None)
+    if training is not None:
         raise UnsupportedModelError(
-            "A batch norm layer is in training mode: it mixes the rows of the batch and stores their statistics. After "
-            "model.train(), call .eval() on frozen batch norm layers, or use GroupNorm"
+            f"A {type(training).__name__} is in training mode: it mixes the rows of the batch and stores their statistics. "
+            "After model.train(), call .eval() on frozen batch norm layers, or use GroupNorm"
         )
 
 

@@ -92,6 +92,7 @@ class PrivacyEngine:
         privacy: the configuration.
         noise_multiplier: sigma, given or calibrated.
         steps: releases so far.
+        seeded: some of them drew their noise from a fixed seed, so that there is no guarantee.
         nonfinite_rows: int64 scalar, rows of this rank zeroed because their gradient was not finite. Not private.
     """
 
@@ -110,7 +111,7 @@ class PrivacyEngine:
         )
         self.row_bound = self._sensitivity_left_for_a_row()
         self.steps = 0
-        self._seeded = privacy.seed is not None
+        self.seeded = privacy.seed is not None
         self._new_keys()
 
         self._parameters = {p.name: p for p in self.model.parameters}
@@ -166,7 +167,7 @@ class PrivacyEngine:
                 "sampling='external_poisson' if your own loader draws every row independently with probability "
                 f"{self.privacy.sample_rate:g}"
             )
-        if self._seeded:
+        if self.seeded:
             warnings.warn(_SEED_WARNING, stacklevel=2)
         delta = self.privacy.target_delta if delta is None else delta
         return accounting.epsilon_for(self.privacy, self.noise_multiplier, self._accounted_steps(), delta).upper
@@ -247,7 +248,7 @@ class PrivacyEngine:
             "epochs": self._epochs(),
             "noise_multiplier": self.noise_multiplier,
             "vouched": self._vouched,
-            "seeded": self._seeded,
+            "seeded": self.seeded,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -274,7 +275,7 @@ class PrivacyEngine:
         self._draws_of_loaders = [0] * len(self._draws_of_loaders)
         self.steps = max(self.steps, int(state["steps"]))
         self._vouched = self._vouched and bool(state["vouched"])
-        self._seeded = self._seeded or bool(state["seeded"])
+        self.seeded = self.seeded or bool(state["seeded"])
         self._new_keys()
 
     def detach(self) -> None:
@@ -378,7 +379,8 @@ class PrivacyEngine:
         assert self._current is not None
         self._window.close()
         self._in_forward = True
-        if not rehearsal and not self._checked and self._first_microbatch is None:
+        if not rehearsal and not self._checked and not self._pending:
+            self._forget_first_microbatch()
             self._first_microbatch = FirstMicrobatch(self._current.rows, args, kwargs, self.model.device)
         if module.training not in self._watched:
             self._watch = FirstForward(module, self.model.names, self._taps.running)
@@ -557,9 +559,15 @@ class PrivacyEngine:
         if not self._checked:
             self._check_independence()
         self.steps += 1
-        for parameter in self.model.parameters:
-            self.model.publish(parameter, self._private_gradient(parameter))
-            parameter.accumulator.zero_()
+        try:
+            for parameter in self.model.parameters:
+                self.model.publish(parameter, self._private_gradient(parameter))
+                parameter.accumulator.zero_()
+        except BaseException:
+            self._poisoned = "a release failed halfway"
+            for parameter in self.model.parameters:
+                parameter.parameter.grad = None
+            raise
         self._pending = 0
         self._intake.released()
         grads = {name: p.parameter.grad for name, p in self._parameters.items()}
@@ -626,6 +634,7 @@ class PrivacyEngine:
 
     def _discard_pending(self) -> None:
         """What ``zero_grad`` does: drop what is pending, if anything is."""
+        self._intake.zero_grad()
         if self._pending or self._poisoned or self._gate.waiting:
             self.discard()
 

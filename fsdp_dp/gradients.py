@@ -36,10 +36,16 @@ from fsdp_dp.numerics import (
     product,
     product_roundoff,
     split_bfloat16,
-    unit_roundoff,
+    underflow,
 )
 
 MAX_SCRATCH_ELEMENTS = 1 << 25
+
+GRAM_BLOCK = 1024
+"""Width contracted at a time in a Gram matrix: rounding grows with this, not with the width of the layer."""
+
+LONGEST_TOKEN = 2.0**63
+"""A row with a longer token counts as non-finite: beside it, underflow of the other factor could hide something."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,11 +112,11 @@ class Materialized:
 
     def norm_terms(self) -> NormTerms:
         norm_sq = _norm_sq(self.value)
-        relative = gamma(self.value[0].numel() + 2, torch.float64)
         return NormTerms(
             norm_sq=norm_sq,
-            error=norm_sq * relative,
-            rounding_sq=norm_sq * (2 * unit_roundoff(self.value.dtype)) ** 2,
+            error=norm_sq * gamma(self.value[0].numel() + 4, torch.float64),
+            # The weight cast to this format, the product and, in a tied table, one addition; one to spare.
+            rounding_sq=norm_sq * gamma(4, self.value.dtype) ** 2,
         )
 
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
@@ -158,16 +164,30 @@ class OuterProduct:
 
 
 def _token_norms(a_BTD: Tensor, g_BTP: Tensor) -> tuple[Tensor, Tensor]:
-    """``|a_t|`` and ``|g_t|`` ``[B, T]`` float64, rounded up enough to stay bounds."""
-    up = 1 + 2.0**-40
-    norm = functools.partial(torch.linalg.vector_norm, dim=2, dtype=torch.float64)
-    return norm(a_BTD) * up, norm(g_BTP) * up
+    """``|a_t|`` and ``|g_t|`` ``[B, T]`` float64, rounded up enough to stay bounds; infinite beyond LONGEST_TOKEN."""
+    return _token_norm(a_BTD), _token_norm(g_BTP)
+
+
+def _token_norm(x_BTC: Tensor) -> Tensor:
+    up = 1 + gamma(x_BTC.shape[2] + 4, torch.float64)
+    norm_BT = torch.linalg.vector_norm(x_BTC, dim=2, dtype=torch.float64) * up
+    return torch.where(norm_BT > LONGEST_TOKEN, torch.inf, norm_BT)
+
+
+def _gram(x_BTC: Tensor) -> tuple[Tensor, float]:
+    """``x x^T`` ``[B, T, T]`` float64, summed over blocks of the width, and its error relative to ``|x_t||x_s|``.
+
+    Cauchy-Schwarz over the blocks: the error of one block's products, and that of a float64 sum over blocks.
+    """
+    blocks = x_BTC.split(GRAM_BLOCK, dim=2)
+    gram = functools.reduce(Tensor.add_, (product(b, b.mT).double() for b in blocks))
+    return gram, gamma(blocks[0].shape[2], product_roundoff(x_BTC)) + gamma(len(blocks), torch.float64)
 
 
 def _product_rounding(S_B: Tensor, a_BTD: Tensor) -> Tensor:
     """Rounding of ``sum_t (w g_t) a_t^T``: the scaled factor is rounded (or split in two), T products are summed."""
     split = 1.01 * SPLIT_ROUNDOFF if on_tensor_cores(a_BTD) else 0.0
-    return (split + gamma(a_BTD.shape[1] + 4, product_roundoff(a_BTD))) * S_B
+    return (split + 1.01 * gamma(a_BTD.shape[1] + 4, product_roundoff(a_BTD))) * S_B
 
 
 def _instantiated_norms(a_BTD: Tensor, g_BTP: Tensor) -> NormTerms:
@@ -176,11 +196,13 @@ def _instantiated_norms(a_BTD: Tensor, g_BTP: Tensor) -> NormTerms:
     Entry-wise ``|G^ - G| <= gamma(T) sum_t |g_t| |a_t|``, so in norm ``|G^ - G| <= gamma(T) S`` with
     ``S = sum_t |a_t| |g_t|``; then ``|G|^2 <= (|G^| + gamma(T) S)^2``.
     """
-    norm_sq = _norm_sq(product(g_BTP.mT, a_BTD))
+    T, numel = a_BTD.shape[1], a_BTD.shape[2] * g_BTP.shape[2]
+    G = product(g_BTP.mT, a_BTD)
+    norm_sq = _norm_sq(G)
     a_norm, g_norm = _token_norms(a_BTD, g_BTP)
     S_B = (a_norm * g_norm).sum(1)
-    off = gamma(a_BTD.shape[1], product_roundoff(a_BTD, g_BTP)) * S_B
-    own = gamma(a_BTD.shape[2] * g_BTP.shape[2] + 2, torch.float64)
+    off = gamma(T, product_roundoff(a_BTD, g_BTP)) * S_B + underflow(T, G.dtype) * numel**0.5
+    own = gamma(numel + 4, torch.float64)
     return NormTerms(
         norm_sq=norm_sq,
         error=2 * off * norm_sq.sqrt() * (1 + own) + off**2 + own * norm_sq,
@@ -196,16 +218,18 @@ def _gram_norms(a_BTD: Tensor, g_BTP: Tensor) -> NormTerms:
     float64 sum over T^2 terms adds ``gamma(T^2) S^2``. The weight ``|N^|`` (not ``|g_t||g_s|``) keeps it small for
     tokens that are nearly orthogonal. Under cancellation the computed value may be negative: clamped, error kept.
     """
-    T, D, P, unit = *a_BTD.shape[1:], g_BTP.shape[2], product_roundoff(a_BTD, g_BTP)
-    M, N = product(a_BTD, a_BTD.mT).double(), product(g_BTP, g_BTP.mT).double()
+    T, D, P = *a_BTD.shape[1:], g_BTP.shape[2]
+    (M, off_M), (N, off_N) = _gram(a_BTD), _gram(g_BTP)
     a_norm, g_norm = _token_norms(a_BTD, g_BTP)
     S_B = (a_norm * g_norm).sum(1)
     on_M = (N.abs() @ a_norm[..., None]).squeeze(2).mul(a_norm).sum(1)
     on_N = (M.abs() @ g_norm[..., None]).squeeze(2).mul(g_norm).sum(1)
-    own = gamma(T * T + 2 * T, torch.float64) + 3 * gamma(D, unit) * gamma(P, unit)
+    own = gamma(T * T + 2 * T, torch.float64) + 3 * off_M * off_N
+    lost_M, lost_N = (underflow(width, torch.float32) for width in (D, P))
+    lost = 2 * (lost_M * g_norm.sum(1) ** 2 + lost_N * a_norm.sum(1) ** 2) + lost_M * lost_N * T**2
     return NormTerms(
         norm_sq=(M * N).sum((1, 2)).clamp(min=0),
-        error=gamma(D, unit) * on_M + gamma(P, unit) * on_N + own * S_B**2,
+        error=off_M * on_M + off_N * on_N + own * S_B**2 + lost,
         rounding_sq=_product_rounding(S_B, a_BTD) ** 2,
     )
 
@@ -296,7 +320,8 @@ def _tied_inner_product(a_BSD: Tensor, g_BSV: Tensor, h_BTD: Tensor, index_BT: T
     a_norm, h_norm = _token_norms(a_BSD, h_BTD)
     bound = ((a_norm[:, None, :] @ g_BST.abs()).squeeze(1) * h_norm).sum(1)
     relative = gamma(a_BSD.shape[2], product_roundoff(a_BSD, h_BTD)) + gamma(S * T, torch.float64)
-    return (g_BST * ah_BST).sum((1, 2)), 2 * relative * bound
+    lost = underflow(a_BSD.shape[2], torch.float32) * g_BST.abs().sum((1, 2))
+    return (g_BST * ah_BST).sum((1, 2)), 2 * (relative * bound + lost)
 
 
 def combine(uses: Sequence[PerSampleGradient]) -> PerSampleGradient:

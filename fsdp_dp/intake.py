@@ -27,10 +27,13 @@ class Intake:
         self._complete = True
         self._abandoned = False
         self.unfinished = False
+        self._drop_if_unfinished = False
 
     def start_logical_batch(self) -> None:
-        self.source, self._complete, self._abandoned = "loader", False, False
+        """A new draw; a forward of an earlier one that got no backward is left behind with it."""
         self._waiting.clear()
+        self.discard()
+        self.source, self._complete, self._abandoned = "loader", False, False
 
     def end_logical_batch(self) -> None:
         """The loader has handed out the last microbatch of its logical batch."""
@@ -61,6 +64,8 @@ class Intake:
         Raises:
             PrivacyError: the forward does not belong to a microbatch that waits for one, or the mask does not fit.
         """
+        if self._drop_if_unfinished and self.unfinished:
+            self.discard()
         self._check_turn(pending)
         mask = self._waiting.pop() if self._waiting else torch.ones(rows, dtype=torch.bool)
         if mask.ndim != 1 or mask.numel() != rows:
@@ -72,7 +77,7 @@ class Intake:
         return mask, self.source == "loader"
 
     def _check_turn(self, pending: bool) -> None:
-        if self._abandoned:
+        if self._abandoned and self._waiting:
             raise PrivacyError(
                 "This logical batch was discarded, so the rest of it cannot be released alone: which rows stay would "
                 "depend on the data. Leave it (break) and go on with the next logical batch"
@@ -95,7 +100,11 @@ class Intake:
 
     def finished(self) -> None:
         """The forward's backward is done."""
-        self.unfinished = False
+        self.unfinished = self._drop_if_unfinished = False
+
+    def zero_grad(self) -> None:
+        """``zero_grad`` between forward and backward is a habit if the backward follows, and a discard if it does not."""
+        self._drop_if_unfinished = self.unfinished
 
     def check_release(self) -> None:
         """Raises PrivacyError if some of the logical batch's rows are still to come."""
@@ -115,9 +124,10 @@ class Intake:
             self.source = "free"
 
     def discard(self) -> None:
-        self._abandoned = self.source == "loader" and not self._complete
+        """Drop what was run; the rest of a logical batch that is not over is refused from here on."""
+        if self.source == "loader" and (self._waiting or not self._complete):
+            self._abandoned = True
         if not self._abandoned:
-            self.source = "free"
-        self._complete = True
-        self._waiting.clear()
-        self.unfinished = False
+            self._waiting.clear()
+        self.source, self._complete = "free", True
+        self.unfinished = self._drop_if_unfinished = False

@@ -28,8 +28,9 @@ SPLIT_ROUNDOFF = 2.0**-16
 UN_NOISED_MARGIN = {torch.float64: 2.0**-42, torch.float32: 2.0**-14}
 """Share of ``max_grad_norm`` kept back for the rounding of sums over rows, microbatches and ranks (rule 3).
 
-A row changes not only its own term of ``sum_i c_i G_i`` but also how the others round. In fp32 that is of the order of
-``2^-24 * sqrt(terms)`` of the sum; the margin covers sums whose norm is up to about ``R * 2^10 / sqrt(terms / 1024)``.
+A row changes not only its own term of ``sum_i c_i G_i`` but also how the others round. This is no worst case: that,
+``gamma(rows * T) * sum_i |w_i| S_i``, would be far larger. Measured in fp32 the change is one to two times ``2^-24`` of
+the norm of the sum (docs/numerics.md), so the margin covers sums of norm up to about ``2^9 R``.
 """
 
 
@@ -47,6 +48,14 @@ def gamma(terms: int, rounding: torch.dtype | float) -> float:
     """Relative error bound of a sum of ``terms`` products, given a dtype or a unit roundoff (infinite if useless)."""
     spread = terms * (rounding if isinstance(rounding, float) else unit_roundoff(rounding))
     return spread / (1 - spread) if spread < 0.5 else float("inf")
+
+
+def underflow(terms: int, dtype: torch.dtype) -> float:
+    """Absolute error of a sum of ``terms`` products in ``dtype`` that `gamma` leaves out: results flushed to zero.
+
+    Each product and each partial sum may lose up to the smallest normal number; twice that covers later growth.
+    """
+    return 4 * terms * torch.finfo(dtype).tiny
 
 
 def on_tensor_cores(*factors: Tensor) -> bool:
@@ -90,4 +99,6 @@ def exact_arithmetic(device: torch.device) -> Iterator[None]:
             yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+            backend.fp32_precision = "none"  # inherit again, unless that is not what the flag said before
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision

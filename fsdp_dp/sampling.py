@@ -129,8 +129,8 @@ class LogicalBatchLoader:
         rank, world_size: *data-parallel* rank and size (tensor-parallel peers share their data).
         on_logical_batch: called before a logical batch is handed out; may raise to refuse.
         on_microbatch: called with the mask (bool [B], True for real rows) just before its microbatch is handed out.
-        on_logical_batch_end: called when the last microbatch of a logical batch is handed out. What is left of one when
-            the next is asked for is dropped, and none of these is called for it.
+        on_logical_batch_end: called just before the last microbatch of a logical batch is handed out, ahead of its mask.
+            What is left of one when the next is asked for is dropped, and none of these is called for it.
         dataloader_kwargs: options of torch's `DataLoader`, save those that choose rows or their order.
 
     Raises:
@@ -312,9 +312,9 @@ class _LogicalBatch:
         if self._exhausted:
             raise StopIteration
         batch, mask_B, self._exhausted = self._stream.next()
-        self._callbacks.on_microbatch(mask_B)
         if self._exhausted:
             self._end()
+        self._callbacks.on_microbatch(mask_B)
         return batch
 
     def drain(self) -> None:

@@ -29,7 +29,7 @@ def _mechanism(engine: PrivacyEngine) -> list[str]:
         f"{engine.row_bound:.8g}",
         f"  accountant       {p.accountant}, delta {p.target_delta:g}",
     ]
-    if p.seed is not None:
+    if engine.seeded:
         lines.append("  seed fixed: no privacy guarantee")
     return lines
 

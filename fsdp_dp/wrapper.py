@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as TorchFSDP
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.engine import PrivacyEngine, make_private
 from fsdp_dp.errors import PrivacyError
+from fsdp_dp.sharding.fsdp1 import is_outermost
 
 _ORIG_PARAMS = "use_orig_params"
 _ORIG_PARAMS_POSITION = list(inspect.signature(TorchFSDP.__init__).parameters).index(_ORIG_PARAMS) - 2
@@ -36,8 +37,7 @@ class FullyShardedDataParallel(TorchFSDP):
             self.privacy_engine = make_private(self, privacy)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Torch's root marks all other units as inner ones on its first forward, before it calls any of them.
-        if self._is_root is not False and self.privacy_engine is None:
+        if self.privacy_engine is None and is_outermost(self):
             raise PrivacyError(
                 "fsdp_dp.FullyShardedDataParallel was made the root of a model without privacy=PrivacyConfig(...), so "
                 "it would train without privacy. Pass privacy to the outermost wrapper, or use torch's class"

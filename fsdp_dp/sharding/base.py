@@ -157,6 +157,12 @@ def trainable_names(root: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     }
 
 
+def start_reduce_scatter(shard: Tensor, bucket: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
+    """Sum ``bucket`` over the group, cut into ``shard``-sized pieces; torch 2.13 renamed the collective."""
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return reduce_scatter(shard, bucket, group=group, async_op=True)
+
+
 def narrow_reduction(dtypes: Iterable[torch.dtype | None]) -> torch.dtype | None:
     """The first of these reduce dtypes that is narrower than float32."""
     return next((dtype for dtype in dtypes if dtype is not None and dtype.itemsize < 4), None)

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from fsdp_dp.numerics import accumulate_dtype
-from fsdp_dp.sharding.base import ManagedParameter, Region, ShardedModel, canonical_name, narrow_reduction
+from fsdp_dp.sharding.base import (
+    ManagedParameter,
+    Region,
+    ShardedModel,
+    canonical_name,
+    narrow_reduction,
+    start_reduce_scatter,
+)
 
 _HANDLE_NAMES = ("flat_param", "_get_flat_param_offsets", "process_group", "world_size", "uses_sharded_strategy")
 _FLAT_NAMES = (
@@ -68,7 +75,7 @@ class Fsdp1Model(ShardedModel):
             self._in_flight.append((target, bucket[: target.buffer.numel()], bucket, None))
             return
         shard = torch.empty_like(target.buffer)
-        work = dist.reduce_scatter_tensor(shard, bucket, group=self.data_group, async_op=True)
+        work = start_reduce_scatter(shard, bucket, self.data_group)
         self._in_flight.append((target, shard, bucket, work))
 
     def finish_accumulate(self) -> None:
@@ -82,6 +89,11 @@ class Fsdp1Model(ShardedModel):
         p = parameter.parameter
         if gradient.numel():
             p.grad = gradient.view(p.shape).to(p.dtype)
+
+
+def is_outermost(unit: FullyShardedDataParallel) -> bool:
+    """Whether a unit whose forward starts now is a root: torch's root marks all others before it calls any of them."""
+    return unit._is_root is not False
 
 
 class _Entry:

@@ -24,6 +24,7 @@ from fsdp_dp.sharding.base import (
     ShardedModel,
     canonical_name,
     narrow_reduction,
+    start_reduce_scatter,
     trainable_names,
 )
 
@@ -78,7 +79,7 @@ class Fsdp2Model(ShardedModel):
             return
         bucket = target.fill_bucket(gradients)
         shard = bucket.new_empty(bucket.shape[1])
-        work = dist.reduce_scatter_tensor(shard, bucket.flatten(), group=self.data_group, async_op=True)
+        work = start_reduce_scatter(shard, bucket.flatten(), self.data_group)
         self._in_flight.append((target, shard, bucket, work))
 
     def finish_accumulate(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import nn
 from torch.distributed.fsdp import (
@@ -30,12 +28,15 @@ FSDP1_STRATEGIES = {
 
 
 def build_model(config: TrainConfig, world: World) -> nn.Module:
-    """The decoder on `world.device`, sharded block by block; every rank starts from the same weights."""
+    """The decoder on `world.device`, sharded block by block; every rank starts from the same weights.
+
+    One process alone gets FSDP2 where FSDP1 was asked for: with nothing to split, FSDP1 falls back to a deprecated mode.
+    """
     torch.manual_seed(config.seed)
     model = GPT(config.model)
     # Dropout: other rows, other masks; tensor-parallel peers hold the same rows and need the same masks.
     torch.manual_seed(config.seed + world.data_rank)
-    if config.sharding.strategy in FSDP1_STRATEGIES:
+    if config.sharding.strategy in FSDP1_STRATEGIES and world.data_size > 1:
         return shard_fsdp1(model, config, world)
     if world.tensor_mesh is not None:
         split_linears(model, world)
@@ -51,8 +52,6 @@ def parameter_count(config: GPTConfig) -> int:
 def shard_fsdp1(model: GPT, config: TrainConfig, world: World) -> nn.Module:
     """FSDP1, one unit a block and one for the rest."""
     precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    # One process is a special case to FSDP1, not to its user.
-    warnings.filterwarnings("ignore", message="FSDP is switching to use `NO_SHARD`")
     return FullyShardedDataParallel(
         model,
         device_mesh=world.data_mesh,

@@ -5,7 +5,6 @@ No key, noise or un-noised sum is in it.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ from fsdp_dp.engine import PrivacyEngine
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, engine: PrivacyEngine | None) -> None:
     """Write `model`, `optimizer` (where it has any state) and `privacy` under `folder`; to be called on every rank."""
-    # One process has nothing to shard, and FSDP1 says so.
-    warnings.filterwarnings("ignore", message="When using ``NO_SHARD``")
     state: dict[str, Any] = {"model": get_model_state_dict(model)}
     # Asked for the state of an optimizer that has none, such as plain SGD, torch takes a step to make some.
     if optimizer.state:

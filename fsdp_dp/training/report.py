@@ -190,6 +190,7 @@ def setup(outcome: Outcome) -> str:
                 ("data", f"{config.data.source}: {len(corpus.train)} training rows, {len(corpus.held_out)} held out"),
                 ("sharding", f"{config.sharding.strategy} on {outcome.ranks} process(es), {outcome.device}"),
                 ("precision", config.precision.compute),
+                ("training", f"{outcome.steps} of {config.steps} steps"),
                 ("training and evaluation", f"{outcome.seconds:.0f} s"),
                 ("Python", platform.python_version()),
                 *((package, version(package)) for package in PACKAGES),

@@ -47,7 +47,7 @@ class PrivacyOptions:
     target_epsilon: float | None = None
     noise_multiplier: float | None = None
     target_delta: float = 1e-6
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 0.5
     sampling: str = "poisson"
     numerics: str = "certified"
     accountant: str = "prv"

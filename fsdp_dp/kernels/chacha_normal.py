@@ -1,0 +1,380 @@
+"""The release on a GPU: ChaCha20, Box-Muller, lattice, division and cast in one pass over the local shards.
+
+In the step: after the last microbatch the engine hands over every parameter's accumulator and an empty gradient;
+`privatize_all_` fills the gradients in a single launch. The torch reference is `noise.standard_normal` followed by
+`noise.Lattice.privatize`; here the same numbers never leave registers. Element layout: [Note: layout of the field] in
+`fsdp_dp.noise`. A thread makes one ChaCha20 block, that is eight normals, 128 elements apart, so that neighbouring
+threads read and write neighbouring elements.
+
+[Note: the table]. Triton hands Python floats over as float32 and compiles anew for integers that are 1 or multiples of
+16, so that everything a launch needs travels in one int64 tensor: key words, release, float64 bit patterns, and one row
+for each segment (a local shard, or a part of one) with addresses and ranges.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fsdp_dp import chacha, noise
+
+LANES = tl.constexpr(noise.LANES)
+PAIRS = tl.constexpr(noise.PAIRS)
+CHUNK = tl.constexpr(noise.CHUNK)
+
+# What one program makes; measured on an H100 (docs/benchmarks.md).
+_CHUNKS_OF_A_PROGRAM = 1
+_WARPS = 4
+
+_EXACT = tl.constexpr(2.0**50)
+_TWO_32 = tl.constexpr(2.0**32)
+_TWO_MINUS_64 = tl.constexpr(2.0**-64)
+_RADIANS = tl.constexpr(math.pi * 2.0**-63)
+
+# [Note: the table]: places in its head, then places in a segment's row.
+_RELEASE = tl.constexpr(8)
+_SPACING, _CLAMP, _UNITS_OF_NOISE, _DIVISOR = (tl.constexpr(10 + i) for i in range(4))
+_HEAD = tl.constexpr(14)
+_FIRST_PROGRAM, _ACCUMULATOR, _OUT, _PARAMETER, _START, _COUNT, _WIDTH, _OFFSET, _SIZE = (
+    tl.constexpr(i) for i in range(9)
+)
+_FIELDS = tl.constexpr(9)
+
+_DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One parameter's local shard in a release.
+
+    Attributes:
+        accumulator: clipped sum, flat and contiguous, float32 or float64, on a CUDA device.
+        out: where its private gradient is written; same number of elements, any floating dtype.
+        parameter: canonical index of the parameter, part of the noise nonce.
+        start, count: the run of global elements that the shard is, or lies in.
+        columns: (width, offset, size) if the shard is columns `offset .. offset + size` of the run seen as rows of
+            `width` (`sharding.Region`).
+    """
+
+    accumulator: Tensor
+    out: Tensor
+    parameter: int
+    start: int
+    count: int
+    columns: tuple[int, int, int] | None = None
+
+
+def privatize_all_(
+    segments: Sequence[Segment],
+    *,
+    key: bytes,
+    release: int,
+    lattice: noise.Lattice,
+    noise_std: float,
+    divisor: float,
+    zero_accumulators: bool,
+) -> None:
+    """Write `lattice.privatize(accumulator, normals, noise_std) / divisor` into every segment's `out`.
+
+    Args:
+        segments: on one device; nothing in them overlaps.
+        key: 32 secret bytes, used for noise only.
+        release: number of the release, in [0, 2^64).
+        lattice: made for this noise multiplier and clipping bound.
+        noise_std: sigma * R > 0.
+        divisor: expected batch size.
+        zero_accumulators: also set the accumulators to zero, in the same pass.
+
+    Raises:
+        ValueError: a tensor, or `noise_std`, is not as described.
+        OverflowError: the release, a parameter index or an element does not fit its counter.
+        FloatingPointError: a result is not an exact number of lattice units. The outputs are then overwritten with
+            zeros, and the accumulators are zero if `zero_accumulators`.
+
+    **Formal guarantee.** That of `noise.standard_normal` and `noise.Lattice.privatize`: the same nonces, counters and
+    uniforms; the same sequence of float64 operations, with a correctly rounded quotient. Contraction of a product and a
+    sum changes no result, since every such product is exact (its factor is a power of two). On CUDA devices the normals
+    equal torch's to the last bit or two of log, sin and cos.
+    """
+    segments = [segment for segment in segments if segment.out.numel()]
+    if not segments:
+        return
+    if math.frexp(units_of_noise := noise_std / lattice.spacing)[0] != 0.5:
+        raise ValueError(
+            f"noise_std: found {noise_std}, expected a positive power of two times the spacing {lattice.spacing}; make "
+            "the lattice with Lattice.for_release from the same noise_multiplier and max_grad_norm"
+        )
+    for segment in segments:
+        _check(segment, release)
+    head = [*_key_and_release(key, release), *map(_bits, (lattice.spacing, lattice.clamp, units_of_noise, divisor))]
+    inexact = torch.zeros(1, dtype=torch.int32, device=segments[0].out.device)
+    for kind in sorted({_kind(segment) for segment in segments}, key=str):
+        accumulator_dtype, out_dtype, columns = kind
+        table, programs, count = _table(head, [segment for segment in segments if _kind(segment) == kind])
+        _privatize[(programs,)](
+            table, inexact, count,
+            ACCUMULATOR=_DTYPES[accumulator_dtype], OUT=_DTYPES[out_dtype], COLUMNS=columns, ZERO=zero_accumulators,
+            CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS,
+        )  # fmt: skip
+    if int(inexact):
+        for segment in segments:
+            segment.out.zero_()
+        raise FloatingPointError(
+            "release: an element is not an exact number of lattice units; the clipped sum holds NaN. Nothing was released"
+        )
+
+
+def privatize_reference_(
+    segments: Sequence[Segment],
+    *,
+    key: bytes,
+    release: int,
+    lattice: noise.Lattice,
+    noise_std: float,
+    divisor: float,
+    zero_accumulators: bool,
+) -> None:
+    """`privatize_all_` in torch operations, on any device."""
+    for segment in segments:
+        normals = noise.standard_normal(
+            key,
+            release=release,
+            parameter=segment.parameter,
+            start=segment.start,
+            count=segment.count,
+            device=segment.out.device,
+        )
+        if segment.columns is not None:
+            width, offset, size = segment.columns
+            normals = normals.view(-1, width)[:, offset : offset + size].reshape(-1)
+        segment.out.copy_(lattice.privatize(segment.accumulator, normals, noise_std) / divisor)
+        if zero_accumulators:
+            segment.accumulator.zero_()
+
+
+def standard_normal(
+    key: bytes, *, release: int, parameter: int, start: int, count: int, device: torch.device | str = "cuda"
+) -> Tensor:
+    """`noise.standard_normal` on a CUDA device, in one launch; same arguments, errors and guarantee."""
+    noise._check_range(release, parameter, start, count)
+    normals = torch.empty(count, dtype=torch.float64, device=device)
+    if count:
+        segment = Segment(accumulator=normals, out=normals, parameter=parameter, start=start, count=count)
+        head = [*_key_and_release(key, release), 0, 0, 0, 0]
+        table, programs, _ = _table(head, [segment])
+        _standard_normal[(programs,)](table, CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS)
+    return normals
+
+
+def keystream(key: bytes, nonce: chacha.Nonce, first_block: int, blocks: int, device: torch.device | str) -> Tensor:
+    """`chacha.keystream` as the kernels make it: int32 [blocks, 16]. For tests; nothing else needs the bits."""
+    chacha._check(key, nonce, first_block, blocks)
+    words = torch.empty(blocks, chacha.WORDS_PER_BLOCK, dtype=torch.int32, device=device)
+    head = torch.tensor([*struct.unpack("<8I", key), *nonce, first_block], dtype=torch.int64, device=words.device)
+    if blocks:
+        _keystream[(triton.cdiv(blocks, noise.LANES),)](head, words, blocks)
+    return words
+
+
+def _kind(segment: Segment) -> tuple[torch.dtype, torch.dtype, bool]:
+    """What the kernel is compiled for."""
+    return segment.accumulator.dtype, segment.out.dtype, segment.columns is not None
+
+
+def _check(segment: Segment, release: int) -> None:
+    noise._check_range(release, segment.parameter, segment.start, segment.count)
+    width, offset, size = segment.columns or (1, 0, 1)
+    if not (0 <= offset and 0 < size and offset + size <= width and segment.count % width == 0):
+        raise ValueError(f"columns: found {segment.columns}, expected columns of rows that make up {segment.count}")
+    numel = segment.count // width * size
+    for name, tensor in (("accumulator", segment.accumulator), ("out", segment.out)):
+        if tensor.numel() != numel or not tensor.is_contiguous() or tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{name}: found {tensor.dtype} {list(tensor.shape)}, expected {numel} contiguous floating-point elements"
+            )
+        if tensor.device != segment.out.device:
+            raise ValueError(f"accumulator and out: found {segment.accumulator.device} and {segment.out.device}")
+
+
+def _key_and_release(key: bytes, release: int) -> list[int]:
+    if len(key) != chacha.KEY_BYTES:
+        raise ValueError(f"key: found {len(key)} bytes, expected {chacha.KEY_BYTES}; make one with noise.new_key()")
+    return [*struct.unpack("<8I", key), release % chacha.WORD_LIMIT, release // chacha.WORD_LIMIT]
+
+
+def _bits(x: float) -> int:
+    """The bit pattern of a float64, as int64."""
+    return int(struct.unpack("<q", struct.pack("<d", x))[0])
+
+
+def _table(head: Sequence[int], segments: Sequence[Segment]) -> tuple[Tensor, int, int]:
+    """[Note: the table] on the device, the number of programs, and the number of segments."""
+    rows, programs = list(head), 0
+    for segment in segments:
+        width, offset, size = segment.columns or (1, 0, 1)
+        addresses = (segment.accumulator.data_ptr(), segment.out.data_ptr())
+        rows += [programs, *addresses, segment.parameter, segment.start, segment.count, width, offset, size]
+        chunks = -(-(segment.start + segment.count) // noise.CHUNK) - segment.start // noise.CHUNK
+        programs += -(-chunks // _CHUNKS_OF_A_PROGRAM)
+    return torch.tensor(rows, dtype=torch.int64, device=segments[0].out.device), programs, len(segments)
+
+
+@triton.jit
+def _privatize(
+    table, inexact, segments,
+    ACCUMULATOR: tl.constexpr, OUT: tl.constexpr, COLUMNS: tl.constexpr, ZERO: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """One program: `CHUNKS` chunks of the segment that `_find` gives, from accumulator to gradient."""
+    row = _find(table, segments)
+    accumulator = tl.load(row + _ACCUMULATOR).to(tl.pointer_type(ACCUMULATOR))
+    out = tl.load(row + _OUT).to(tl.pointer_type(OUT))
+    spacing = tl.load(table + _SPACING).to(tl.float64, bitcast=True)
+    clamp = tl.load(table + _CLAMP).to(tl.float64, bitcast=True)
+    units_of_noise = tl.load(table + _UNITS_OF_NOISE).to(tl.float64, bitcast=True)
+    divisor = tl.load(table + _DIVISOR).to(tl.float64, bitcast=True)
+    start, count = tl.load(row + _START), tl.load(row + _COUNT)
+    first, words = _make_words(table, row, CHUNKS)
+    wrong = tl.zeros([LANES * CHUNKS], tl.int32)
+    for pair in tl.static_range(PAIRS):
+        cosine, sine = _normal_pair(words[4 * pair], words[4 * pair + 1], words[4 * pair + 2], words[4 * pair + 3])
+        for half in tl.static_range(2):
+            place = first + (2 * pair + half) * LANES - start
+            inside = (place >= 0) & (place < count)
+            if COLUMNS:
+                width, offset, size = tl.load(row + _WIDTH), tl.load(row + _OFFSET), tl.load(row + _SIZE)
+                column = place % width - offset
+                inside = inside & (column >= 0) & (column < size)
+                place = place // width * size + column
+            total = tl.load(accumulator + place, mask=inside, other=0.0).to(tl.float64)
+            # Selection, not minimum and maximum: NaN stays NaN and is found below.
+            total = tl.where(total > clamp, clamp, tl.where(total < -clamp, -clamp, total))
+            total = tl.floor(total / spacing + 0.5)
+            total += tl.floor((cosine if half == 0 else sine) * units_of_noise + 0.5)
+            wrong = wrong | tl.where(tl.abs(total) <= _EXACT, 0, 1)
+            _store(out + place, total * spacing / divisor, inside, OUT)
+            if ZERO:
+                tl.store(accumulator + place, tl.zeros([LANES * CHUNKS], ACCUMULATOR), mask=inside)
+    tl.store(inexact, 1, mask=tl.max(wrong) != 0)
+
+
+@triton.jit
+def _standard_normal(table, CHUNKS: tl.constexpr):
+    row = table + _HEAD
+    out = tl.load(row + _OUT).to(tl.pointer_type(tl.float64))
+    start, count = tl.load(row + _START), tl.load(row + _COUNT)
+    first, words = _make_words(table, row, CHUNKS)
+    for pair in tl.static_range(PAIRS):
+        cosine, sine = _normal_pair(words[4 * pair], words[4 * pair + 1], words[4 * pair + 2], words[4 * pair + 3])
+        place = first + 2 * pair * LANES - start
+        tl.store(out + place, cosine, mask=(place >= 0) & (place < count))
+        place += LANES
+        tl.store(out + place, sine, mask=(place >= 0) & (place < count))
+
+
+@triton.jit
+def _keystream(head, out, blocks):
+    block = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    counter = (block + tl.load(head + 11)).to(tl.uint32)
+    nonce = _uint32(head + 8, counter), _uint32(head + 9, counter), _uint32(head + 10, counter)
+    words = _chacha20(head, counter, nonce[0], nonce[1], nonce[2])
+    for word in tl.static_range(16):
+        tl.store(out + block * 16 + word, words[word].to(tl.int32, bitcast=True), mask=block < blocks)
+
+
+@triton.jit
+def _find(table, segments):
+    """The row of the segment of this program: the last one whose first program is not beyond it, by bisection."""
+    program = tl.program_id(0)
+    low, high = segments * 0, segments
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(table + _HEAD + middle * _FIELDS + _FIRST_PROGRAM) <= program
+        low, high = tl.where(before, middle, low), tl.where(before, high, middle)
+    return table + _HEAD + low * _FIELDS
+
+
+@triton.jit
+def _make_words(table, row, CHUNKS: tl.constexpr):
+    """(global element of slot 0, sixteen keystream words), for each of this program's blocks; [Note: layout]."""
+    block = tl.arange(0, LANES * CHUNKS)
+    program = (tl.program_id(0) - tl.load(row + _FIRST_PROGRAM)).to(tl.int64)
+    chunk = tl.load(row + _START) // CHUNK + program * CHUNKS + block // LANES
+    lane = block % LANES
+    counter = (chunk * LANES + lane).to(tl.uint32)
+    parameter = _uint32(row + _PARAMETER, counter)
+    low, high = _uint32(table + _RELEASE, counter), _uint32(table + _RELEASE + 1, counter)
+    return chunk * CHUNK + lane, _chacha20(table, counter, parameter, low, high)
+
+
+@triton.jit
+def _normal_pair(radius_low, radius_high, angle_low, angle_high):
+    """Box-Muller of four uint32 words, in the operations of `noise._radius` and `noise._angle`."""
+    u = (radius_high.to(tl.float64) * _TWO_32 + (radius_low.to(tl.float64) + 1.0)) * _TWO_MINUS_64
+    radius = tl.sqrt(tl.log(u) * -2.0)
+    signed_high = angle_high.to(tl.int32, bitcast=True).to(tl.float64)
+    angle = (signed_high * _TWO_32 + angle_low.to(tl.float64)) * _RADIANS
+    return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@triton.jit
+def _store(pointer, value, mask, OUT: tl.constexpr):
+    """float64 to `OUT`, narrow formats by way of float32 as torch does it."""
+    if OUT == tl.float64:
+        tl.store(pointer, value, mask=mask)
+    else:
+        tl.store(pointer, value.to(tl.float32).to(OUT), mask=mask)
+
+
+@triton.jit
+def _uint32(pointer, like):
+    """A word of the table, as uint32 of the shape of `like`."""
+    return tl.zeros_like(like) + tl.load(pointer).to(tl.uint32)
+
+
+@triton.jit
+def _chacha20(key, x12, x13, x14, x15):
+    """The block function of RFC 8439 section 2.3: sixteen uint32 words; `key` points to eight words, as int64."""
+    z = tl.zeros_like(x12)
+    x0, x1, x2, x3 = z + 0x61707865, z + 0x3320646E, z + 0x79622D32, z + 0x6B206574
+    x4, x5, x6, x7 = _uint32(key, z), _uint32(key + 1, z), _uint32(key + 2, z), _uint32(key + 3, z)
+    x8, x9, x10, x11 = _uint32(key + 4, z), _uint32(key + 5, z), _uint32(key + 6, z), _uint32(key + 7, z)
+    v0, v1, v2, v3, v4, v5, v6, v7 = x0, x1, x2, x3, x4, x5, x6, x7
+    v8, v9, v10, v11, v12, v13, v14, v15 = x8, x9, x10, x11, x12, x13, x14, x15
+    for _ in range(10):
+        v0, v4, v8, v12 = _quarter_round(v0, v4, v8, v12)
+        v1, v5, v9, v13 = _quarter_round(v1, v5, v9, v13)
+        v2, v6, v10, v14 = _quarter_round(v2, v6, v10, v14)
+        v3, v7, v11, v15 = _quarter_round(v3, v7, v11, v15)
+        v0, v5, v10, v15 = _quarter_round(v0, v5, v10, v15)
+        v1, v6, v11, v12 = _quarter_round(v1, v6, v11, v12)
+        v2, v7, v8, v13 = _quarter_round(v2, v7, v8, v13)
+        v3, v4, v9, v14 = _quarter_round(v3, v4, v9, v14)
+    return (
+        v0 + x0, v1 + x1, v2 + x2, v3 + x3, v4 + x4, v5 + x5, v6 + x6, v7 + x7,
+        v8 + x8, v9 + x9, v10 + x10, v11 + x11, v12 + x12, v13 + x13, v14 + x14, v15 + x15,
+    )  # fmt: skip
+
+
+@triton.jit
+def _quarter_round(a, b, c, d):
+    a += b
+    d = _rotate_left(d ^ a, 16)
+    c += d
+    b = _rotate_left(b ^ c, 12)
+    a += b
+    d = _rotate_left(d ^ a, 8)
+    c += d
+    b = _rotate_left(b ^ c, 7)
+    return a, b, c, d
+
+
+@triton.jit
+def _rotate_left(x, BITS: tl.constexpr):
+    return (x << BITS) | (x >> (32 - BITS))

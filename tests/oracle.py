@@ -1,0 +1,523 @@
+"""The oracle: what a private step must do, as a float64 loop over rows, and small awkward models to try it on.
+
+Nothing here knows the engine: this file imports nothing from `fsdp_dp`. A row's gradient comes from a forward and a
+backward of that row alone; it is scaled to the bound, added, divided by the expected batch size, and given to a torch
+optimizer. `Case` pairs a model with its rows; `CASES` names all of them, so that ranks can build them by name.
+
+Legend: N rows of a logical batch, B rows of a microbatch, T positions, D channels, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Gradients = dict[str, Tensor]
+Rows = tuple[Tensor, Tensor]  # inputs [N, ...] and targets [N, ...]
+
+# Prime, and so divisible by no number of ranks.
+WIDTH, HIDDEN, VOCABULARY, POSITIONS = 7, 37, 13, 5
+
+# ------------------------------------------------------------------------------------------------------- the loop
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name; a tied one has its first name only."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def row_gradients(model: nn.Module, rows: Rows, row_losses: Callable[[Any, Tensor], Tensor]) -> Iterator[Gradients]:
+    """The gradient of every row's loss, float64, each from a forward of that row alone."""
+    parameters = trainable(model)
+    inputs, targets = rows
+    for i in range(len(inputs)):
+        loss = row_losses(model(inputs[i : i + 1]), targets[i : i + 1]).sum()
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        yield {name: _or_zeros(g, p) for (name, p), g in zip(parameters.items(), found, strict=True)}
+
+
+def row_gradients_of_one_forward(
+    model: nn.Module, rows: Rows, row_losses: Callable[[Any, Tensor], Tensor]
+) -> Iterator[Gradients]:
+    """As `row_gradients`, but from one forward of all rows: for dropout, whose masks depend on the shape of the batch."""
+    parameters = trainable(model)
+    losses_N = row_losses(model(rows[0]), rows[1])
+    for loss in losses_N:
+        found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+        yield {name: _or_zeros(g, p) for (name, p), g in zip(parameters.items(), found, strict=True)}
+
+
+def _or_zeros(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter, dtype=torch.float64) if gradient is None else gradient.double()
+
+
+def norm(gradients: Gradients) -> float:
+    """The norm over all parameters together."""
+    return float(sum(g.double().square().sum() for g in gradients.values())) ** 0.5
+
+
+def clipped_sum(gradients: Iterator[Gradients], max_grad_norm: float) -> Gradients:
+    """`sum_i min(1, R / |G_i|) G_i`."""
+    total: Gradients = {}
+    for of_row in gradients:
+        factor = min(1.0, max_grad_norm / max(norm(of_row), 1e-300))
+        for name, g in of_row.items():
+            total[name] = total.get(name, torch.zeros_like(g)) + factor * g
+    return total
+
+
+def relative_error(found: Gradients, expected: Gradients) -> float:
+    """The worst over parameters of |found - expected| / |expected|; against 1/1000 of the whole where that is more.
+
+    (A key's bias has a gradient of zero but for rounding: it can only be measured against the whole.)
+    """
+    assert found.keys() == expected.keys(), (sorted(found), sorted(expected))
+    floor = 1e-3 * norm(expected)
+    return max(float((found[n].double() - e).norm()) / max(float(e.norm()), floor) for n, e in expected.items())
+
+
+# ---------------------------------------------------------------------------------------------------- logical batches
+
+
+def share(
+    rows: Sequence[int], *, rank: int, size: int, microbatch: int, empty_last: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """The microbatches of one rank: row numbers [B] and a mask [B], as many on every rank.
+
+    Rows are dealt round; padding repeats row 0, so that a mask that is ignored shows. With `empty_last`, the last of
+    several ranks has padding only.
+    """
+    takers = size - 1 if empty_last and size > 1 else size
+    mine = list(rows[rank::takers]) if rank < takers else []
+    count = max(1, -(-len(rows) // (takers * microbatch)))
+    numbers = torch.tensor(mine + [rows[0]] * (count * microbatch - len(mine)))
+    mask = torch.arange(count * microbatch) < len(mine)
+    return list(zip(numbers.split(microbatch), mask.split(microbatch), strict=True))
+
+
+def rows_of_step(rows: int, step: int) -> list[int]:
+    """The row numbers of logical batch `step`; all of them in the first."""
+    return [i for i in range(rows) if step == 0 or (i + step) % 3]
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": functools.partial(torch.optim.SGD, lr=1.0),
+    "momentum": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    # A large eps: with the usual one, Adam blows the rounding of vanishing gradients up to whole steps.
+    "adamw": functools.partial(torch.optim.AdamW, lr=0.1, eps=1e-3, weight_decay=0.1),
+}
+
+# ------------------------------------------------------------------------------------------------------------- losses
+
+
+def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Cross-entropy of each row, the mean over its positions."""
+    logits = logits_BTV if logits_BTV.dtype == torch.float64 else logits_BTV.float()
+    return F.cross_entropy(logits.transpose(1, 2), targets_BT, reduction="none").mean(1)
+
+
+def square_losses(outputs: Any, targets_BK: Tensor) -> Tensor:
+    """Squared distance of each row's outputs, whatever their structure, from its targets."""
+    flat = torch.cat([x.flatten(1) for x in _leaves(outputs)], 1)
+    wide = flat if flat.dtype == torch.float64 else flat.float()
+    return (wide - targets_BK[:, :1].to(wide.dtype)).square().mean(1)
+
+
+def linear_losses(outputs_BTP: Tensor, slopes_BTP: Tensor) -> Tensor:
+    """`sum_t g_t . y_t`: the output gradients are the targets themselves, exactly."""
+    wide = outputs_BTP if outputs_BTP.dtype == torch.float64 else outputs_BTP.float()
+    return (wide * slopes_BTP.to(wide.dtype)).flatten(1).sum(1)
+
+
+def _leaves(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    else:
+        for value in outputs.values() if isinstance(outputs, dict) else outputs:
+            yield from _leaves(value)
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+class Unit(nn.Module):
+    """A module that the tests wrap as an FSDP unit of its own; the root is the last unit."""
+
+
+class Attention(nn.Module):
+    """Causal attention with separate projections, so that tensor parallelism can split it by head."""
+
+    def __init__(self, width: int, heads: int, head_width: int) -> None:
+        super().__init__()
+        self.head_width = head_width
+        inner = heads * head_width
+        self.q, self.k = nn.Linear(width, inner), nn.Linear(width, inner)
+        self.v, self.o = nn.Linear(width, inner, bias=False), nn.Linear(inner, width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        q, k, v = (f(x_BTD).unflatten(2, (-1, self.head_width)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+class Block(Unit):
+    def __init__(self, width: int = WIDTH, hidden: int = HIDDEN, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads=2, head_width=3)
+        self.norm2, self.fc1, self.fc2 = nn.RMSNorm(width, eps=1e-5), nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.dropout(self.attention(self.norm1(x_BTD)))
+        return x_BTD + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x_BTD)))))
+
+
+class Decoder(nn.Module):
+    """A small language model; position ids are expanded, so they have stride 0."""
+
+    def __init__(
+        self,
+        *,
+        tied: bool = False,
+        checkpointed: bool = False,
+        dropout: float = 0.0,
+        width: int = WIDTH,
+        hidden: int = HIDDEN,
+        vocabulary: int = VOCABULARY,
+    ) -> None:
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(POSITIONS, width)
+        self.blocks = nn.ModuleList(Block(width, hidden, dropout) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.token.weight
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        position_ids = torch.arange(ids_BT.shape[1]).expand(ids_BT.shape)
+        x_BTD = self.token(ids_BT) + self.position(position_ids)
+        for block in self.blocks:
+            x_BTD = checkpoint(block, x_BTD, use_reentrant=False) if self.checkpointed else block(x_BTD)
+        return self.head(self.norm(x_BTD))
+
+
+class Stage(Unit):
+    """Linear, norm, activation; the activation works in place, as many vision models' do."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear, self.norm, self.relu = nn.Linear(inputs, outputs), nn.LayerNorm(outputs), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm(self.linear(x)))
+
+
+class Mlp(nn.Module):
+    """For inputs of any rank of at least 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.Sequential(Stage(WIDTH, 13), Stage(13, HIDDEN))
+        self.head = nn.Linear(HIDDEN, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stages(x))
+
+
+class InPlace(Unit):
+    """Outputs of Linear and Embedding that are changed in place, and an input that is not contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.fc1, self.fc2 = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, 11), nn.Linear(POSITIONS, 3)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        x = self.token(ids_BT).mul_(2)
+        y = F.relu(self.fc1(x), inplace=True)
+        z = self.fc2(y.transpose(1, 2))
+        z += 1.0
+        return z.tanh()
+
+
+class Embeddings(nn.Module):
+    """Every form of index: padding, transposed and expanded storage, ranks 1 to 3, repeats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Embedding(VOCABULARY, WIDTH, padding_idx=3)
+        self.position, self.first = nn.Embedding(POSITIONS, WIDTH), nn.Embedding(VOCABULARY, WIDTH, padding_idx=-1)
+        self.pair = nn.Embedding(3, WIDTH)
+        self.mix = Stage(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        transposed = ids_BT.t().contiguous().t()
+        every_other = torch.stack([ids_BT, ids_BT], 2).flatten(1)[:, ::2]
+        x = self.token(transposed) + self.token(every_other) * 0.5
+        x = x + self.position(torch.arange(ids_BT.shape[1]).expand(ids_BT.shape)) + self.first(ids_BT[:, 0])[:, None]
+        x = x + self.pair(torch.stack([ids_BT, ids_BT.flip(1)], 2) % 3).sum(2)
+        return self.head(self.mix(x))
+
+
+class Norms(Unit):
+    """Layer norms over one and over two dimensions, with all, some and no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plane, self.rms_plane = nn.LayerNorm((3, WIDTH), eps=1e-3), nn.RMSNorm((3, WIDTH))
+        self.scale_only, self.no_affine = nn.LayerNorm(WIDTH, bias=False), nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.rms, self.rms_no_affine = nn.RMSNorm(WIDTH, eps=1e-2), nn.RMSNorm(WIDTH, elementwise_affine=False)
+        self.whole_row = nn.LayerNorm((2, 3, WIDTH))
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, x_BSKD: Tensor) -> Tensor:
+        x = self.whole_row(x_BSKD) + self.rms_plane(self.plane(x_BSKD) + 0.3)
+        x = self.rms(self.no_affine(self.scale_only(x) + 0.1 * x_BSKD)) + self.rms_no_affine(x)
+        return self.head(x)
+
+
+class Reused(nn.Module):
+    """Modules called several times in one forward, on different numbers of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.norm, self.fc = nn.Embedding(VOCABULARY, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.block = Block()
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        x = self.token(ids_BT) + self.token(ids_BT.roll(1, 1)) * 0.5 + self.token(ids_BT[:, 2:3])
+        for _ in range(3):
+            x = x + self.fc(self.norm(x)) + self.fc(self.norm(x[:, 1:3] * 0.7)).mean(1, keepdim=True)
+        return self.head(self.block(x) + x)
+
+
+class Twice(nn.Module):
+    """One unit called twice in a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.block, self.head = nn.Embedding(VOCABULARY, WIDTH), Block(), nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return self.head(self.block(self.block(self.token(ids_BT))))
+
+
+class Shared(nn.Module):
+    """One weight in several modules: two tables and two heads, two Linears, two norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.other = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(VOCABULARY, WIDTH, padding_idx=2)
+        self.fc1, self.fc2 = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH, bias=False)
+        self.head, self.head2 = nn.Linear(WIDTH, VOCABULARY, bias=False), nn.Linear(WIDTH, VOCABULARY)
+        self.other.weight = self.head.weight = self.head2.weight = self.token.weight
+        self.fc2.weight, self.norm2.weight = self.fc1.weight, self.norm1.weight
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        x = self.token(ids_BT) + self.other(ids_BT.roll(2, 1))
+        x = x + self.fc2(F.gelu(self.fc1(self.norm1(x))))
+        return self.head(self.norm2(x)) + self.head2(x.roll(1, 1))
+
+
+class Narrow(nn.Module):
+    """Parameters with fewer rows than there are ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(2, 5)
+        self.stage = Stage(5, 3)
+        self.to_one, self.from_one, self.norm = nn.Linear(3, 1), nn.Linear(1, 2), nn.RMSNorm(1, eps=0.5)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return self.from_one(self.norm(self.to_one(self.stage(self.table(ids_BT % 2)))))
+
+
+class Branches(nn.Module):
+    """Nested outputs that all reach the loss, called by keyword inside, with layers that are never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.left, self.right = Stage(WIDTH, 11), nn.Linear(11, 3), Stage(11, 5)
+        self.never, self.never_unit = nn.Linear(3, 4), Stage(4, 3)
+
+    def forward(self, x_BD: Tensor) -> dict[str, Any]:
+        h = self.trunk(x_BD)
+        return {"left": self.left(input=h), "rest": (self.right(h).tanh(), [h.square()])}
+
+
+class Probe(nn.Module):
+    """One Linear: with `linear_losses`, a row's gradient is `sum_t g_t a_t^T` of its input and target, in any format."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(inputs, outputs)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.linear(x_BTD)
+
+
+# -------------------------------------------------------------------------------------------------- adversarial rows
+
+Kind = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # random a [T, D] and g [T, P] -> those of the row
+
+
+def _cancelling_keys(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs with a large common mean under slopes that sum to nearly zero: |G| is a sliver of sum |a_t||g_t|."""
+    return a[:1] * 4 + a / 16, g - g.mean(0)
+
+
+def _same_rounding(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """All positions alike: rounding c * g errs the same way at each."""
+    return a[:1].expand_as(a), g[:1].expand_as(g)
+
+
+def _opposed_rounding(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Two near-opposite slopes under one input: what rounding adds to one it takes from the other, and |G| is small."""
+    sign = torch.where(torch.arange(len(g)) % 2 == 0, 1.0, -(1 - 2.0**-5))
+    return a[:1].expand_as(a), sign[:, None] * g[:1]
+
+
+def _one_giant(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """One position outweighs all others."""
+    weight = torch.where(torch.arange(len(g)) == 0, 256.0, 1.0)[:, None]
+    return a, g * weight
+
+
+PLAIN_KINDS: dict[str, Kind] = {"random": lambda a, g: (a, g), "same rounding": _same_rounding, "one giant": _one_giant}
+CANCELLING_KINDS: dict[str, Kind] = {"cancelling keys": _cancelling_keys, "opposed rounding": _opposed_rounding}
+
+
+def probe_rows(kinds: dict[str, Kind], *, positions: int, inputs: int, outputs: int, of_each: int = 4) -> Rows:
+    """Rows for a `Probe`, exact in bfloat16, each scaled by a power of two so that its gradient's norm is in [1, 2)."""
+    generator = torch.Generator().manual_seed(2)
+    rows = []
+    for kind in kinds.values():
+        for _ in range(of_each):
+            drawn = (torch.randn(positions, n, generator=generator, dtype=torch.float64) for n in (inputs, outputs))
+            a, g = (x.bfloat16().double() for x in kind(*drawn))
+            length = torch.cat([g.T @ a, g.sum(0)[:, None]], 1).norm()
+            rows.append((a, g * 2.0 ** -length.log2().floor()))
+    return torch.stack([a for a, _ in rows]), torch.stack([g for _, g in rows])
+
+
+# -------------------------------------------------------------------------------------------------------------- cases
+
+
+def _is_any(name: str) -> bool:
+    return True
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith("bias")
+
+
+def _is_half(name: str) -> bool:
+    """A unit is frozen as a whole, the other in part, and so is the root."""
+    return not (name.startswith("blocks.0.") or "fc1.weight" in name or "token" in name or "k.bias" in name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model, its rows and its loss. It pickles. Without `input_shape`, a row's input is token ids."""
+
+    build: Callable[[], nn.Module]
+    row_losses: Callable[[Any, Tensor], Tensor] = token_losses
+    input_shape: tuple[int, ...] = ()
+    rows: int = 7
+    trainable: Callable[[str], bool] = _is_any
+
+    def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        """The model in its initial state, the same on every call; values fit bfloat16 exactly."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = self.build()
+            for parameter in model.parameters():
+                with torch.no_grad():  # norms and biases start at ones and zeros, where mistakes can hide
+                    parameter.add_(torch.randn_like(parameter) * 0.1).copy_(parameter.bfloat16())
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.trainable(name))
+        return model.to(dtype)
+
+    def batch(self, dtype: torch.dtype = torch.float64) -> Rows:
+        """All rows: inputs and targets."""
+        generator = torch.Generator().manual_seed(1)
+        if self.input_shape:
+            inputs = torch.randn(self.rows, *self.input_shape, generator=generator).bfloat16().to(dtype)
+            return inputs, torch.randn(self.rows, 1, generator=generator).to(dtype)
+        ids = torch.randint(0, VOCABULARY, (2, self.rows, POSITIONS), generator=generator)
+        return ids[0], ids[1]
+
+
+CASES = {
+    "decoder": Case(build=Decoder, rows=11),
+    "even decoder": Case(build=functools.partial(Decoder, hidden=38)),
+    "tied": Case(build=functools.partial(Decoder, tied=True), rows=11),
+    "checkpointed": Case(build=functools.partial(Decoder, checkpointed=True)),
+    "tied checkpointed": Case(build=functools.partial(Decoder, tied=True, checkpointed=True)),
+    "partly frozen": Case(build=Decoder, trainable=_is_half),
+    "biases only": Case(build=Decoder, trainable=_is_bias),
+    "inputs of rank 2": Case(build=Mlp, row_losses=square_losses, input_shape=(WIDTH,)),
+    "inputs of rank 3": Case(build=Mlp, row_losses=square_losses, input_shape=(4, WIDTH)),
+    "inputs of rank 4": Case(build=Mlp, row_losses=square_losses, input_shape=(2, 3, WIDTH)),
+    "in place": Case(build=InPlace, row_losses=square_losses),
+    "embeddings": Case(build=Embeddings),
+    "norms": Case(build=Norms, row_losses=square_losses, input_shape=(2, 3, WIDTH)),
+    "reused": Case(build=Reused),
+    "unit called twice": Case(build=Twice),
+    "shared weights": Case(build=Shared),
+    "fewer rows than ranks": Case(build=Narrow, row_losses=square_losses),
+    "branches": Case(build=Branches, row_losses=square_losses, input_shape=(WIDTH,)),
+}
+
+
+def _probe(kinds: dict[str, Kind], *, positions: int, inputs: int, outputs: int) -> tuple[Case, Rows]:
+    case = Case(build=functools.partial(Probe, inputs, outputs), row_losses=linear_losses)
+    return case, probe_rows(kinds, positions=positions, inputs=inputs, outputs=outputs)
+
+
+# Norms of long rows are cheapest from the gradient itself, those of short and wide ones from two Gram matrices.
+LONG, WIDE = {"positions": 64, "inputs": 24, "outputs": 20}, {"positions": 6, "inputs": 64, "outputs": 48}
+PRECISION_ROWS: dict[str, Callable[[], tuple[Case, Rows]]] = {
+    "plain long": functools.partial(_probe, PLAIN_KINDS, **LONG),
+    "plain wide": functools.partial(_probe, PLAIN_KINDS, **WIDE),
+    "cancelling long": functools.partial(_probe, CANCELLING_KINDS, **LONG),
+    "cancelling wide": functools.partial(_probe, CANCELLING_KINDS, **WIDE),
+    "decoder": lambda: (CASES["decoder"], CASES["decoder"].batch()),
+    "tied": lambda: (CASES["tied"], CASES["tied"].batch()),
+    "norms": lambda: (CASES["norms"], CASES["norms"].batch()),
+}
+"""Rows whose every contribution is weighed, in low precision."""
+
+
+@functools.cache
+def median_norm(name: str) -> float:
+    """A bound that clips half of the rows."""
+    case = CASES[name]
+    norms = [norm(g) for g in row_gradients(case.model(), case.batch(), case.row_losses)]
+    bound = float(torch.tensor(norms, dtype=torch.float64).median())
+    assert min(norms) < bound < max(norms), f"case '{name}': all rows have one norm"
+    return bound
+
+
+@functools.cache
+def trained(name: str, *, steps: int, optimizer: str, expected_batch_size: int) -> Gradients:
+    """How far `steps` releases without noise move every parameter, clipped at the median norm."""
+    case = CASES[name]
+    model, (inputs, targets) = case.model(), case.batch()
+    start = {n: p.detach().clone() for n, p in trainable(model).items()}
+    stepper = OPTIMIZERS[optimizer](model.parameters())
+    for step in range(steps):
+        numbers = rows_of_step(case.rows, step)
+        gradients = row_gradients(model, (inputs[numbers], targets[numbers]), case.row_losses)
+        total = clipped_sum(gradients, median_norm(name))
+        for n, p in trainable(model).items():
+            p.grad = total[n] / expected_batch_size
+        stepper.step()
+    return {n: p.detach() - start[n] for n, p in trainable(model).items()}

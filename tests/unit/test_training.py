@@ -1,0 +1,189 @@
+"""The application's parts that need no process group: schedule, budget, batches, shares, report."""
+
+import itertools
+import math
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fsdp_dp import PrivacyConfig
+from fsdp_dp.accounting import epsilon
+from fsdp_dp.data.corpus import Corpus
+from fsdp_dp.data.packing import RowDataset
+from fsdp_dp.training.batches import endless_permutations
+from fsdp_dp.training.budget import MOST_POINTS, Budget, plan_budget
+from fsdp_dp.training.building import parameter_count
+from fsdp_dp.training.evaluate import evenly_spaced, loss_totals
+from fsdp_dp.training.interrupt import stop_on_ctrl_c
+from fsdp_dp.training.metrics import finite_or_text
+from fsdp_dp.training.report import Outcome, assumptions, claim, guarantee, unprotected
+from fsdp_dp.training.schedule import learning_rate
+from fsdp_dp.training.schema import OptimizerConfig, TrainConfig
+
+PRIVACY = PrivacyConfig(
+    max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=10, dataset_size=1000, target_delta=1e-5, steps=200
+)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rate_warms_up_and_then_never_rises(schedule):
+    config = OptimizerConfig(learning_rate=0.1, schedule=schedule, warmup_steps=5)
+    rates = [learning_rate(config, step, 50) for step in range(1, 51)]
+    assert rates[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[4:]))
+    assert rates[-1] > 0
+    assert (rates[-1] == 0.1) == (schedule == "constant")
+
+
+def test_learning_rate_of_runs_shorter_than_the_warm_up():
+    config = OptimizerConfig(learning_rate=0.1, warmup_steps=10)
+    assert [learning_rate(config, step, 2) for step in (1, 2)] == pytest.approx([0.05, 0.1])
+    assert learning_rate(replace(config, warmup_steps=0), 1, 1) > 0
+
+
+def test_budget_is_an_upper_bound_at_every_step():
+    budget = plan_budget(PRIVACY, 1.0, 200)
+    assert len(budget.steps) <= MOST_POINTS
+    assert budget.epsilon(0) == 0.0
+    for step in (1, 7, 100, 199, 200):
+        exact = epsilon(noise_multiplier=1.0, sample_rate=0.01, steps=step, delta=1e-5)
+        assert exact.lower <= budget.epsilon(step)
+        # Bounds at different grids differ by their widths; the table never falls below the number it stands for.
+        assert budget.epsilon(step) >= exact.estimate
+    assert budget.cap == budget.epsilon(200)
+    shown = [budget.epsilon(step) for step in range(201)]
+    assert shown == sorted(shown)
+
+
+def test_a_run_of_one_step_has_a_budget():
+    assert plan_budget(PRIVACY, 1.0, 1).steps == (1,)
+
+
+def test_permutations_hold_each_row_once_an_epoch():
+    order = endless_permutations(7, seed=3)
+    epochs = [[next(order) for _ in range(7)] for _ in range(3)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    again = endless_permutations(7, seed=3)
+    assert [next(again) for _ in range(7)] == epochs[0]
+
+
+def test_evenly_spaced_rows():
+    dataset = RowDataset(torch.arange(100, dtype=torch.uint8).view(50, 2))
+    assert evenly_spaced(dataset, 3)[:, 0].tolist() == [0, 48, 98]
+    assert len(evenly_spaced(dataset, 80)) == 50
+
+
+def test_loss_totals_count_predicted_bytes():
+    targets = torch.tensor([[1, 2, -100, -100], [1, 2, 3, 4]])
+    nats, count = loss_totals(torch.tensor([0.5, 1.0]), targets).tolist()
+    assert (nats, count) == (6.0, 6)
+    assert loss_totals(torch.zeros(0), targets[:0]).tolist() == [0.0, 0.0]
+
+
+def test_parameters_are_counted_without_building_them():
+    assert parameter_count(TrainConfig().model) == 141_056
+
+
+def test_ctrl_c_is_noted_and_its_echo_ignored():
+    before = signal.getsignal(signal.SIGINT)
+    with stop_on_ctrl_c() as stop:
+        assert not stop.made
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.made
+        stop.at -= 10
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_json_has_no_infinities():
+    assert finite_or_text({"a": math.inf, "b": {"c": math.nan, "d": 1.5}, "e": None}) == {
+        "a": "inf",
+        "b": {"c": "nan", "d": 1.5},
+        "e": None,
+    }
+
+
+ROWS = RowDataset(torch.zeros(3, 5, dtype=torch.uint8))
+OUTCOME = Outcome(
+    config=TrainConfig(),
+    privacy=PRIVACY,
+    corpus=Corpus(train=ROWS, held_out=ROWS, held_out_unigram_bits=4.7, unit="one packed row of 5 bytes"),
+    noise_multiplier=1.0,
+    budget=Budget(steps=(200,), epsilons=(2.5,)),
+    steps=200,
+    nonfinite_rows=0,
+    held_out_bits=3.5,
+    parameters=141_056,
+    ranks=2,
+    device="cpu",
+    seconds=10.0,
+)
+
+
+def test_the_report_states_the_mechanism_and_its_unit():
+    text = guarantee(OUTCOME)
+    for part in (
+        "2.5",
+        "1e-05",
+        "one packed row",
+        "adding or removing one row",
+        "Poisson",
+        "0.01",
+        "σ = 1",
+        "200 of 200",
+    ):
+        assert part in text
+    assert "stopped after" not in text
+    assert claim(OUTCOME) == "epsilon = 2.5 at delta = 1e-05"
+
+
+def test_a_run_that_stopped_early_reports_the_cap():
+    stopped = replace(OUTCOME, steps=120)
+    assert "| epsilon | 2.5 (upper bound, for the 200 releases fixed at the start) |" in guarantee(stopped)
+    assert "stopped after 120 of 200 releases" in guarantee(stopped)
+
+
+def test_a_seed_or_no_noise_is_said_loudly():
+    seeded = replace(OUTCOME, privacy=replace(PRIVACY, seed=1))
+    assert claim(seeded).startswith("NO PRIVACY GUARANTEE: seed fixed")
+    assert "Seed fixed: no privacy guarantee" in assumptions(seeded)
+    silent = replace(
+        OUTCOME,
+        noise_multiplier=0.0,
+        budget=Budget(steps=(200,), epsilons=(math.inf,)),
+        privacy=replace(PRIVACY, noise_multiplier=0.0),
+    )
+    assert claim(silent).startswith("NO PRIVACY GUARANTEE: no noise")
+    assert "epsilon is infinite" in claim(silent)
+
+
+def test_plain_training_claims_nothing():
+    plain = replace(OUTCOME, privacy=None, noise_multiplier=None, budget=None)
+    assert claim(plain).startswith("NOT PRIVATE")
+    assert guarantee(plain) == assumptions(plain) == ""
+
+
+def test_what_no_epsilon_covers_is_listed():
+    text = unprotected(OUTCOME) + assumptions(OUTCOME)
+    for part in (
+        "Training loss",
+        "Held-out",
+        "how many rows",
+        "hyper-parameters",
+        "memory dump",
+        "privacy=none",
+        "Norms",
+    ):
+        assert part in text
+
+
+def test_nominal_numerics_and_shuffling_are_named():
+    assert "Nominal numerics" in assumptions(replace(OUTCOME, privacy=replace(PRIVACY, numerics="nominal")))
+    shuffled = guarantee(replace(OUTCOME, privacy=replace(PRIVACY, sampling="shuffle")))
+    assert "zeroing out one row" in shuffled and "without amplification" in shuffled
