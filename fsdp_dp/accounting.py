@@ -95,9 +95,7 @@ def epsilon_schedule(
     Each count costs a Fourier transform (tenths of a second with "prv"), so a long run lists some tens of counts.
     """
     require_number("noise_multiplier", noise_multiplier, at_least=0.0)
-    require_number("sample_rate", sample_rate, above=0.0, at_most=1.0)
-    require_number("delta", delta, above=0.0, below=1.0)
-    require_choice("accountant", accountant, get_args(AccountantName))
+    _require_setting(sample_rate, delta, accountant)
     for count in steps:
         require_integer("steps", count, at_least=0)
     counts = sorted({int(count) for count in steps if count > 0})
@@ -124,6 +122,7 @@ def calibrate_noise_multiplier(
     """
     require_number("target_epsilon", target_epsilon, above=0.0)
     require_integer("steps", steps, at_least=1)
+    _require_setting(sample_rate, delta, accountant)
 
     def upper(noise_multiplier: float) -> float:
         return epsilon(
@@ -177,6 +176,12 @@ def calibrate_for(privacy: PrivacyConfig) -> float:
         delta=privacy.target_delta,
         accountant=privacy.accountant,
     )
+
+
+def _require_setting(sample_rate: float, delta: float, accountant: str) -> None:
+    require_number("sample_rate", sample_rate, above=0.0, at_most=1.0)
+    require_number("delta", delta, above=0.0, below=1.0)
+    require_choice("accountant", accountant, get_args(AccountantName))
 
 
 def _row_rate(privacy: PrivacyConfig) -> float:
@@ -281,8 +286,8 @@ class PrivacyLoss:
 
     In units of the sensitivity an outcome x is N(0, sigma^2) without the row and the mixture (1-q) N(0, sigma^2) +
     q N(1, sigma^2) with it. r(x) = ln(with/without) = ln(1-q + q exp((2x-1) / (2 sigma^2))) grows with x. The loss is
-    r(x) for x drawn with the row ("remove"), -r(x) for x drawn without ("add"). prv-accountant has the first only;
-    for compositions neither is known to dominate.
+    r(x) for x drawn with the row ("remove"), -r(x) for x drawn without ("add"). prv-accountant has the first only.
+    It was the larger wherever both were run; we rely on no proof that it is for every composition.
     """
 
     mechanism: Mechanism
@@ -554,22 +559,25 @@ def _search(upper: Callable[[float], float], model: Callable[[float], float], ta
     bisects instead where that leaves the bracket.
     """
     too_little, enough = SMALLEST_NOISE, LARGEST_NOISE
-    ratio = 1.0
+    ratio, found, guess = 1.0, math.nan, math.nan
     while enough / too_little > 1 + CALIBRATION_SLACK / 100:
         guess = _solve(model, (1 - CALIBRATION_SLACK / 2) * target / ratio)
-        if not too_little < guess < enough:
+        if not too_little <= guess <= enough:
             guess = math.sqrt(too_little * enough)
         found = upper(guess)
         if (1 - CALIBRATION_SLACK) * target <= found <= target:
             return guess
         too_little, enough = (guess, enough) if found > target else (too_little, guess)
         ratio = max(found, 1e-12) / max(model(guess), 1e-12)
-    raise AccountingError(f"noise multipliers around {guess:.4g} end the search, with epsilon {found:.4g}")
+    raise AccountingError(f"the search ended at noise multiplier {guess:.4g}, with epsilon {found:.4g}")
 
 
 def _solve(model: Callable[[float], float], value: float) -> float:
     """The noise multiplier at which the decreasing `model` takes `value`, or the nearer end of the range."""
     low, high = math.log(SMALLEST_NOISE), math.log(LARGEST_NOISE)
+    for noise_multiplier in (SMALLEST_NOISE, LARGEST_NOISE):
+        if (model(noise_multiplier) > value) == (noise_multiplier == LARGEST_NOISE):
+            return noise_multiplier
     for _ in range(20):
         middle = (low + high) / 2
         low, high = (middle, high) if model(math.exp(middle)) > value else (low, middle)

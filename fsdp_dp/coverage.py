@@ -60,7 +60,8 @@ def refuse_strangers(model: ShardedModel) -> None:
         if parameter.requires_grad and id(parameter) not in managed:
             raise PrivacyError(
                 f"Parameter '{canonical_name(name)}' became trainable after the engine was attached, so its gradient "
-                "would not be private. Call engine.detach() and make_private(...) again"
+                "would not be private. Call state = engine.state_dict(), engine.detach(), make_private(...) and "
+                "load_state_dict(state), so that releases stay counted"
             )
 
 

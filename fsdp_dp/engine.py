@@ -13,7 +13,6 @@ An exception in between poisons it: it can only be discarded.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import struct
 import warnings
 from collections import Counter
@@ -50,8 +49,6 @@ from fsdp_dp.sharding import ManagedParameter, open_model
 from fsdp_dp.summary import describe
 from fsdp_dp.taps import FreezeWindow, Report, Taps, at_end_of_backward, recomputing, with_boundary
 from fsdp_dp.watch import FirstForward
-
-logger = logging.getLogger("fsdp_dp")
 
 _MECHANISM = (
     "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "clipping", "clip_function",
@@ -123,11 +120,13 @@ class PrivacyEngine:
         self._poisoned: str | None = None
         self._vouched = True
         self._draws_of_loaders: list[int] = []
+        self._drawn_epoch: tuple[int, int] | None = None
+        self._released_epochs: set[tuple[int, int]] = set()
         self._earlier_epochs = 0
         self._norm_B: Tensor | None = None
         self.nonfinite_rows = torch.zeros((), dtype=torch.int64, device=self.model.device)
 
-        self._window = FreezeWindow(handles)
+        self._window = FreezeWindow(handles, self._refusals_poison)
         self._taps = Taps(self.layers, self._start_record)
         self._watch: FirstForward | None = None
         self._watched: set[bool] = set()
@@ -145,11 +144,10 @@ class PrivacyEngine:
             model.privacy_engine = self  # type: ignore[assignment]
         mark_attached(self.layers.values())
         if self.model.narrow_reduction:
-            logger.warning(
-                "reduce_dtype=%s is overridden: un-noised gradients are summed in %s, since rounding them would break the "
-                "sensitivity bound",
-                self.model.narrow_reduction,
-                self.dtype,
+            warnings.warn(
+                f"reduce_dtype={self.model.narrow_reduction} is overridden: un-noised gradients are summed in {self.dtype} "
+                "instead, since rounding them would break the sensitivity bound",
+                stacklevel=3,
             )
 
     # ------------------------------------------------------------------------------------------------ public surface
@@ -254,6 +252,9 @@ class PrivacyEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue counting where ``state`` ended. Draws fresh keys, so no noise repeats. Call on all ranks.
 
+        The larger of both counts is kept, which is right for an earlier or later state of the *same* run; states of
+        separate runs on one dataset do not add up here: account those together, as one run with all their releases.
+
         Raises:
             PrivacyError: the mechanism differs, so that the releases could not be accounted together.
         """
@@ -272,7 +273,7 @@ class PrivacyEngine:
                 )
         self.discard()
         self._earlier_epochs = max(self._epochs(), int(state["epochs"]))
-        self._draws_of_loaders = [0] * len(self._draws_of_loaders)
+        self._released_epochs.clear()
         self.steps = max(self.steps, int(state["steps"]))
         self._vouched = self._vouched and bool(state["vouched"])
         self.seeded = self.seeded or bool(state["seeded"])
@@ -348,15 +349,16 @@ class PrivacyEngine:
         return bound
 
     def _epochs(self) -> int:
-        """Epochs of shuffling begun, over all loaders: no row was in more releases than that."""
-        per_epoch = self.privacy.dataset_size // self.privacy.expected_batch_size
-        return self._earlier_epochs + sum(-(-draws // per_epoch) for draws in self._draws_of_loaders)
+        """Epochs of shuffling with a release, over all loaders: no row was in more releases than that."""
+        return self._earlier_epochs + len(self._released_epochs)
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return self.privacy.dataset_size // self.privacy.expected_batch_size
 
     def _accounted_steps(self) -> int:
         """Releases as the accountant counts them: for shuffling, whole epochs."""
-        if self.privacy.sampling != "shuffle":
-            return self.steps
-        return max(self.steps, self._epochs() * (self.privacy.dataset_size // self.privacy.expected_batch_size))
+        return self._epochs() * self._steps_per_epoch if self.privacy.sampling == "shuffle" else self.steps
 
     # --------------------------------------------------------------------------------------------- forward, backward
 
@@ -366,12 +368,26 @@ class PrivacyEngine:
                 "A new logical batch starts while the sums of the last one are not released: call optimizer.step() "
                 "after every logical batch, or engine.discard() on all ranks to drop it"
             )
+        self._drawn_epoch = (loader, self._draws_of_loaders[loader] // self._steps_per_epoch)
         self._draws_of_loaders[loader] += 1
         self._intake.start_logical_batch()
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled() or recomputing():
-            return
+        if torch.is_grad_enabled() and not recomputing():
+            with self._refusals_poison():
+                self._begin_forward(module, args, kwargs)
+
+    @contextmanager
+    def _refusals_poison(self) -> Iterator[None]:
+        """A refused microbatch is missing from the sums, so they cannot be released (rule 1)."""
+        try:
+            yield
+        except BaseException:
+            if self._pending:
+                self._poisoned = self._poisoned or "a microbatch was refused"
+            raise
+
+    def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rehearsal = self._current is not None and self._current.rehearsal and not self._current.entered
         if not rehearsal:
             self._check_before_forward()
@@ -459,11 +475,12 @@ class PrivacyEngine:
         microbatch = self._current
         if recomputing():
             return self._recomputed(microbatch, layer)
-        if not self._in_forward or microbatch is None:
-            raise PrivacyError(
-                f"Layer '{layer}' was called outside the model's own forward, where its gradient cannot be clipped "
-                "with the rest of the row; call it inside model.forward, or under torch.no_grad()"
-            )
+        with self._refusals_poison():
+            if not self._in_forward or microbatch is None:
+                raise PrivacyError(
+                    f"Layer '{layer}' was called outside the model's own forward, where its gradient cannot be clipped "
+                    "with the rest of the row; call it inside model.forward, or under torch.no_grad()"
+                )
         microbatch.taps[layer] += 1
         return lambda a, g: self._record(microbatch, layer, a, g)
 
@@ -478,16 +495,17 @@ class PrivacyEngine:
         return lambda a, g: None
 
     def _enter_backward(self, microbatch: _Microbatch) -> None:
-        if microbatch.done:
-            raise PrivacyError(
-                "A second backward on one microbatch: its rows would contribute twice. Add the losses and call "
-                "backward once"
-            )
-        if microbatch is not self._current:
-            raise PrivacyError(
-                "backward through an earlier forward: the model was run again since. Run one forward, then its "
-                "backward; use torch.no_grad() for forwards without backward"
-            )
+        with self._refusals_poison():
+            if microbatch.done:
+                raise PrivacyError(
+                    "A second backward on one microbatch: its rows would contribute twice. Add the losses and call "
+                    "backward once"
+                )
+            if microbatch is not self._current:
+                raise PrivacyError(
+                    "backward through an earlier forward: the model was run again since. Run one forward, then its "
+                    "backward; use torch.no_grad() for forwards without backward"
+                )
         if not microbatch.entered:
             microbatch.entered = True
             self._poisoned = "the last backward did not finish"
@@ -559,6 +577,8 @@ class PrivacyEngine:
         if not self._checked:
             self._check_independence()
         self.steps += 1
+        if self._drawn_epoch is not None:
+            self._released_epochs.add(self._drawn_epoch)
         try:
             for parameter in self.model.parameters:
                 self.model.publish(parameter, self._private_gradient(parameter))
@@ -583,13 +603,21 @@ class PrivacyEngine:
                 "one microbatch (an empty draw still gives one, all padding, from engine.loader)"
             )
         self._intake.check_release()
-        limit = self.privacy.steps
-        if self.privacy.target_epsilon is not None and limit is not None and self.steps >= limit:
+        if self._budget_is_spent():
             self.discard()
             raise BudgetExceededError(
-                f"The budget was fixed at {limit} releases for epsilon={self.privacy.target_epsilon:g}; another one "
-                "would exceed it. The sums were discarded; end training here"
+                f"The budget was fixed at {self.privacy.steps} releases for epsilon={self.privacy.target_epsilon:g}; another "
+                "one would exceed it. The sums were discarded; end training here"
             )
+
+    def _budget_is_spent(self) -> bool:
+        """Whether one more release would be more than sigma was calibrated for; shuffling counts whole epochs."""
+        limit = self.privacy.steps
+        if self.privacy.target_epsilon is None or limit is None:
+            return False
+        if self.privacy.sampling == "shuffle" and self._drawn_epoch not in self._released_epochs:
+            return self.steps >= limit or self._epochs() >= -(-limit // self._steps_per_epoch)
+        return self.steps >= limit
 
     def _check_independence(self) -> None:
         """Rerun the first microbatch with some rows exchanged, before anything is released (see `independence`)."""

@@ -37,9 +37,11 @@ from fsdp_dp.numerics import (
     product_roundoff,
     split_bfloat16,
     underflow,
+    unit_roundoff,
 )
 
 MAX_SCRATCH_ELEMENTS = 1 << 25
+NORM_PIECE = 256
 
 GRAM_BLOCK = 1024
 """Width contracted at a time in a Gram matrix: rounding grows with this, not with the width of the layer."""
@@ -94,9 +96,19 @@ def _rows_per_chunk(elements_per_row: int) -> int:
     return max(1, MAX_SCRATCH_ELEMENTS // max(1, elements_per_row))
 
 
-def _norm_sq(x: Tensor) -> Tensor:
-    """Squared 2-norm of every row of ``x`` ``[B, ...]``, float64."""
-    return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64).square()
+def _norm_sq(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared 2-norm of every row of ``x`` ``[B, ...]``, and a bound on its error; both float64 ``[B]``.
+
+    One pass in the tensor's own format over pieces of NORM_PIECE elements; the pieces are added in float64. All terms
+    are positive, so `gamma` of a piece is the error of the whole.
+    """
+    flat = x.flatten(1)
+    whole = flat.shape[1] // NORM_PIECE * NORM_PIECE
+    pieces = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, NORM_PIECE)), dim=2).double()
+    rest = torch.linalg.vector_norm(flat[:, whole:], dim=1).double()
+    norm_sq = pieces.square().sum(1) + rest.square()
+    relative = 2 * gamma(NORM_PIECE + 4, x.dtype) + gamma(pieces.shape[1] + 4, torch.float64)
+    return norm_sq, norm_sq * relative + underflow(flat.shape[1], x.dtype)
 
 
 def _kept(x: Tensor, keep_B: Tensor) -> Tensor:
@@ -111,10 +123,10 @@ class Materialized:
     value: Tensor
 
     def norm_terms(self) -> NormTerms:
-        norm_sq = _norm_sq(self.value)
+        norm_sq, error = _norm_sq(self.value)
         return NormTerms(
             norm_sq=norm_sq,
-            error=norm_sq * gamma(self.value[0].numel() + 4, torch.float64),
+            error=error,
             # The weight cast to this format, the product and, in a tied table, one addition; one to spare.
             rounding_sq=norm_sq * gamma(4, self.value.dtype) ** 2,
         )
@@ -144,6 +156,13 @@ class OuterProduct:
         T, D, P = *self.a_BTD.shape[1:], self.g_BTP.shape[2]
         return T * (D + P) < D * P
 
+    def settle(self) -> PerSampleGradient:
+        """``G_i`` itself where it is what the norm needs and takes no more room than its factors, else unchanged."""
+        factors = sum(x[0].numel() * x.element_size() for x in (self.a_BTD, self.g_BTP))
+        if self.uses_gram or self.a_BTD.shape[2] * self.g_BTP.shape[2] * self.dtype.itemsize > factors:
+            return self
+        return Materialized(self.dense())
+
     def norm_terms(self) -> NormTerms:
         T, D, P = *self.a_BTD.shape[1:], self.g_BTP.shape[2]
         step = _rows_per_chunk(T * T * 4 if self.uses_gram else D * P)
@@ -169,8 +188,10 @@ def _token_norms(a_BTD: Tensor, g_BTP: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _token_norm(x_BTC: Tensor) -> Tensor:
-    up = 1 + gamma(x_BTC.shape[2] + 4, torch.float64)
-    norm_BT = torch.linalg.vector_norm(x_BTC, dim=2, dtype=torch.float64) * up
+    # A narrow format accumulates in float32 and rounds the result; both are covered, for these norms only weigh errors.
+    width, dtype = x_BTC.shape[2], accumulate_dtype(x_BTC.dtype)
+    up = 1 + gamma(width + 4, dtype) + 2 * unit_roundoff(x_BTC.dtype)
+    norm_BT = torch.linalg.vector_norm(x_BTC, dim=2).double() * up + underflow(width, dtype) ** 0.5
     return torch.where(norm_BT > LONGEST_TOKEN, torch.inf, norm_BT)
 
 
@@ -198,14 +219,13 @@ def _instantiated_norms(a_BTD: Tensor, g_BTP: Tensor) -> NormTerms:
     """
     T, numel = a_BTD.shape[1], a_BTD.shape[2] * g_BTP.shape[2]
     G = product(g_BTP.mT, a_BTD)
-    norm_sq = _norm_sq(G)
+    norm_sq, error = _norm_sq(G)
     a_norm, g_norm = _token_norms(a_BTD, g_BTP)
     S_B = (a_norm * g_norm).sum(1)
     off = gamma(T, product_roundoff(a_BTD, g_BTP)) * S_B + underflow(T, G.dtype) * numel**0.5
-    own = gamma(numel + 4, torch.float64)
     return NormTerms(
         norm_sq=norm_sq,
-        error=2 * off * norm_sq.sqrt() * (1 + own) + off**2 + own * norm_sq,
+        error=2 * off * (norm_sq + error).sqrt() + off**2 + error,
         rounding_sq=_product_rounding(S_B, a_BTD) ** 2,
     )
 
@@ -330,7 +350,9 @@ def combine(uses: Sequence[PerSampleGradient]) -> PerSampleGradient:
     tables = [u for u in uses if isinstance(u, IndexedRows)]
     others = [u for u in uses if not isinstance(u, OuterProduct | IndexedRows)]
     merged: list[PerSampleGradient] = list(others)
-    if outers:
+    if len(outers) == 1:
+        merged.append(outers[0])
+    elif outers:
         merged.append(OuterProduct(*(torch.cat(x, 1) for x in zip(*((u.a_BTD, u.g_BTP) for u in outers), strict=True))))
     if len(tables) == 1:
         merged.append(tables[0])

@@ -31,7 +31,6 @@ class Intake:
 
     def start_logical_batch(self) -> None:
         """A new draw; a forward of an earlier one that got no backward is left behind with it."""
-        self._waiting.clear()
         self.discard()
         self.source, self._complete, self._abandoned = "loader", False, False
 
@@ -65,7 +64,9 @@ class Intake:
             PrivacyError: the forward does not belong to a microbatch that waits for one, or the mask does not fit.
         """
         if self._drop_if_unfinished and self.unfinished:
+            waiting = list(self._waiting)
             self.discard()
+            self._waiting, self._abandoned = waiting, self._abandoned or bool(waiting)
         self._check_turn(pending)
         mask = self._waiting.pop() if self._waiting else torch.ones(rows, dtype=torch.bool)
         if mask.ndim != 1 or mask.numel() != rows:
@@ -125,9 +126,7 @@ class Intake:
 
     def discard(self) -> None:
         """Drop what was run; the rest of a logical batch that is not over is refused from here on."""
-        if self.source == "loader" and (self._waiting or not self._complete):
-            self._abandoned = True
-        if not self._abandoned:
-            self._waiting.clear()
+        self._abandoned = self._abandoned or (self.source == "loader" and not self._complete)
         self.source, self._complete = "free", True
+        self._waiting.clear()
         self.unfinished = self._drop_if_unfinished = False

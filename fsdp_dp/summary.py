@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from fsdp_dp.layers.registry import layer_type
+
 if TYPE_CHECKING:
     from fsdp_dp.engine import PrivacyEngine
 
@@ -35,7 +37,7 @@ def _mechanism(engine: PrivacyEngine) -> list[str]:
 
 
 def _model(engine: PrivacyEngine) -> list[str]:
-    kinds = Counter(type(module).__name__ for module in engine.layers.values())
+    kinds = Counter(layer_type(module).__name__ for module in engine.layers.values())
     tapped = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     return [f"  layers           {tapped}; {engine.model.global_numel:,} trainable elements"]
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -116,8 +117,11 @@ class Taps:
 class FreezeWindow:
     """Switches ``requires_grad`` of the managed parameters off and on; every call is idempotent."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], refusing: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         self._parameters = parameters
+        self._refusing = refusing
         self._closed = False
         self._handles = [
             p.register_hook(self._refuse(name)) for name, p in parameters.items() if p.numel() and p.requires_grad
@@ -129,7 +133,8 @@ class FreezeWindow:
         if changed:
             raise PrivacyError(
                 f"Parameter '{changed[0]}' was frozen after the engine was attached ({len(changed)} in all); call "
-                "engine.detach() and make_private(...) again between logical batches"
+                "state = engine.state_dict(), engine.detach(), make_private(...) and load_state_dict(state) between "
+                "logical batches, so that releases stay counted"
             )
         self._closed = True
         for parameter in self._parameters.values():
@@ -146,14 +151,14 @@ class FreezeWindow:
         for handle in self._handles:
             handle.remove()
 
-    @staticmethod
-    def _refuse(name: str) -> Callable[[Tensor], None]:
+    def _refuse(self, name: str) -> Callable[[Tensor], None]:
         def hook(grad: Tensor) -> None:
-            raise UnsupportedModelError(
-                f"Parameter '{name}' received a gradient that did not pass a layer: it is used outside its layer's "
-                "forward (a weight penalty in the loss, or a functional use), so that part would escape clipping. "
-                "Use the optimizer's weight_decay, or move the use into a supported layer"
-            )
+            with self._refusing():
+                raise UnsupportedModelError(
+                    f"Parameter '{name}' received a gradient that did not pass a layer: it is used outside its layer's "
+                    "forward (a weight penalty in the loss, or a functional use), so that part would escape clipping. "
+                    "Use the optimizer's weight_decay, or move the use into a supported layer"
+                )
 
         return hook
 

@@ -1,22 +1,23 @@
 """The release on a GPU: ChaCha20, Box-Muller, lattice, division and cast in one pass over the local shards.
 
-In the step: after the last microbatch the engine hands over every parameter's accumulator and an empty gradient;
-`privatize_all_` fills the gradients in a single launch. The torch reference is `noise.standard_normal` followed by
-`noise.Lattice.privatize`; here the same numbers never leave registers. Element layout: [Note: layout of the field] in
-`fsdp_dp.noise`. A thread makes one ChaCha20 block, that is eight normals, 128 elements apart, so that neighbouring
-threads read and write neighbouring elements.
+In the step: `kernels.release` comes here on CUDA devices; the torch reference is `privatize_all_in_torch_` there. Key,
+counters and normals never leave registers. Element layout: [Note: layout of the field] in `fsdp_dp.noise`. A thread
+makes one ChaCha20 block, that is eight normals, 128 elements apart, so that neighbouring threads read and write
+neighbouring elements.
 
 [Note: the table]. Triton hands Python floats over as float32 and compiles anew for integers that are 1 or multiples of
 16, so that everything a launch needs travels in one int64 tensor: key words, release, float64 bit patterns, and one row
 for each segment (a local shard, or a part of one) with addresses and ranges.
 """
 
+# Triton's jit reads no annotations but its own.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -24,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fsdp_dp import chacha, noise
+from fsdp_dp.kernels.release import Segment
 
 LANES = tl.constexpr(noise.LANES)
 PAIRS = tl.constexpr(noise.PAIRS)
@@ -40,7 +42,7 @@ _RADIANS = tl.constexpr(math.pi * 2.0**-63)
 
 # [Note: the table]: places in its head, then places in a segment's row.
 _RELEASE = tl.constexpr(8)
-_SPACING, _CLAMP, _UNITS_OF_NOISE, _DIVISOR = (tl.constexpr(10 + i) for i in range(4))
+_CLAMP, _UNITS, _UNITS_OF_NOISE, _SCALE = (tl.constexpr(10 + i) for i in range(4))
 _HEAD = tl.constexpr(14)
 _FIRST_PROGRAM, _ACCUMULATOR, _OUT, _PARAMETER, _START, _COUNT, _WIDTH, _OFFSET, _SIZE = (
     tl.constexpr(i) for i in range(9)
@@ -50,77 +52,33 @@ _FIELDS = tl.constexpr(9)
 _DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Segment:
-    """One parameter's local shard in a release.
-
-    Attributes:
-        accumulator: clipped sum, flat and contiguous, float32 or float64, on a CUDA device.
-        out: where its private gradient is written; same number of elements, any floating dtype.
-        parameter: canonical index of the parameter, part of the noise nonce.
-        start, count: the run of global elements that the shard is, or lies in.
-        columns: (width, offset, size) if the shard is columns `offset .. offset + size` of the run seen as rows of
-            `width` (`sharding.Region`).
-    """
-
-    accumulator: Tensor
-    out: Tensor
-    parameter: int
-    start: int
-    count: int
-    columns: tuple[int, int, int] | None = None
-
-
 def privatize_all_(
-    segments: Sequence[Segment],
-    *,
-    key: bytes,
-    release: int,
-    lattice: noise.Lattice,
-    noise_std: float,
-    divisor: float,
-    zero_accumulators: bool,
+    segments: Sequence[Segment], *, key: bytes, release: int, lattice: noise.Lattice, noise_std: float, divisor: float
 ) -> None:
-    """Write `lattice.privatize(accumulator, normals, noise_std) / divisor` into every segment's `out`.
+    """`release.privatize_all_` for one or more segments that are not empty, on a CUDA device; `noise_std` > 0.
 
-    Args:
-        segments: on one device; nothing in them overlaps.
-        key: 32 secret bytes, used for noise only.
-        release: number of the release, in [0, 2^64).
-        lattice: made for this noise multiplier and clipping bound.
-        noise_std: sigma * R > 0.
-        divisor: expected batch size.
-        zero_accumulators: also set the accumulators to zero, in the same pass.
+    Where it raises FloatingPointError, the outputs have been overwritten with zeros.
 
-    Raises:
-        ValueError: a tensor, or `noise_std`, is not as described.
-        OverflowError: the release, a parameter index or an element does not fit its counter.
-        FloatingPointError: a result is not an exact number of lattice units. The outputs are then overwritten with
-            zeros, and the accumulators are zero if `zero_accumulators`.
-
-    **Formal guarantee.** That of `noise.standard_normal` and `noise.Lattice.privatize`: the same nonces, counters and
-    uniforms; the same sequence of float64 operations, with a correctly rounded quotient. Contraction of a product and a
-    sum changes no result, since every such product is exact (its factor is a power of two). On CUDA devices the normals
-    equal torch's to the last bit or two of log, sin and cos.
+    **Formal guarantee.** That of `noise.standard_normal` (same nonces, counters, uniforms) and of `noise.Lattice`, with
+    one change in its step 1: n = floor(x), where x is clamp(S) * (1 / lambda) + 1/2 rounded once. The reciprocal is off
+    by 2^-53 relative, 2^-3 where the quotient is 2^50, and the rounding of x is 2^-4 at most: less than the 1/4 that
+    `noise.Lattice` allows. The output is the integer n + r(y) times spacing / divisor, rounded: post-processing.
     """
-    segments = [segment for segment in segments if segment.out.numel()]
-    if not segments:
-        return
     if math.frexp(units_of_noise := noise_std / lattice.spacing)[0] != 0.5:
         raise ValueError(
             f"noise_std: found {noise_std}, expected a positive power of two times the spacing {lattice.spacing}; make "
             "the lattice with Lattice.for_release from the same noise_multiplier and max_grad_norm"
         )
     for segment in segments:
-        _check(segment, release)
-    head = [*_key_and_release(key, release), *map(_bits, (lattice.spacing, lattice.clamp, units_of_noise, divisor))]
+        _check(segment, release, segments[0].out.device)
+    scales = (lattice.clamp, 1 / lattice.spacing, units_of_noise, lattice.spacing / divisor)
+    head = [*_key_and_release(key, release), *map(_bits, scales)]
     inexact = torch.zeros(1, dtype=torch.int32, device=segments[0].out.device)
-    for kind in sorted({_kind(segment) for segment in segments}, key=str):
+    for kind in dict.fromkeys(map(_kind, segments)):
         accumulator_dtype, out_dtype, columns = kind
         table, programs, count = _table(head, [segment for segment in segments if _kind(segment) == kind])
         _privatize[(programs,)](
-            table, inexact, count,
-            ACCUMULATOR=_DTYPES[accumulator_dtype], OUT=_DTYPES[out_dtype], COLUMNS=columns, ZERO=zero_accumulators,
+            table, inexact, count, ACCUMULATOR=_DTYPES[accumulator_dtype], OUT=_DTYPES[out_dtype], COLUMNS=columns,
             CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS,
         )  # fmt: skip
     if int(inexact):
@@ -129,34 +87,6 @@ def privatize_all_(
         raise FloatingPointError(
             "release: an element is not an exact number of lattice units; the clipped sum holds NaN. Nothing was released"
         )
-
-
-def privatize_reference_(
-    segments: Sequence[Segment],
-    *,
-    key: bytes,
-    release: int,
-    lattice: noise.Lattice,
-    noise_std: float,
-    divisor: float,
-    zero_accumulators: bool,
-) -> None:
-    """`privatize_all_` in torch operations, on any device."""
-    for segment in segments:
-        normals = noise.standard_normal(
-            key,
-            release=release,
-            parameter=segment.parameter,
-            start=segment.start,
-            count=segment.count,
-            device=segment.out.device,
-        )
-        if segment.columns is not None:
-            width, offset, size = segment.columns
-            normals = normals.view(-1, width)[:, offset : offset + size].reshape(-1)
-        segment.out.copy_(lattice.privatize(segment.accumulator, normals, noise_std) / divisor)
-        if zero_accumulators:
-            segment.accumulator.zero_()
 
 
 def standard_normal(
@@ -188,10 +118,10 @@ def _kind(segment: Segment) -> tuple[torch.dtype, torch.dtype, bool]:
     return segment.accumulator.dtype, segment.out.dtype, segment.columns is not None
 
 
-def _check(segment: Segment, release: int) -> None:
+def _check(segment: Segment, release: int, device: torch.device) -> None:
     noise._check_range(release, segment.parameter, segment.start, segment.count)
     width, offset, size = segment.columns or (1, 0, 1)
-    if not (0 <= offset and 0 < size and offset + size <= width and segment.count % width == 0):
+    if not (offset >= 0 and size > 0 and offset + size <= width and segment.count % width == 0):
         raise ValueError(f"columns: found {segment.columns}, expected columns of rows that make up {segment.count}")
     numel = segment.count // width * size
     for name, tensor in (("accumulator", segment.accumulator), ("out", segment.out)):
@@ -199,8 +129,8 @@ def _check(segment: Segment, release: int) -> None:
             raise ValueError(
                 f"{name}: found {tensor.dtype} {list(tensor.shape)}, expected {numel} contiguous floating-point elements"
             )
-        if tensor.device != segment.out.device:
-            raise ValueError(f"accumulator and out: found {segment.accumulator.device} and {segment.out.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: found a tensor on {tensor.device}, expected all on {device}")
 
 
 def _key_and_release(key: bytes, release: int) -> list[int]:
@@ -226,19 +156,17 @@ def _table(head: Sequence[int], segments: Sequence[Segment]) -> tuple[Tensor, in
     return torch.tensor(rows, dtype=torch.int64, device=segments[0].out.device), programs, len(segments)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def _privatize(
     table, inexact, segments,
-    ACCUMULATOR: tl.constexpr, OUT: tl.constexpr, COLUMNS: tl.constexpr, ZERO: tl.constexpr, CHUNKS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, OUT: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """One program: `CHUNKS` chunks of the segment that `_find` gives, from accumulator to gradient."""
     row = _find(table, segments)
     accumulator = tl.load(row + _ACCUMULATOR).to(tl.pointer_type(ACCUMULATOR))
     out = tl.load(row + _OUT).to(tl.pointer_type(OUT))
-    spacing = tl.load(table + _SPACING).to(tl.float64, bitcast=True)
-    clamp = tl.load(table + _CLAMP).to(tl.float64, bitcast=True)
-    units_of_noise = tl.load(table + _UNITS_OF_NOISE).to(tl.float64, bitcast=True)
-    divisor = tl.load(table + _DIVISOR).to(tl.float64, bitcast=True)
+    clamp, units = _float64(table + _CLAMP), _float64(table + _UNITS)
+    units_of_noise, scale = _float64(table + _UNITS_OF_NOISE), _float64(table + _SCALE)
     start, count = tl.load(row + _START), tl.load(row + _COUNT)
     first, words = _make_words(table, row, CHUNKS)
     wrong = tl.zeros([LANES * CHUNKS], tl.int32)
@@ -255,12 +183,11 @@ def _privatize(
             total = tl.load(accumulator + place, mask=inside, other=0.0).to(tl.float64)
             # Selection, not minimum and maximum: NaN stays NaN and is found below.
             total = tl.where(total > clamp, clamp, tl.where(total < -clamp, -clamp, total))
-            total = tl.floor(total / spacing + 0.5)
-            total += tl.floor((cosine if half == 0 else sine) * units_of_noise + 0.5)
+            total = tl.floor(tl.fma(total, units, 0.5))
+            total += tl.floor(tl.fma(cosine if half == 0 else sine, units_of_noise, 0.5))
             wrong = wrong | tl.where(tl.abs(total) <= _EXACT, 0, 1)
-            _store(out + place, total * spacing / divisor, inside, OUT)
-            if ZERO:
-                tl.store(accumulator + place, tl.zeros([LANES * CHUNKS], ACCUMULATOR), mask=inside)
+            _store(out + place, total * scale, inside, OUT)
+            tl.store(accumulator + place, tl.zeros([LANES * CHUNKS], ACCUMULATOR), mask=inside)
     tl.store(inexact, 1, mask=tl.max(wrong) != 0)
 
 
@@ -278,7 +205,7 @@ def _standard_normal(table, CHUNKS: tl.constexpr):
         tl.store(out + place, sine, mask=(place >= 0) & (place < count))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _keystream(head, out, blocks):
     block = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     counter = (block + tl.load(head + 11)).to(tl.uint32)
@@ -326,10 +253,16 @@ def _normal_pair(radius_low, radius_high, angle_low, angle_high):
 @triton.jit
 def _store(pointer, value, mask, OUT: tl.constexpr):
     """float64 to `OUT`, narrow formats by way of float32 as torch does it."""
-    if OUT == tl.float64:
+    if tl.float64 == OUT:
         tl.store(pointer, value, mask=mask)
     else:
         tl.store(pointer, value.to(tl.float32).to(OUT), mask=mask)
+
+
+@triton.jit
+def _float64(pointer):
+    """A number of the table, stored as its bit pattern."""
+    return tl.load(pointer).to(tl.float64, bitcast=True)
 
 
 @triton.jit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,8 +28,8 @@ def layer_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) 
 def rms_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
     assert isinstance(module, nn.RMSNorm)
     dtype = accumulate_dtype(a.dtype)
-    eps = module.eps if module.eps is not None else torch.finfo(a.dtype).eps
-    normalized = F.rms_norm(a.to(dtype), module.normalized_shape, None, eps)
+    # eps=None: torch takes that of the format it computes in, float32 for half precision, which is ours.
+    normalized = F.rms_norm(a.to(dtype), module.normalized_shape, None, module.eps)
     return _scale_and_shift(normalized, g.to(dtype), len(module.normalized_shape), wanted)
 
 

@@ -32,12 +32,19 @@ def layer_rule(
     return register
 
 
+def layer_type(module: nn.Module) -> type[nn.Module]:
+    """The class of a layer as its author knows it: ``fully_shard`` on a layer puts a class of its own on top."""
+    kind = type(module)
+    others = [base for base in kind.__bases__ if base.__name__ != "FSDPModule"]
+    return others[0] if len(kind.__bases__) == 2 and len(others) == 1 else kind
+
+
 def has_rule(module: nn.Module) -> bool:
-    return type(module) in _RULES
+    return layer_type(module) in _RULES
 
 
 def rule_for(module: nn.Module) -> Rule:
-    return _RULES[type(module)]
+    return _RULES[layer_type(module)]
 
 
 def supported() -> list[str]:
@@ -47,7 +54,7 @@ def supported() -> list[str]:
 
 def unknown_parameters(module: nn.Module, owned: Iterable[str]) -> str | None:
     """Why a layer's additional parameters cannot be made private: its rule does not know them."""
-    unknown = [name for name in owned if name not in _PARAMETERS[type(module)]]
+    unknown = [name for name in owned if name not in _PARAMETERS[layer_type(module)]]
     if not unknown:
         return None
     return (
@@ -58,9 +65,9 @@ def unknown_parameters(module: nn.Module, owned: Iterable[str]) -> str | None:
 
 def refusal(module: nn.Module) -> str | None:
     """Why the parameters of ``module`` cannot be made private exactly, and what to do; None if they can."""
-    kind = type(module).__name__
+    kind = layer_type(module).__name__
     if has_rule(module):
-        return _CHECKS[type(module)](module)
+        return _CHECKS[layer_type(module)](module)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return (
             f"{kind} mixes the rows of a batch, so no row has a gradient of its own; "

@@ -49,7 +49,7 @@ class Fsdp1Model(ShardedModel):
         self.data_group = handles[0].process_group
         self.groups = [self.data_group]
         policies = [m.mixed_precision for m in FullyShardedDataParallel.fsdp_modules(root)]
-        self.narrow_reduction = narrow_reduction(p.reduce_dtype or p.param_dtype for p in policies if p is not None)
+        self.narrow_reduction = narrow_reduction(p.reduce_dtype for p in policies if p is not None)
         entries = sorted((e for unit in self._units for e in unit.entries), key=lambda e: e.name)
         self.parameters = [
             ManagedParameter(

@@ -70,7 +70,7 @@ class Fsdp2Model(ShardedModel):
         ]
         self._global_numel = sum(p.numel() for p in dtensors.values())
         policies = [m._get_fsdp_state()._mp_policy for m in root.modules() if isinstance(m, FSDPModule)]
-        self.narrow_reduction = narrow_reduction(p.reduce_dtype or p.param_dtype for p in policies)
+        self.narrow_reduction = narrow_reduction(p.reduce_dtype for p in policies)
         self._in_flight: list[tuple[_Unit, Tensor, Tensor, dist.Work | None]] = []
 
     def start_accumulate(self, unit: int, gradients: Mapping[str, Tensor]) -> None:
@@ -174,12 +174,16 @@ def _check_layout(name: str, p: nn.Parameter) -> None:
 
 
 def _unit_of_module(root: nn.Module) -> dict[nn.Module, int]:
-    """Every module -> index of the FSDP unit that owns its direct parameters, in registration order."""
+    """Every module -> index of the FSDP unit that owns its direct parameters, in registration order.
+
+    Modules that were sharded as one list share a state, and so a unit.
+    """
     units: dict[str, int] = {}
+    indices: dict[int, int] = {}
     owner: dict[nn.Module, int] = {}
     for name, module in root.named_modules():
         if isinstance(module, FSDPModule):
-            units[name] = len(units)
+            units[name] = indices.setdefault(id(module._get_fsdp_state()), len(indices))
         prefix = name
         while prefix not in units:
             prefix = prefix.rpartition(".")[0]

@@ -22,10 +22,10 @@ def bits_per_byte(model: nn.Module, rows: Tensor, microbatch_size: int, world: W
     one on rows that do not count.
     """
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64)
+    totals = torch.zeros(2, dtype=torch.float64, device=world.device)
     for part, counts in shares(rows, microbatch_size, world):
-        inputs, targets = split_row(part)
-        losses_B = row_losses(model(inputs.to(world.device)), targets.to(world.device))
+        inputs, targets = (tensor.to(world.device) for tensor in split_row(part))
+        losses_B = row_losses(model(inputs), targets)
         if counts:
             totals += loss_totals(losses_B, targets)
     if isinstance(model, FSDPModule):
@@ -37,9 +37,9 @@ def bits_per_byte(model: nn.Module, rows: Tensor, microbatch_size: int, world: W
 
 
 def loss_totals(losses_B: Tensor, targets_BT: Tensor) -> Tensor:
-    """[nats, predicted bytes] of a microbatch, float64 on the CPU, from the rows' losses per position."""
-    nats = losses_B.detach().double().sum().item() * targets_BT.shape[1]
-    return torch.tensor([nats, int((targets_BT != IGNORED).sum())], dtype=torch.float64)
+    """[nats, predicted bytes] of a microbatch, float64 on its device, from the rows' losses per position."""
+    nats = losses_B.detach().double().sum() * targets_BT.shape[1]
+    return torch.stack([nats, (targets_BT != IGNORED).sum().double()])
 
 
 def shares(rows: Tensor, microbatch_size: int, world: World) -> Iterator[tuple[Tensor, bool]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fsdp_dp.data.corpus import Corpus
 from fsdp_dp.engine import PrivacyEngine
-from fsdp_dp.models.objective import row_losses
+from fsdp_dp.models.objective import IGNORED, row_losses
 from fsdp_dp.training.batches import Microbatch, make_batches
 from fsdp_dp.training.budget import Budget
 from fsdp_dp.training.evaluate import bits_per_byte, evenly_spaced, loss_totals
@@ -64,23 +64,30 @@ def train_step(training: Training, batch: Iterable[Microbatch], divisor: int) ->
 
     The sums over rows are for people: they are un-noised, and take no part in the update.
     """
-    device, totals = training.world.device, torch.zeros(3, dtype=torch.float64)
-    for inputs, targets in batch:
-        losses_B = row_losses(training.model(inputs.to(device)), targets.to(device))
+    device = training.world.device
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    for inputs, targets in (map_to(device, microbatch) for microbatch in batch):
+        losses_B = row_losses(training.model(inputs), targets)
         (losses_B.sum() / divisor).backward()
         # The engine's loader fills microbatches up with rows of zeros, which no text consists of.
         real_B = inputs.any(dim=1)
-        totals[:2] += loss_totals(losses_B[real_B.to(device)], targets[real_B])
+        real_targets = targets.masked_fill(~real_B[:, None], IGNORED)
+        totals[:2] += loss_totals(losses_B.where(real_B, 0.0), real_targets)
         totals[2] += real_B.sum()
     training.optimizer.step()
     training.optimizer.zero_grad()
     return totals
 
 
+def map_to(device: torch.device, microbatch: Microbatch) -> Microbatch:
+    inputs, targets = microbatch
+    return inputs.to(device), targets.to(device)
+
+
 def report_step(training: Training, step: int, totals: Tensor, stop: StopRequest, started: float) -> bool:
     """Sum the step's totals over ranks and log them on rank 0; whether any rank was asked to stop."""
     world = training.world
-    nats, count, rows, stopping = world.sum(torch.cat([totals, torch.tensor([stop.made], dtype=torch.float64)]))
+    nats, count, rows, stopping = world.sum(torch.cat([totals, totals.new_tensor([stop.made])]))
     seconds = time.perf_counter() - started
     if training.log is not None:
         unprotected = {

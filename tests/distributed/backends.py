@@ -202,15 +202,15 @@ class Revealed:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._optimizer = Reveal(model.parameters())
-        self._local = [copy_of_local(p) for p in model.parameters()]
+        self._before = [copy_of_local(p) for p in model.parameters()]
 
     def release(self) -> Gradients:
         """The private gradient of what is pending, on all ranks."""
         self._optimizer.step()
         revealed = whole_parameters(self.model)
         with torch.no_grad():
-            for parameter, local in zip(self.model.parameters(), self._local, strict=True):
-                local(parameter).copy_(local)
+            for parameter, before in zip(self.model.parameters(), self._before, strict=True):
+                local(parameter).copy_(before)
         return revealed
 
 

@@ -467,6 +467,19 @@ def test_freezing_between_attachment_and_the_first_forward(subject: Private) -> 
         subject.backward(rows())
 
 
+def test_advice_to_attach_again_says_how_releases_stay_counted(subject: Private) -> None:
+    """A new engine counts from zero, so that epsilon would leave out what was released before."""
+    subject.backward(rows())
+    subject.step()
+    subject.model[0].weight.requires_grad_(False)  # type: ignore[index]
+    with pytest.raises(PrivacyError, match=r"make_private\(.*load_state_dict"):
+        subject.backward(rows())
+    subject.model.append(nn.Linear(OUTPUTS, OUTPUTS).double())  # type: ignore[operator]
+    subject.model[0].weight.requires_grad_(True)  # type: ignore[index]
+    with pytest.raises(PrivacyError, match=r"make_private\(.*load_state_dict"):
+        subject.backward(rows())
+
+
 def test_freezing_inside_a_logical_batch(subject: Private) -> None:
     """Before the backward, between two microbatches, and before the step."""
     with nothing_released(subject):
@@ -669,6 +682,69 @@ def test_exception_in_a_microbatch_then_step_releases_nothing(where: str, recove
     subject.engine.discard() if recover == "discard" else subject.optimizer.zero_grad()
     assert all(p.requires_grad for p in subject.model.parameters())
     assert_trains(subject)
+
+
+def second_backward(subject: Private) -> None:
+    value = loss(subject.model, rows())
+    value.backward(retain_graph=True)
+    value.backward()
+
+
+def backward_of_an_earlier_forward(subject: Private) -> None:
+    first = loss(subject.model, rows())
+    subject.engine.discard()
+    subject.backward(rows())
+    subject.backward(rows())
+    first.backward()
+
+
+def layer_outside_the_model(subject: Private) -> None:
+    subject.model[0](rows())  # type: ignore[index]
+
+
+def batch_norm_in_training(subject: Private) -> None:
+    subject.model[1].train()  # type: ignore[index]
+    subject.backward(rows())
+
+
+def penalty(subject: Private) -> None:
+    subject.model[0].weight.square().sum().backward()  # type: ignore[index]
+
+
+def short_mask(subject: Private) -> None:
+    with subject.engine.microbatch(mask(3)):
+        subject.backward(rows())
+
+
+def no_rows(subject: Private) -> None:
+    subject.backward(rows(0))
+
+
+MISUSES = [
+    second_backward,
+    backward_of_an_earlier_forward,
+    layer_outside_the_model,
+    batch_norm_in_training,
+    penalty,
+    short_mask,
+    no_rows,
+]
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_refusal_in_the_middle_of_a_logical_batch_poisons_it(misuse: Any) -> None:
+    """Whoever catches the refusal and steps would release what was summed before it."""
+    subject = private(frozen_batch_norm(), sampling="external_poisson")
+    subject.backward(rows())
+    with pytest.raises(REFUSED):
+        misuse(subject)
+    subject.model.eval()
+    with nothing_released(subject), pytest.raises(PrivacyError, match=r"Nothing was released.*discard\(\)"):
+        subject.optimizer.step()
+    subject.engine.discard()
+    subject.backward(rows())
+    subject.step()
+    assert subject.engine.steps == 1
 
 
 def test_the_watch_outlives_a_first_forward_that_raised() -> None:

@@ -568,6 +568,20 @@ def test_rule_10_seeded_releases_stay_seeded_after_a_load() -> None:
     assert "seed fixed" in resumed.engine.summary()
 
 
+def test_rule_10_budget_under_shuffling_is_one_of_epochs() -> None:
+    """Four releases fit into the epoch that noise was calibrated for, not into one and a half of two loaders.
+
+    Seen to fail when releases are compared with the budget, and epochs are not.
+    """
+    subject = many(8, sampling="shuffle", expected_batch_size=2, target_epsilon=3.0, steps=4)
+    release_all(subject, tally_loader(subject, steps=2))
+    assert subject.engine.epsilon() <= 3.0
+    with pytest.raises(BudgetExceededError):
+        release_all(subject, tally_loader(subject, steps=2))
+    assert subject.engine.steps == 2
+    assert subject.engine.epsilon() <= 3.0
+
+
 # ------------------------------------------------------------------------------------------------- 11: non-finite rows
 
 

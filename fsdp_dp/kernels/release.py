@@ -1,0 +1,96 @@
+"""The release of all local shards at once: noise on the lattice, division, cast; the accumulators are used up.
+
+In the step: the engine's last act before ``p.grad`` is published. `privatize_all_` chooses between one Triton launch for
+all shards (`chacha_normal`) and `privatize_all_in_torch_`, which says in a few lines what the kernel computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fsdp_dp import kernels, noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One parameter's local shard in a release.
+
+    Attributes:
+        accumulator: clipped sum, flat and contiguous, float32 or float64.
+        out: where its private gradient is written: as many elements, flat and contiguous, any floating dtype.
+        parameter: canonical index of the parameter, part of the noise nonce.
+        start, count: the run of global elements that the shard is, or lies in.
+        columns: (width, offset, size) if the shard is columns `offset .. offset + size` of the run seen as rows of
+            `width` (`sharding.Region`).
+    """
+
+    accumulator: Tensor
+    out: Tensor
+    parameter: int
+    start: int
+    count: int
+    columns: tuple[int, int, int] | None = None
+
+
+def privatize_all_(
+    segments: Sequence[Segment], *, key: bytes, release: int, lattice: noise.Lattice, noise_std: float, divisor: float
+) -> None:
+    """Write each segment's noised sum, divided by `divisor`, into its `out`, and zeros into its accumulator.
+
+    Args:
+        segments: on one device, none overlapping another.
+        key: 32 secret bytes, used for noise only.
+        release: number of the release, in [0, 2^64).
+        lattice: made for this noise multiplier and clipping bound.
+        noise_std: sigma * R; at 0.0 there is no noise, no lattice and no privacy.
+        divisor: the expected batch size.
+
+    Raises:
+        ValueError: a tensor, or `noise_std`, is not as described.
+        OverflowError: the release, a parameter index or an element does not fit its counter.
+        FloatingPointError: a result is not an exact number of lattice units; nothing may be released.
+
+    **Formal guarantee.** That of `noise.Lattice` with the normals of `noise.standard_normal`, on every element.
+    """
+    segments = [segment for segment in segments if segment.out.numel()]
+    if segments and noise_std > 0 and kernels.available(segments[0].out.device):
+        from fsdp_dp.kernels import chacha_normal as implementation
+
+        implementation.privatize_all_(
+            segments, key=key, release=release, lattice=lattice, noise_std=noise_std, divisor=divisor
+        )
+    else:
+        privatize_all_in_torch_(
+            segments, key=key, release=release, lattice=lattice, noise_std=noise_std, divisor=divisor
+        )
+
+
+def privatize_all_in_torch_(
+    segments: Sequence[Segment], *, key: bytes, release: int, lattice: noise.Lattice, noise_std: float, divisor: float
+) -> None:
+    """`privatize_all_` in torch operations, on any device; the reference for the kernel."""
+    for segment in segments:
+        total = segment.accumulator.double()
+        if noise_std > 0:
+            run = noise.standard_normal(
+                key,
+                release=release,
+                parameter=segment.parameter,
+                start=segment.start,
+                count=segment.count,
+                device=total.device,
+            )
+            total = lattice.privatize(total, select(run, segment.columns), noise_std)
+        segment.out.copy_(total / divisor)
+        segment.accumulator.zero_()
+
+
+def select(run: Tensor, columns: tuple[int, int, int] | None) -> Tensor:
+    """The elements of a run that a shard with these `columns` holds, flat."""
+    if columns is None:
+        return run
+    width, offset, size = columns
+    return run.view(-1, width)[:, offset : offset + size].reshape(-1)
