@@ -558,11 +558,12 @@ def _search(upper: Callable[[float], float], model: Callable[[float], float], ta
     `model` follows `upper` up to a slowly varying ratio: each round solves the model for the ratio last seen, and
     bisects instead where that leaves the bracket.
     """
-    too_little, enough = SMALLEST_NOISE, LARGEST_NOISE
+    # Just outside the range, so that its ends may be tried, once.
+    too_little, enough = SMALLEST_NOISE * (1 - 1e-6), LARGEST_NOISE * (1 + 1e-6)
     ratio, found, guess = 1.0, math.nan, math.nan
     while enough / too_little > 1 + CALIBRATION_SLACK / 100:
         guess = _solve(model, (1 - CALIBRATION_SLACK / 2) * target / ratio)
-        if not too_little <= guess <= enough:
+        if not too_little < guess < enough:
             guess = math.sqrt(too_little * enough)
         found = upper(guess)
         if (1 - CALIBRATION_SLACK) * target <= found <= target:

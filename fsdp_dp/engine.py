@@ -41,11 +41,12 @@ from fsdp_dp.errors import BudgetExceededError, PrivacyError, UnsupportedModelEr
 from fsdp_dp.gradients import NormTerms, PerSampleGradient, combine
 from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
+from fsdp_dp.kernels.release import Segment, privatize_all_
 from fsdp_dp.layers import rule_for
 from fsdp_dp.numerics import UN_NOISED_MARGIN, exact_arithmetic
 from fsdp_dp.optimizer_gate import OptimizerGate
 from fsdp_dp.sampling import LogicalBatchLoader
-from fsdp_dp.sharding import ManagedParameter, open_model
+from fsdp_dp.sharding import open_model
 from fsdp_dp.summary import describe
 from fsdp_dp.taps import FreezeWindow, Report, Taps, at_end_of_backward, recomputing, with_boundary
 from fsdp_dp.watch import FirstForward
@@ -580,9 +581,9 @@ class PrivacyEngine:
         if self._drawn_epoch is not None:
             self._released_epochs.add(self._drawn_epoch)
         try:
+            gradients = self._private_gradients()
             for parameter in self.model.parameters:
-                self.model.publish(parameter, self._private_gradient(parameter))
-                parameter.accumulator.zero_()
+                self.model.publish(parameter, gradients[parameter.name])
         except BaseException:
             self._poisoned = "a release failed halfway"
             for parameter in self.model.parameters:
@@ -644,21 +645,29 @@ class PrivacyEngine:
             self._first_microbatch.loss.stop()
             self._first_microbatch = None
 
-    def _private_gradient(self, parameter: ManagedParameter) -> Tensor:
-        """``(sum_i w_i G_i + sigma R xi) / expected_batch_size`` on the local shard, float64, flat."""
-        total = parameter.accumulator.double()
-        if self.noise_multiplier > 0:
-            run = noise.standard_normal(
-                self._noise_key,
-                release=self.steps,
-                parameter=parameter.index,
-                start=parameter.region.start,
-                count=parameter.region.count,
-                device=total.device,
+    def _private_gradients(self) -> dict[str, Tensor]:
+        """``(sum_i w_i G_i + sigma R xi) / expected_batch_size`` of every local shard, flat; the sums are used up."""
+        out = {p.name: torch.empty_like(p.accumulator, dtype=p.parameter.dtype) for p in self.model.parameters}
+        segments = [
+            Segment(
+                accumulator=p.accumulator,
+                out=out[p.name],
+                parameter=p.index,
+                start=p.region.start,
+                count=p.region.count,
+                columns=p.region.columns,
             )
-            std = self.noise_multiplier * self.privacy.max_grad_norm
-            total = self._lattice.privatize(total, parameter.region.select(run), std)
-        return total / self.privacy.expected_batch_size
+            for p in self.model.parameters
+        ]
+        privatize_all_(
+            segments,
+            key=self._noise_key,
+            release=self.steps,
+            lattice=self._lattice,
+            noise_std=self.noise_multiplier * self.privacy.max_grad_norm,
+            divisor=self.privacy.expected_batch_size,
+        )
+        return out
 
     def _discard_pending(self) -> None:
         """What ``zero_grad`` does: drop what is pending, if anything is."""

@@ -37,7 +37,6 @@ from fsdp_dp.numerics import (
     product_roundoff,
     split_bfloat16,
     underflow,
-    unit_roundoff,
 )
 
 MAX_SCRATCH_ELEMENTS = 1 << 25
@@ -188,10 +187,9 @@ def _token_norms(a_BTD: Tensor, g_BTP: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _token_norm(x_BTC: Tensor) -> Tensor:
-    # A narrow format accumulates in float32 and rounds the result; both are covered, for these norms only weigh errors.
     width, dtype = x_BTC.shape[2], accumulate_dtype(x_BTC.dtype)
-    up = 1 + gamma(width + 4, dtype) + 2 * unit_roundoff(x_BTC.dtype)
-    norm_BT = torch.linalg.vector_norm(x_BTC, dim=2).double() * up + underflow(width, dtype) ** 0.5
+    norm_BT = torch.linalg.vector_norm(x_BTC, dim=2, dtype=dtype).double() * (1 + gamma(width + 4, dtype))
+    norm_BT += underflow(width, dtype) ** 0.5
     return torch.where(norm_BT > LONGEST_TOKEN, torch.inf, norm_BT)
 
 

@@ -8,6 +8,7 @@ Legend: N rows of a logical batch, B rows of a microbatch, T positions, D channe
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
 Gradients = dict[str, Tensor]
@@ -27,8 +29,13 @@ WIDTH, HIDDEN, VOCABULARY, POSITIONS = 7, 37, 13, 5
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by name; a tied one has its first name only."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Trainable parameters by the name that the bare model gives them; a tied one has its first name only."""
+    return {bare_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def bare_name(name: str) -> str:
+    """A parameter's name without what wrappers add to it."""
+    return re.sub(r"_(fsdp|checkpoint)_wrapped_module\.", "", name)
 
 
 def row_gradients(model: nn.Module, rows: Rows, row_losses: Callable[[Any, Tensor], Tensor]) -> Iterator[Gradients]:
@@ -352,6 +359,30 @@ class Branches(nn.Module):
         return {"left": self.left(input=h), "rest": (self.right(h).tanh(), [h.square()])}
 
 
+class Routed(nn.Module):
+    """A layer that only some rows call, so that at times no row of a rank does. One row is run at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.block = nn.Embedding(VOCABULARY, WIDTH), Block()
+        self.expert, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        x = self.token(ids_BT)
+        if ids_BT[0, 0] % 2:
+            x = x + self.expert(x)
+        return self.head(self.block(x))
+
+
+def wrapped_decoder() -> nn.Module:
+    """Activation checkpointing by torch's wrapper module, inside the units."""
+    model = Decoder()
+    for block in model.blocks:
+        block.attention = checkpoint_wrapper(block.attention)
+        block.fc1 = checkpoint_wrapper(block.fc1)
+    return model
+
+
 class Probe(nn.Module):
     """One Linear: with `linear_losses`, a row's gradient is `sum_t g_t a_t^T` of its input and target, in any format."""
 
@@ -431,6 +462,7 @@ class Case:
     row_losses: Callable[[Any, Tensor], Tensor] = token_losses
     input_shape: tuple[int, ...] = ()
     rows: int = 7
+    one_at_a_time: bool = False
     trainable: Callable[[str], bool] = _is_any
 
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -460,6 +492,7 @@ CASES = {
     "even decoder": Case(build=functools.partial(Decoder, hidden=38)),
     "tied": Case(build=functools.partial(Decoder, tied=True), rows=11),
     "checkpointed": Case(build=functools.partial(Decoder, checkpointed=True)),
+    "checkpoint wrapper": Case(build=wrapped_decoder),
     "tied checkpointed": Case(build=functools.partial(Decoder, tied=True, checkpointed=True)),
     "partly frozen": Case(build=Decoder, trainable=_is_half),
     "biases only": Case(build=Decoder, trainable=_is_bias),
@@ -473,6 +506,7 @@ CASES = {
     "unit called twice": Case(build=Twice),
     "shared weights": Case(build=Shared),
     "fewer rows than ranks": Case(build=Narrow, row_losses=square_losses),
+    "routed": Case(build=Routed, one_at_a_time=True),
     "branches": Case(build=Branches, row_losses=square_losses, input_shape=(WIDTH,)),
 }
 

@@ -43,13 +43,6 @@ class Region:
     def numel(self) -> int:
         return self.count if self.columns is None else self.count // max(1, self.columns[0]) * self.columns[2]
 
-    def select(self, run: Tensor) -> Tensor:
-        """The shard's elements of a flat tensor ``[count]`` over the run."""
-        if self.columns is None:
-            return run
-        width, offset, size = self.columns
-        return run.view(-1, width)[:, offset : offset + size].reshape(-1)
-
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class ManagedParameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fsdp_dp.training.schema import TrainConfig
+
+_runs = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +66,14 @@ def start_world(config: TrainConfig) -> Iterator[World]:
     After an exception the group is not taken down: that would wait for ranks that are gone.
     """
     device = choose_device(config.device)
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    store, rank, size = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    dist.init_process_group(
+        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+        # A sweep runs several jobs in one process: each must not find the addresses that the last one left.
+        store=dist.PrefixStore(f"run {next(_runs)}", store),
+        rank=rank,
+        world_size=size,
+    )
     yield describe_world(config, device)
     dist.barrier()
     dist.destroy_process_group()

@@ -30,6 +30,7 @@ from tests.oracle import (
     Block,
     Gradients,
     Unit,
+    bare_name,
     clipped_sum,
     median_norm,
     norm,
@@ -166,10 +167,6 @@ def seeded(attach: Callable[[], Any]) -> Any:
 # ------------------------------------------------------------------------------------------------- whole parameters
 
 
-def _name(wrapped: str) -> str:
-    return wrapped.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
-
-
 def whole(x: Tensor) -> Tensor:
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
 
@@ -179,7 +176,7 @@ def whole_parameters(model: nn.Module) -> Gradients:
     with contextlib.ExitStack() as stack:
         if isinstance(model, TorchFSDP):
             stack.enter_context(TorchFSDP.summon_full_params(model, writeback=False))
-        return {_name(n): whole(p) for n, p in model.named_parameters() if p.requires_grad}
+        return {bare_name(n): whole(p) for n, p in model.named_parameters() if p.requires_grad}
 
 
 class Reveal(torch.optim.Optimizer):
@@ -281,7 +278,8 @@ class Training:
 
     def _microbatches(self, engine: PrivacyEngine, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         split = {"rank": engine.model.data_rank, "size": engine.model.data_size}
-        return share(rows, **split, microbatch=self.microbatch, empty_last=self.empty_last)
+        size = 1 if CASES[self.case].one_at_a_time else self.microbatch
+        return share(rows, **split, microbatch=size, empty_last=self.empty_last)
 
     def error(self, moved: Gradients) -> float:
         """How far from the oracle."""

@@ -142,6 +142,13 @@ def test_one_process_in_bf16_from_any_folder(corpus, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
 
+def test_a_sweep_on_two_ranks(corpus, tmp_path):
+    """Several jobs in the same processes, each with a process group and a folder of its own."""
+    folders = [f"hydra.sweep.dir={tmp_path}", f"output_dir={tmp_path}/run_${{hydra:job.num}}"]
+    train(TWO_RANKS, *corpus, "-m", "steps=1,2", "privacy=none", *folders)
+    assert [records(tmp_path / name)[-1]["step"] for name in ("run_0", "run_1")] == [1, 2]
+
+
 def test_a_run_without_noise_says_so(corpus, tmp_path):
     overrides = ["privacy.noise_multiplier=0", "privacy.target_epsilon=null", "privacy.seed=1"]
     out = train(ALONE, *corpus, *overrides, f"output_dir={tmp_path / 'run'}")

@@ -185,7 +185,7 @@ def test_rule_06_parameters_without_a_gradient_get_their_noise() -> None:
 
 
 def test_rule_06_empty_draw_releases_noise_everywhere() -> None:
-    """Seen to fail when a release with no real row is skipped, and when padding is not masked."""
+    """Seen to fail when a microbatch without a real row is not taken for a part of the logical batch."""
     noise = only_noise(private(Branches(), noise_multiplier=2.0, max_grad_norm=0.5))
     assert noise.all()
     assert float(noise.std()) == pytest.approx(1.0, rel=5 / math.sqrt(2 * noise.numel()))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fsdp_dp import PrivacyConfig, PrivacyEngine, make_private
 
-CLASSES = 5
+CLASSES = 40
 LOSS_SCALE = 1e4
 
 
@@ -36,7 +36,7 @@ class Mlp(nn.Module):
 class Transformer(nn.Module):
     """One block of causal attention over token and position embeddings, and a head for every position."""
 
-    def __init__(self, tied: bool = False, width: int = 8, longest: int = 7) -> None:
+    def __init__(self, tied: bool = False, width: int = 16, longest: int = 7) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(CLASSES, width), nn.Embedding(longest, width)
         self.before, self.between, self.after = (nn.LayerNorm(width) for _ in range(3))
