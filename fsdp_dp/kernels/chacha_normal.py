@@ -38,7 +38,8 @@ _WARPS = 4
 _EXACT = tl.constexpr(2.0**50)
 _TWO_32 = tl.constexpr(2.0**32)
 _TWO_MINUS_64 = tl.constexpr(2.0**-64)
-_RADIANS = tl.constexpr(math.pi * 2.0**-63)
+_TWO_MINUS_63 = tl.constexpr(2.0**-63)
+_PI = tl.constexpr(math.pi)
 
 # [Note: the table]: places in its head, then places in a segment's row.
 _RELEASE = tl.constexpr(8)
@@ -242,12 +243,41 @@ def _make_words(table, row, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _normal_pair(radius_low, radius_high, angle_low, angle_high):
-    """Box-Muller of four uint32 words, in the operations of `noise._radius` and `noise._angle`."""
+    """Box-Muller of four uint32 words: `noise._radius` and `noise._angle`, equal to 1e-15 of the radius."""
     u = (radius_high.to(tl.float64) * _TWO_32 + (radius_low.to(tl.float64) + 1.0)) * _TWO_MINUS_64
     radius = tl.sqrt(tl.log(u) * -2.0)
     signed_high = angle_high.to(tl.int32, bitcast=True).to(tl.float64)
-    angle = (signed_high * _TWO_32 + angle_low.to(tl.float64)) * _RADIANS
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    cosine, sine = _cosine_and_sine((signed_high * _TWO_32 + angle_low.to(tl.float64)) * _TWO_MINUS_63)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def _cosine_and_sine(half_turns):
+    """cos and sin of pi * half_turns, for |half_turns| <= 1, to two units in the last place.
+
+    Quarter turns are split off exactly, which leaves an angle of at most pi / 4 for the polynomials of FreeBSD's
+    k_cos.c and k_sin.c. The compiler's own cos and sin also provide for huge angles, by way of memory.
+    """
+    quarters = tl.floor(half_turns * 2.0 + 0.5)
+    x = (half_turns - quarters * 0.5) * _PI
+    z = x * x
+    sine = z * 1.58969099521155010221e-10 - 2.50507602534068634195e-08
+    sine = z * sine + 2.75573137070700676789e-06
+    sine = z * sine - 1.98412698298579493134e-04
+    sine = z * sine + 8.33333333332248946124e-03
+    sine = z * sine - 1.66666666666666324348e-01
+    sine = x + z * x * sine
+    cosine = z * -1.13596475577881948265e-11 + 2.08757232129817482790e-09
+    cosine = z * cosine - 2.75573143513906633035e-07
+    cosine = z * cosine + 2.48015872894767294178e-05
+    cosine = z * cosine - 1.38888888888741095749e-03
+    cosine = z * cosine + 4.16666666666666019037e-02
+    cosine = z * cosine - 0.5
+    cosine = z * cosine + 1.0
+    quadrant = quarters.to(tl.int32)
+    odd = (quadrant & 1) != 0
+    cosine, sine = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)
+    return tl.where(((quadrant + 1) & 2) != 0, -cosine, cosine), tl.where((quadrant & 2) != 0, -sine, sine)
 
 
 @triton.jit

@@ -145,7 +145,7 @@ def test_one_process_in_bf16_from_any_folder(corpus, tmp_path):
 def test_a_sweep_on_two_ranks(corpus, tmp_path):
     """Several jobs in the same processes, each with a process group and a folder of its own."""
     folders = [f"hydra.sweep.dir={tmp_path}", f"output_dir={tmp_path}/run_${{hydra:job.num}}"]
-    train(TWO_RANKS, *corpus, "-m", "steps=1,2", "privacy=none", *folders)
+    train(TWO_RANKS, *corpus, "hydra.mode=MULTIRUN", "steps=1,2", "privacy=none", *folders)
     assert [records(tmp_path / name)[-1]["step"] for name in ("run_0", "run_1")] == [1, 2]
 
 

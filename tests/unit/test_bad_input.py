@@ -747,6 +747,22 @@ def test_refusal_in_the_middle_of_a_logical_batch_poisons_it(misuse: Any) -> Non
     assert subject.engine.steps == 1
 
 
+def test_refusal_of_the_first_microbatch_is_not_forgotten(subject: Private) -> None:
+    """Nothing was summed yet, but the logical batch has lost rows."""
+    with nothing_released(subject):
+        for number, x in enumerate(next(iter(subject.loader()))):
+            if number == 0:
+                with pytest.raises(PrivacyError, match=r"mask has .*4.*3 rows"):
+                    subject.backward(x[:3])
+                continue
+            with pytest.raises(PrivacyError):
+                subject.backward(x)
+        with pytest.raises(PrivacyError):
+            subject.optimizer.step()
+    subject.engine.discard()
+    assert_trains(subject)
+
+
 def test_the_watch_outlives_a_first_forward_that_raised() -> None:
     """What was refused once is refused again; what a failed first forward did not reach is still looked for."""
     subject = private(Functional(FUNCTIONAL_USES["F.linear"]))

@@ -612,7 +612,7 @@ def test_rule_11_padding_may_hold_anything() -> None:
 
 
 def test_rule_11_norm_that_overflows_is_bounded_all_the_same() -> None:
-    """Squares of 1e30 overflow float32. Seen to fail when norms are not summed in float64 and infinities kept."""
+    """Squares of 1e30 overflow float32. Seen to fail when an infinite norm is taken for none."""
     subject = private(mlp(torch.float32), loss_reduction="sum")
     x = rows(dtype=torch.float32)
     scale = torch.ones(ROWS, 1)
