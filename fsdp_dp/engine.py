@@ -63,7 +63,7 @@ class _Microbatch:
     """One forward and its backward.
 
     ``uses`` collects the per-sample gradients of each parameter, one for each use in the forward. A ``rehearsal``
-    (see `independence`) is measured and never summed. ``taps`` counts calls of each layer, less those recomputed.
+    (see `independence`) is measured and never summed. ``taps`` counts the calls of each layer.
     """
 
     rows: int
@@ -441,7 +441,8 @@ class PrivacyEngine:
             return None
         if watch is not None:
             self._verify(watch)
-            self._watched.add(module.training)
+            if watch.settled:
+                self._watched.add(module.training)
         return self._bounded(output)
 
     def _verify(self, watch: FirstForward) -> None:
@@ -465,8 +466,13 @@ class PrivacyEngine:
                 recorded.saw_output_grad(index, grad)
 
         bounded, found = with_boundary(output, entered)
-        if found:
+        if not found:
             self._window.open()
+            raise UnsupportedModelError(
+                f"The model's output ({type(output).__name__}) holds no tensor that requires grad: return a tensor, or a "
+                "tuple, list or dict of tensors, or register its class with torch.utils._pytree.register_dataclass"
+            )
+        self._window.open()
         if recorded is not None:
             recorded.saw_outputs(bounded)
         return bounded
@@ -492,7 +498,6 @@ class PrivacyEngine:
                 f"Layer '{layer}' is recomputed in backward, but its forward ran without a graph: reentrant activation "
                 "checkpointing hides its gradient from the engine. Use checkpoint(..., use_reentrant=False)"
             )
-        microbatch.taps[layer] -= 1
         return lambda a, g: None
 
     def _enter_backward(self, microbatch: _Microbatch) -> None:
@@ -626,6 +631,13 @@ class PrivacyEngine:
         self._checked = True
         if first is None or first.norm_B is None:
             return
+        if first.loss.asked is False:
+            self.discard()
+            self._checked = False
+            raise PrivacyError(
+                "The loss was not run backward by loss.backward(), so whether it couples rows could not be examined before "
+                "the first release; call loss.backward() instead of torch.autograd.backward"
+            )
         first.loss.stop()
         rehearsal = _Microbatch(first.rows, torch.ones(first.rows, dtype=torch.bool), False, rehearsal=True)
         self._current = rehearsal

@@ -5,8 +5,8 @@ Clipping bounds what a row adds only if no other row's term depends on it. Two q
 * the *loss*: it is recorded between the model's outputs and ``backward()``, and replayed with every second row's
   outputs and labels exchanged. The gradients of the other rows must not move (a mean over the batch's valid tokens
   moves them).
-* the *model*: forward and backward run once more, with every second row's inputs exchanged and the gradients of
-  the outputs kept. The per-sample norms of the other rows must not move (batch statistics move them, and so does a
+* the *model*: forward and backward run once more, with every second row's inputs, and gradients of its outputs,
+  exchanged. The per-sample norms of the other rows must not move (batch statistics move them, and so does a
   layer whose records do not line up with the rows).
 
 Neither releases anything. The second costs one forward and backward, at the first step only.
@@ -15,7 +15,8 @@ Neither releases anything. The second costs one forward and backward, at the fir
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,8 +28,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 
-_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
-_COARSE_TOLERANCE = 2e-2
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+_COARSE_TOLERANCE = 2e-3
+_LOSSES_WITH_WEIGHTS = (
+    F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.multi_margin_loss,
+)  # fmt: skip
+_TO_NUMBERS = (Tensor.item, Tensor.__float__, Tensor.__int__)
+_BY_NUMBERS = frozenset("div div_ true_divide __truediv__ mul mul_ multiply __mul__ __rmul__".split())
 
 
 def exchange_rows(x: Tensor, rows: int) -> Tensor:
@@ -61,7 +67,7 @@ class FirstMicrobatch:
         with _restored(self._random_state, self._device), torch.enable_grad():
             outputs = root(*tree_map(change, self._args), **tree_map(change, self._kwargs))
             tensors = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
-            pairs = [(tensors[i], grad) for i, grad in self._output_grads.items() if i < len(tensors)]
+            pairs = [(tensors[i], change(grad)) for i, grad in self._output_grads.items() if i < len(tensors)]
             torch.autograd.backward([x for x, _ in pairs], [grad for _, grad in pairs])
 
     def compare(self, norm_B: Tensor, dtype: torch.dtype) -> None:
@@ -92,10 +98,13 @@ class LossRecording(TorchFunctionMode):
         self._outputs: list[Tensor] = []
         self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
         self._active = False
+        self.asked: bool | None = None
+        """Whether the loss was examined: None before any forward, False while its backward is still to come."""
 
     def start(self, outputs: list[Tensor]) -> None:
         self._outputs = outputs
         self._active = True
+        self.asked = False
         _push_mode(self)
 
     def stop(self) -> None:
@@ -121,7 +130,7 @@ class LossRecording(TorchFunctionMode):
         if not self._active:
             return func(*args, **kwargs)
         if func is Tensor.backward:
-            self._active = False
+            self._active, self.asked = False, True
             self._before_backward(args[0], kwargs)
             self._forget()
             return func(*args, **kwargs)
@@ -139,64 +148,113 @@ class LossRecording(TorchFunctionMode):
                 f"backward() of a loss with shape {tuple(loss.shape)}: the loss must be a scalar, the mean or the sum "
                 "over the rows of the microbatch (PrivacyConfig.loss_reduction says which); call loss.mean() or .sum()"
             )
-        if loss.grad_fn is None or self._rows < 2 or any(loss is x for x in self._outputs):
+        if loss.grad_fn is None:
+            return
+        _refuse_hidden_outputs(loss)
+        if self._rows < 2 or any(loss is x for x in self._outputs):
             return
         with torch.enable_grad():
             before = torch.autograd.grad(loss, self._outputs, _seed(kwargs, loss), retain_graph=True, allow_unused=True)
-            for labels in (self._exchanged_labels, self._ignored_labels):
-                try:
-                    after = self._replay(loss, labels, kwargs)
-                except (RuntimeError, IndexError, ValueError, TypeError):
-                    continue  # the loss cannot be evaluated on other labels; the model's own check remains
-                self._compare(before, after)
+            examined = self._examine(loss, kwargs, before)
+        if not examined:
+            warnings.warn(
+                "The loss could not be replayed with other labels (an operation of its own, or a gradient of its own), so "
+                "that it is a sum over rows is taken on trust: no row's loss may depend on another row",
+                stacklevel=5,
+            )
 
-    def _replay(self, loss: Tensor, labels: Callable[[Tensor], Tensor], kwargs: dict[str, Any]) -> list[Tensor | None]:
-        """Gradients of the outputs when odd rows have other outputs and labels."""
+    def _examine(self, loss: Tensor, kwargs: dict[str, Any], before: tuple[Tensor | None, ...]) -> bool:
+        """Compare with replays on other rows; False if not even the recorded rows can be replayed."""
+        try:
+            same = self._replay(loss, kwargs, lambda x: x, lambda x: x)
+            if self._difference(before, same) is not None:
+                return False
+            others = [
+                self._replay(loss, kwargs, self._exchanged, labels)
+                for labels in (self._exchanged_labels, self._ignored_labels)
+            ]
+        except (RuntimeError, LookupError, ValueError, TypeError):
+            return False
+        for after in others:
+            off = self._difference(before, after)
+            if off is not None:
+                raise UnsupportedModelError(
+                    "The loss couples the rows of a microbatch: exchanging some rows' outputs and labels changed the "
+                    f"gradients of other rows by {off:.2g}. A mean over the batch's valid tokens does this; use a mean over "
+                    "a fixed number of tokens, or the mean over rows of each row's own mean (Hugging Face: a constant "
+                    "num_items_in_batch)"
+                )
+        return True
+
+    def _exchanged(self, output: Tensor) -> Tensor:
+        return exchange_rows(output, self._rows) if _has_rows(output, self._rows) else output
+
+    def _replay(
+        self,
+        loss: Tensor,
+        kwargs: dict[str, Any],
+        change_output: Callable[[Tensor], Tensor],
+        change_label: Callable[[Tensor], Tensor],
+    ) -> list[Tensor | None]:
+        """Gradients of the model's outputs when they, and what else the loss used, are changed so."""
         values: dict[int, Any] = {}
         leaves = []
         for output in self._outputs:
-            leaf = exchange_rows(output, self._rows) if _has_rows(output, self._rows) else output.detach().clone()
+            leaf = change_output(output).detach().clone()
             leaves.append(leaf.requires_grad_())
             values[id(output)] = leaf
+
+        numbers: dict[int, Any] = {}
 
         def current(x: Any) -> Any:
             if not isinstance(x, Tensor):
                 return x
             if id(x) not in values:
-                other = labels(x)
+                other = change_label(x)
                 # A copy, so that the program's own running totals are not written twice.
                 values[id(x)] = x.detach().clone() if other is x else other
             return values[id(x)]
 
         for func, args, call_kwargs, result in self._calls:
+            if func in _TO_NUMBERS and isinstance(args[0], Tensor):
+                numbers[id(result)] = func(current(args[0]))
             if func is not Tensor.__setitem__ and not any(isinstance(x, Tensor) for x in tree_leaves(result)):
                 continue
+            if func.__name__ in _BY_NUMBERS:
+                args = tuple(numbers.get(id(x), x) if isinstance(x, int | float) else x for x in args)
             replayed = func(*tree_map(current, args), **tree_map(current, call_kwargs))
             for old, new in zip(tree_leaves(result), tree_leaves(replayed), strict=True):
                 values[id(old)] = new
         new_loss = values[id(loss)]
         return list(torch.autograd.grad(new_loss, leaves, _seed(kwargs, new_loss), allow_unused=True))
 
-    def _compare(self, before: Any, after: list[Tensor | None]) -> None:
+    def _difference(self, before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> float | None:
+        """By how much the gradients of even rows moved, relative to their size; None if they did not."""
         for old, new in zip(before, after, strict=True):
-            if old is None or new is None or not _has_rows(old, self._rows):
+            if old is None or new is None:
+                if old is not new:
+                    return float("inf")
                 continue
-            kept_old, kept_new = (x.reshape(self._rows, -1)[::2].double() for x in (old, new))
-            off = (kept_old - kept_new).norm() / kept_old.norm().clamp(min=1e-300)
-            if bool(off > _TOLERANCE.get(old.dtype, _COARSE_TOLERANCE)):
-                raise UnsupportedModelError(
-                    "The loss couples the rows of a microbatch: exchanging some rows' outputs and labels changed the "
-                    f"gradients of other rows by {float(off):.2g}. A mean over the batch's valid tokens does this; use "
-                    "a mean over a fixed number of tokens, or the mean over rows of each row's own mean "
-                    "(Hugging Face: a constant num_items_in_batch)"
-                )
+            kept = [x.reshape(self._rows, -1)[::2] if _has_rows(x, self._rows) else x for x in (old, new)]
+            off = float((kept[0].double() - kept[1].double()).norm() / kept[0].double().norm().clamp(min=1e-300))
+            if off > _TOLERANCE.get(old.dtype, _COARSE_TOLERANCE):
+                return off
+        return None
 
     def _exchanged_labels(self, x: Tensor) -> Tensor:
-        """Other inputs of the loss: integer tensors with one entry for each row, or for each token, exchange rows."""
+        """Other inputs of the loss: tensors with one entry for each row, or for each token, exchange rows."""
         tokens = {self._rows} | {o.shape[0] * o.shape[1] for o in self._outputs if o.ndim > 1}
-        if x.is_floating_point() or x.ndim == 0 or x.shape[0] not in tokens or x.shape[0] % self._rows:
+        if x.ndim == 0 or x.shape[0] not in tokens or x.shape[0] % self._rows or self._is_class_weight(x):
             return x
         return exchange_rows(x, self._rows)
+
+    def _is_class_weight(self, x: Tensor) -> bool:
+        """Weights of classes, of which there may happen to be as many as rows."""
+        return any(
+            kwargs.get("weight") is x or kwargs.get("pos_weight") is x or (len(args) > 2 and args[2] is x)
+            for func, args, kwargs, _ in self._calls
+            if func in _LOSSES_WITH_WEIGHTS
+        )
 
     def _ignored_labels(self, x: Tensor) -> Tensor:
         """As above, but where cross entropy ignores some of the labels, it ignores all of the odd rows'."""
@@ -220,6 +278,24 @@ class LossRecording(TorchFunctionMode):
                 if isinstance(target, Tensor) and id(target) in same and not target.is_floating_point():
                     return int(args[4]) if len(args) > 4 else int(kwargs.get("ignore_index", -100))
         return None
+
+
+def _refuse_hidden_outputs(loss: Tensor) -> None:
+    """Walk the loss's graph up to the model's outputs; a way into the model beside them is refused."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = type(node).__name__
+        if name == "_TapBackward":
+            raise UnsupportedModelError(
+                "The loss uses a tensor of the model that is not among its outputs (an auxiliary loss kept as an "
+                "attribute?), where rows may be coupled unseen; return it from forward"
+            )
+        if name != "_BoundaryBackward":
+            nodes.extend(next_node for next_node, _ in node.next_functions)
 
 
 def _seed(kwargs: dict[str, Any], loss: Tensor) -> Tensor | None:

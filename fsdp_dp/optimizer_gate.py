@@ -6,6 +6,7 @@ unchanged, and several may share a logical batch: the first step releases, each 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -74,6 +75,8 @@ class OptimizerGate:
             )
         if getattr(optimizer, "grad_scale", None) is not None:
             refuse_grad_scaler()
+        if self._is_state_initialization(held):
+            return
         self.adopt(optimizer)
         for name in held:
             grad = self._parameters[name].grad
@@ -84,6 +87,17 @@ class OptimizerGate:
                 )
         if not any(name in self._waiting for name in held):
             self._release()
+
+    def _is_state_initialization(self, held: Sequence[str]) -> bool:
+        """torch's distributed checkpoint steps a fresh optimizer on zero gradients to make its state: no release."""
+        if self._waiting:
+            return False
+        grads = [self._parameters[name].grad for name in held]
+        frame, called = sys._getframe(1), False
+        while frame is not None and not called:
+            called = frame.f_code.co_filename.replace("\\", "/").endswith("torch/distributed/checkpoint/state_dict.py")
+            frame = frame.f_back  # type: ignore[assignment]
+        return called and all(grad is None or not bool(grad.any()) for grad in grads)
 
     def after_step(self, optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         held = self._held_by(optimizer)

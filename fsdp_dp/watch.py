@@ -40,6 +40,7 @@ class FirstForward(TorchFunctionMode):
         self._root, self._sites, self._running = root, sites, running
         self._shapes: set[tuple[int, ...]] | None = None
         self._buffers: dict[str, Tensor] = {}
+        self.settled = True
 
     def __enter__(self) -> FirstForward:
         self._buffers = {name: buffer.detach().clone() for name, buffer in self._root.named_buffers()}
@@ -70,6 +71,7 @@ class FirstForward(TorchFunctionMode):
         for name, buffer in self._root.named_buffers():
             before = self._buffers.get(name)
             if before is None or before.shape != buffer.shape:
+                self.settled = False  # made, or resized, just now: a cache will stay as it is, a statistic will not
                 continue
             if not torch.equal(torch.nan_to_num(before.to(buffer.device, buffer.dtype)), torch.nan_to_num(buffer)):
                 raise UnsupportedModelError(

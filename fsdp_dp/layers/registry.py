@@ -66,6 +66,8 @@ def unknown_parameters(module: nn.Module, owned: Iterable[str]) -> str | None:
 def refusal(module: nn.Module) -> str | None:
     """Why the parameters of ``module`` cannot be made private exactly, and what to do; None if they can."""
     kind = layer_type(module).__name__
+    if "forward" in vars(module):
+        return f"the forward of this {kind} was replaced on the instance, so its rule may not hold; make it a class"
     if has_rule(module):
         return _CHECKS[layer_type(module)](module)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -100,7 +100,7 @@ def test_prv_reproduces_the_table(case: tuple[float, float, int, float], publish
 @pytest.mark.parametrize(("case", "published"), [(row[0], row[2]) for row in TABLE])
 def test_pld_reproduces_the_table(case: tuple[float, float, int, float], published: float) -> None:
     lower, estimate, upper = bounds(case, "pld")
-    assert lower <= estimate <= upper
+    assert lower < estimate < upper  # part of delta is held back for rounding
     assert upper == pytest.approx(published, rel=3e-3)
 
 
@@ -437,5 +437,6 @@ def test_imports_no_torch() -> None:
             epsilon(noise_multiplier=1.0, sample_rate=0.1, steps=3, delta=1e-5, accountant=accountant)
         sys.exit(any(name.split(".")[0] == "torch" for name in sys.modules))
     """
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert subprocess.run([sys.executable, "-c", "import sys; sys.modules['torch.nn'] = sys\n" + code], check=False).returncode == 1
+    preloaded = "import sys; sys.modules['torch.nn'] = sys\n"
+    for prefix, expected in (("", 0), (preloaded, 1)):
+        assert subprocess.run([sys.executable, "-c", prefix + code], check=False).returncode == expected

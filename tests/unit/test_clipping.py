@@ -3,8 +3,10 @@
 A docstring says "Seen to fail" where the property was broken on purpose and the test was seen to find it.
 """
 
+import importlib.util
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,3 +216,15 @@ def test_folding_the_clip_factor_into_bfloat16_breaks_the_bound() -> None:
         ours = max(ours, (gradient.weighted_sum(chosen.weight_B, chosen.keep_B).double().norm() / bound).item())
     assert worst > 4.6
     assert 0.8 < ours <= 1
+
+
+def test_the_documented_demonstration_shows_it() -> None:
+    """`scripts/measure_inflation.py`, from which docs/numerics.md quotes, on the same kind of row."""
+    path = Path(__file__).resolve().parents[2] / "scripts" / "measure_inflation.py"
+    spec = importlib.util.spec_from_file_location("measure_inflation", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    table = list(script.folding_rows())
+    folded, certified = (float(row.split("|")[2]) for row in table[-2:])
+    assert folded > 4.6 and certified <= 1

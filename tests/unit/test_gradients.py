@@ -485,10 +485,30 @@ def test_bound_holds_for_stored_gradients_and_tables(dtype: torch.dtype, scale: 
         assert_bounded(rows, np.sqrt((exactly(rows.value_BTP) ** 2).sum((1, 2))), bounds_around(true_norm))
 
 
-def test_bound_holds_for_single_numbers() -> None:
-    """Where one rounding is all there is, and R is no float32 number. Seen to fail without `rounding_sq`."""
-    value = 1 + normal(300, 1, seed=1, dtype=torch.float32).abs()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bound_holds_for_single_numbers(dtype: torch.dtype) -> None:
+    """Where one rounding is all there is, and R is no float32 number; and `rounding_sq` against its definition."""
+    value = 1 + normal(200, 1, seed=1, dtype=dtype).abs()
     assert_bounded(Materialized(value), np.sqrt((exactly(value) ** 2).sum(1)), [0.1])
+    cast_and_product = 2 * numerics.unit_roundoff(dtype) * value.double().flatten()
+    for gradient in (Materialized(value), IndexedRows.compress(torch.zeros(200, 1, dtype=torch.long), value[:, None], 1)):
+        assert (gradient.norm_terms().rounding_sq.sqrt() >= cast_and_product).all()
+
+
+def test_tied_error_counts_the_inner_product() -> None:
+    """By definition: with the errors of both parts, twice that of products of D terms, weighed by what they multiply.
+
+    Seen to fail without `cross_error`, which slack elsewhere would hide in every other test.
+    """
+    B, S, T, D, V = 3, 4, 5, 24, 20
+    head = linear_use(normal(B, S, D, seed=5, dtype=torch.float32), normal(B, S, V, seed=6, dtype=torch.float32))
+    table = embedding_use(torch.arange(T).expand(B, T), normal(B, T, D, seed=7, dtype=torch.float32), V)
+    tied = combine([head.gradient, table.gradient])
+    assert isinstance(tied, TiedSum)
+    a, g, h = tied.outer.a_BTD.double(), tied.outer.g_BTP.double(), tied.rows.value_BTP.double()
+    weighed = torch.einsum("bst,bs,bt->b", g[:, :, :T].abs(), a.norm(dim=2), h.norm(dim=2))
+    parts = tied.outer.norm_terms().error + tied.rows.norm_terms().error
+    assert (tied.norm_terms().error - parts >= 2 * numerics.gamma(D, torch.float32) * weighed * 0.999).all()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -555,11 +575,11 @@ def test_a_row_too_large_to_measure_is_dropped(shape: tuple[int, int, int, int],
     B, T, D, P = shape
     a, g = normal(B, T, D, seed=1, dtype=torch.float32), normal(B, T, P, seed=2, dtype=torch.float32)
     for factor in (a, g):
-        kept = factor[1, 0].clone()
-        factor[1, 0] = scale
+        kept = factor[1, 0, 0].item()
+        factor[1, 0, 0] = scale
         terms = OuterProduct(a, g).norm_terms()
         assert torch.isfinite(certified_norm(terms)).tolist() == [True, False]
-        factor[1, 0] = kept
+        factor[1, 0, 0] = kept
 
 
 # -------------------------------------------------------------------------------------------------- tensor cores

@@ -1,0 +1,232 @@
+"""Rule 8: a program whose rows depend on each other is refused before its first release, and one whose rows do not is not.
+
+Seen to fail with the check left out: every coupled program below was released.
+"""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fsdp_dp import PrivacyConfig, PrivacyError, UnsupportedModelError, make_private
+
+V, B, T = 11, 6, 5
+IGNORED = -100
+
+
+class Decoder(nn.Module):
+    """Embeddings, a hidden layer, a norm and a head; `kind` names what is done to it."""
+
+    def __init__(self, kind: str = "") -> None:
+        super().__init__()
+        self.kind = kind
+        self.tokens, self.positions = nn.Embedding(V, 8), nn.Embedding(16, 8)
+        self.hidden, self.norm, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, V)
+        self.dropout = nn.Dropout(0.3 if kind == "dropout" else 0.0)
+        self.register_buffer("seen", None)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        positions = torch.arange(x.shape[1])
+        h = self.tokens(x) + self.positions(positions if self.kind == "bare positions" else positions.expand_as(x))
+        if self.kind == "nested checkpoint":
+            h = checkpoint(lambda z: checkpoint(self.hidden, z, use_reentrant=False), h, use_reentrant=False)
+        else:
+            h = self.dropout(torch.relu_(self.hidden(h)))
+        if self.kind == "batch statistics":
+            h = h - h.mean(0, keepdim=True)
+        if self.kind == "new buffer":
+            self.seen = h.detach().mean() if self.seen is None else 0.9 * self.seen + 0.1 * h.detach().mean()
+        self.auxiliary = 1e-2 * h.mean(0).square().sum()
+        logits = self.head(self.norm(h))
+        if labels is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / (B * T)
+            if self.kind == "mean inside":
+                loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            return {"loss": loss, "logits": logits}
+        return logits
+
+
+def batch(ragged: bool = False) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randint(V, (2, B, T), generator=generator)
+    for row in range(B if ragged else 0):
+        y[row, : row % 4] = IGNORED
+    return x, y
+
+
+def train(model: Decoder, loss_of: Any, steps: int = 2) -> int:
+    """Releases of a short run; the first check runs before the first one."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    privacy = PrivacyConfig(
+        max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=B, dataset_size=100, target_delta=1e-3,
+        sampling="external_poisson",
+    )  # fmt: skip
+    engine = make_private(model, privacy, optimizer)
+    try:
+        for _ in range(steps):
+            loss_of(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        engine.discard()
+    return engine.steps
+
+
+def per_token(model: Decoder, x: Tensor, y: Tensor) -> Tensor:
+    losses = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none", ignore_index=IGNORED)
+    return losses.view(B, T)
+
+
+def over_valid_tokens(model: Decoder) -> Tensor:
+    x, y = batch(ragged=True)
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+
+def over_valid_tokens_transposed(model: Decoder) -> Tensor:
+    x, y = batch(ragged=True)
+    return F.cross_entropy(model(x).transpose(1, 2), y)
+
+
+def over_integer_mask(model: Decoder) -> Tensor:
+    x, y = batch(ragged=True)
+    losses, mask = per_token(model, x, y), y != IGNORED
+    return (losses * mask).sum() / mask.sum()
+
+
+def over_float_mask(model: Decoder) -> Tensor:
+    x, y = batch(ragged=True)
+    mask = (y != IGNORED).float()
+    return (per_token(model, x, y) * mask).sum() / mask.sum()
+
+
+def over_counted_tokens(model: Decoder) -> Tensor:
+    x, y = batch(ragged=True)
+    losses, count = per_token(model, x, y), (y != IGNORED).float()
+    return losses.sum() / count.sum().item()
+
+
+def auxiliary(model: Decoder) -> Tensor:
+    return rows(model) + model.auxiliary
+
+
+def rows(model: Decoder) -> Tensor:
+    return per_token(model, *batch()).mean(1).mean()
+
+
+def rows_with_ignored(model: Decoder) -> Tensor:
+    return per_token(model, *batch(ragged=True)).mean(1).mean()
+
+
+def all_tokens(model: Decoder) -> Tensor:
+    x, y = batch()
+    return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), weight=torch.ones(V))
+
+
+def inside(model: Decoder) -> Tensor:
+    x, y = batch(ragged=True)
+    return model(x, labels=y)["loss"]
+
+
+COUPLED_LOSSES = [
+    over_valid_tokens, over_valid_tokens_transposed, over_integer_mask, over_float_mask, over_counted_tokens, auxiliary,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_of", COUPLED_LOSSES, ids=lambda loss: loss.__name__)
+def test_a_loss_that_couples_rows_is_refused(loss_of: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"couple"):
+        train(Decoder(), loss_of)
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss_of"), [("batch statistics", rows), ("mean inside", inside), ("bare positions", rows)]
+)
+def test_a_model_that_couples_rows_is_refused(kind: str, loss_of: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"Row \d|rows"):
+        train(Decoder(kind), loss_of)
+
+
+def test_positions_without_a_batch_are_refused_even_where_there_are_as_many_as_rows() -> None:
+    x = torch.randint(V, (B, B))
+    with pytest.raises(UnsupportedModelError, match=r"Row \d"):
+        train(Decoder("bare positions"), lambda m: F.cross_entropy(m(x).flatten(0, 1), x.flatten()))
+
+
+def test_a_statistic_kept_in_a_new_buffer_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'seen'"):
+        train(Decoder("new buffer"), rows)
+
+
+@pytest.mark.parametrize("kind", ["", "dropout", "nested checkpoint"])
+@pytest.mark.parametrize("loss_of", [rows, rows_with_ignored, all_tokens, inside], ids=lambda loss: loss.__name__)
+def test_rows_of_their_own_are_released(kind: str, loss_of: Any) -> None:
+    assert train(Decoder(kind), loss_of) == 2
+
+
+def test_one_row_is_nobody_elses() -> None:
+    x = torch.randint(V, (1, T))
+    assert train(Decoder(), lambda m: F.cross_entropy(m(x).flatten(0, 1), x.flatten())) == 2
+
+
+def test_running_totals_of_the_program_are_left_alone() -> None:
+    total = torch.zeros(())
+
+    def loss_of(model: Decoder) -> Tensor:
+        nonlocal total
+        loss = rows(model)
+        total += loss.detach()
+        return loss
+
+    model = Decoder()
+    expected = rows(model).detach().clone()
+    train(model, loss_of, steps=1)
+    torch.testing.assert_close(total, expected)
+
+
+def test_backward_that_cannot_be_seen_is_refused() -> None:
+    model = Decoder()
+    with pytest.raises(PrivacyError, match=r"loss\.backward\(\)"):
+        train(model, lambda m: Direct(rows(m)))
+
+
+class Direct:
+    """``torch.autograd.backward(loss)`` in place of ``loss.backward()``."""
+
+    def __init__(self, loss: Tensor) -> None:
+        self.loss = loss
+
+    def backward(self) -> None:
+        torch.autograd.backward(self.loss)
+
+
+class Fused(torch.autograd.Function):
+    """A loss whose gradient is not that of its forward, so that a replay says nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.shape = logits.shape
+        return logits.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad.expand(ctx.shape)
+
+
+def test_a_loss_that_cannot_be_replayed_is_taken_on_trust_with_a_warning() -> None:
+    x, _ = batch()
+    with pytest.warns(UserWarning, match="taken on trust"):
+        assert train(Decoder(), lambda m: Fused.apply(m(x)), steps=1) == 1
+
+
+def test_an_output_that_holds_no_tensor_is_refused() -> None:
+    class Opaque(Decoder):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+            return type("Out", (), {"logits": super().forward(x)})()
+
+    x, _ = batch()
+    with warnings.catch_warnings(), pytest.raises(UnsupportedModelError, match="register_dataclass"):
+        train(Opaque(), lambda m: m(x).logits.sum())
