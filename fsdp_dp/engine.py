@@ -384,7 +384,7 @@ class PrivacyEngine:
         try:
             yield
         except BaseException:
-            if self._pending:
+            if self._pending or self._intake.source != "free":
                 self._poisoned = self._poisoned or "a microbatch was refused"
             raise
 

@@ -129,7 +129,7 @@ class LossRecording(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._active:
             return func(*args, **kwargs)
-        if func is Tensor.backward:
+        if func is Tensor.backward and self._is_ours(args[0]):
             self._active, self.asked = False, True
             self._before_backward(args[0], kwargs)
             self._forget()
@@ -142,15 +142,36 @@ class LossRecording(TorchFunctionMode):
         self._calls.append((func, args, kwargs, result))
         return result
 
+    def _is_ours(self, loss: Tensor) -> bool:
+        """Whether a loss comes from this model's outputs: its graph is walked up to the first boundaries.
+
+        Raises:
+            UnsupportedModelError: there is a way into a model beside its outputs.
+        """
+        ours = {output.grad_fn for output in self._outputs}
+        nodes, seen, found = [loss.grad_fn], set(), False
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            name = type(node).__name__
+            if name == "_TapBackward":
+                raise UnsupportedModelError(
+                    "The loss uses a tensor of the model that is not among its outputs (an auxiliary loss kept as an "
+                    "attribute?), where rows may be coupled unseen; return it from forward"
+                )
+            found |= node in ours
+            if name != "_BoundaryBackward":
+                nodes.extend(next_node for next_node, _ in node.next_functions)
+        return found
+
     def _before_backward(self, loss: Tensor, kwargs: dict[str, Any]) -> None:
         if loss.numel() != 1 and kwargs.get("gradient") is None:
             raise PrivacyError(
                 f"backward() of a loss with shape {tuple(loss.shape)}: the loss must be a scalar, the mean or the sum "
                 "over the rows of the microbatch (PrivacyConfig.loss_reduction says which); call loss.mean() or .sum()"
             )
-        if loss.grad_fn is None:
-            return
-        _refuse_hidden_outputs(loss)
         if self._rows < 2 or any(loss is x for x in self._outputs):
             return
         with torch.enable_grad():
@@ -278,24 +299,6 @@ class LossRecording(TorchFunctionMode):
                 if isinstance(target, Tensor) and id(target) in same and not target.is_floating_point():
                     return int(args[4]) if len(args) > 4 else int(kwargs.get("ignore_index", -100))
         return None
-
-
-def _refuse_hidden_outputs(loss: Tensor) -> None:
-    """Walk the loss's graph up to the model's outputs; a way into the model beside them is refused."""
-    nodes, seen = [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        name = type(node).__name__
-        if name == "_TapBackward":
-            raise UnsupportedModelError(
-                "The loss uses a tensor of the model that is not among its outputs (an auxiliary loss kept as an "
-                "attribute?), where rows may be coupled unseen; return it from forward"
-            )
-        if name != "_BoundaryBackward":
-            nodes.extend(next_node for next_node, _ in node.next_functions)
 
 
 def _seed(kwargs: dict[str, Any], loss: Tensor) -> Tensor | None:

@@ -190,7 +190,7 @@ def main() -> None:
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     sections = {
-        "Average inflation: of the norm + by the rounding of the weighted sum; * is the path taken": inflation_rows(options.device, dtype),
+        "Average inflation: norm + rounding of the sum; * is the path taken": inflation_rows(options.device, dtype),
         "One row more: how the rounding of the others changes": margin_rows(options.device, dtype),
         "One cancelling row, clipped by folding c into bfloat16": folding_rows(),
     }

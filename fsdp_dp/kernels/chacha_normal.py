@@ -33,7 +33,7 @@ CHUNK = tl.constexpr(noise.CHUNK)
 
 # What one program makes; measured on an H100 (docs/benchmarks.md).
 _CHUNKS_OF_A_PROGRAM = 1
-_WARPS = 4
+_WARPS = 2
 
 _EXACT = tl.constexpr(2.0**50)
 _TWO_32 = tl.constexpr(2.0**32)

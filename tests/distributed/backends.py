@@ -7,7 +7,7 @@ once for all world sizes and backends.
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecision, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as TorchFSDP
-from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
@@ -79,7 +79,8 @@ def fsdp2(model: nn.Module, *, units: bool = True, bf16: bool = False, mesh: Any
     for module in model.modules():
         if units and isinstance(module, Unit) and module is not model:
             fully_shard(module, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
 
 
 def tensor_parallel_plan(local_outputs: bool) -> dict[str, ParallelStyle]:
@@ -242,14 +243,18 @@ def play(rank: int, world_size: int, tasks: Sequence[Task]) -> list[Any] | None:
     return values if rank == 0 else None
 
 
-def played(world_size: int, tasks: Sequence[Task]) -> dict[Task, Any]:
+def played(world_size: int, tasks: Sequence[Task]) -> dict[Any, Any]:
     """What became of each task on so many ranks, started once for all of them."""
     return dict(zip(tasks, run(play, world_size, tasks)[0], strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """A float64 run without noise, clipped at the median norm: how far it moves every parameter."""
+    """A float64 run without noise, clipped at the median norm: how far it moves every parameter.
+
+    With `sync_last_only`, FSDP is told to reduce in the last microbatch of a logical batch only, as loops that
+    accumulate gradients do.
+    """
 
     case: str
     backend: str
@@ -258,6 +263,7 @@ class Training:
     empty_last: bool = False
     optimizer: str = "sgd"
     steps: int = 1
+    sync_last_only: bool = False
 
     def run(self) -> Gradients:
         case = CASES[self.case]
@@ -267,8 +273,10 @@ class Training:
         start = whole_parameters(model)
         inputs, targets = case.batch()
         for step in range(self.steps):
-            for numbers, mask in self._microbatches(engine, rows_of_step(case.rows, step)):
-                with engine.microbatch(mask):
+            microbatches = self._microbatches(engine, rows_of_step(case.rows, step))
+            for left, (numbers, mask) in zip(reversed(range(len(microbatches))), microbatches, strict=True):
+                held_back = reduction_held_back(model) if self.sync_last_only and left else contextlib.nullcontext()
+                with held_back, engine.microbatch(mask):
                     losses = case.row_losses(model(inputs[numbers]), targets[numbers])
                     (losses.mean() if self.loss_reduction == "mean" else losses.sum()).backward()
             optimizer.step()
@@ -290,7 +298,19 @@ class Training:
         )
 
 
-def disagreements(results: dict[Task, Any]) -> list[str]:
+@contextlib.contextmanager
+def reduction_held_back(model: nn.Module) -> Iterator[None]:
+    """Plain FSDP would keep gradients on their ranks here."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(model, TorchFSDP):
+            stack.enter_context(model.no_sync())
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(False)
+            stack.callback(model.set_requires_gradient_sync, True)
+        yield
+
+
+def disagreements(results: Mapping[Any, Any]) -> list[str]:
     """The trainings that did not end where the oracle ends."""
     errors = {task: task.error(moved) for task, moved in results.items() if isinstance(task, Training)}
     return [f"{error:.1e} {task}" for task, error in errors.items() if not error <= TOLERANCE]
@@ -316,7 +336,7 @@ class Releases:
         revealed, (rank, size) = Revealed(model), (engine.model.data_rank, engine.model.data_size)
         if inputs.is_floating_point():
             inputs = inputs.to(self.dtype)
-        found = []
+        found: list[Gradients] = []
         for batch in self.batches:
             for numbers, mask in share(batch, rank=(rank + len(found)) % size, size=size, microbatch=1):
                 with engine.microbatch(mask):
@@ -351,7 +371,7 @@ def all_at_once(rows: str, backend: str, max_grad_norm: float, **options: Any) -
     return Releases(rows=rows, backend=backend, max_grad_norm=max_grad_norm, batches=batches, **options)
 
 
-def excesses(results: dict[Task, Any], *, cast: float = 0.0) -> list[str]:
+def excesses(results: Mapping[Any, Any], *, cast: float = 0.0) -> list[str]:
     """Rows whose contribution is longer than the bound. `cast`: what rounding a release to bfloat16 may add to it."""
     return [
         f"row {i}: {norm(of_row) / task.max_grad_norm:.9f} of the bound in {task}"
@@ -369,7 +389,7 @@ def low_precision_tolerance(task: Releases) -> float:
     return 2e-2 if "bf16" in task.backend or task.dtype == torch.bfloat16 else 1e-3
 
 
-def inaccuracies(results: dict[Task, Any]) -> list[str]:
+def inaccuracies(results: Mapping[Any, Any]) -> list[str]:
     """Releases in low precision that are further from the oracle's clipped sum than they may be."""
     return [
         f"batch {i}: {error:.1e} in {task}"

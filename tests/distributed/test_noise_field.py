@@ -39,10 +39,8 @@ class Field:
     dtype: torch.dtype = torch.float64
 
     def run(self) -> list[Gradients]:
-        privacy = functools.partial(
-            privacy_config, max_grad_norm=BOUND, noise_multiplier=self.noise_multiplier, seed=self.seed
-        )
-        model, engine = seeded(lambda: BACKENDS[self.backend](MODEL.model(self.dtype), privacy()))
+        privacy = privacy_config(max_grad_norm=BOUND, noise_multiplier=self.noise_multiplier, seed=self.seed)
+        model, engine = seeded(lambda: BACKENDS[self.backend](MODEL.model(self.dtype), privacy))
         revealed, (inputs, targets) = Revealed(model), MODEL.batch()
         found = []
         for _ in range(self.releases):

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import pytest
+import torch
 
 from tests.distributed.backends import (
     Task,
@@ -34,12 +35,14 @@ PRECISION: tuple[Task, ...] = (
     *(one_by_one(rows, "fsdp2 bf16", BOUND) for rows in PRECISION_ROWS),
     one_by_one("decoder", "fsdp2", BOUND),
     *(all_at_once(rows, backend, BOUND) for rows in ("decoder", "tied") for backend in ("fsdp2 bf16", "fsdp2")),
+    all_at_once("decoder", "fsdp2", BOUND, dtype=torch.bfloat16),
 )
 TASKS = {
     1: ESSENTIAL,
     2: (
         *(Training(case=name, backend="fsdp2", empty_last=True) for name in CASES),
         *(Training(case=name, backend="fsdp2 root only") for name in ("decoder", "tied", "reused")),
+        Training(case="decoder", backend="fsdp2", sync_last_only=True, steps=2),
         *PRECISION,
     ),
     4: ESSENTIAL,

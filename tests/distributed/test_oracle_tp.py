@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from tests.distributed.backends import (
     BACKENDS,
@@ -83,7 +84,9 @@ def norms_and_replicated_parameters(rank: int, world_size: int) -> tuple[int, to
                     case.row_losses(model(inputs[numbers]), targets[numbers]).mean().backward()
                 norms.append(engine.per_sample_norms)
             optimizer.step()
-        replicated = {n: local(p) for n, p in model.named_parameters() if p.device_mesh.ndim == 1}
+        replicated = {
+            n: local(p) for n, p in model.named_parameters() if isinstance(p, DTensor) and p.device_mesh.ndim == 1
+        }
     assert dist.get_world_size() == world_size
     return engine.model.data_rank, torch.cat(norms), replicated
 

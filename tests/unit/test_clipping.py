@@ -194,8 +194,8 @@ def cancelling_row() -> tuple[Tensor, Tensor]:
 def test_folding_the_clip_factor_into_bfloat16_breaks_the_bound() -> None:
     """The field's usual practice, against this library's on the same row and the same R (docs/numerics.md).
 
-    With c = R / n exactly, rounding c * 1 up and c * 1.5 down in bfloat16 leaves a sum of several R, since errors of
-    2^-9 of each token add up to far more than the gradient itself.
+    With c = R / n exactly, rounding c * 1 up and c * 1.5 down in bfloat16 leaves a sum of several R: errors of up to
+    2^-8 of each token add up to far more than the gradient itself.
     """
     a, g = cancelling_row()
     norm = (g.double().mT @ a.double()).norm()
