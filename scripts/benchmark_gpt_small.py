@@ -1,18 +1,21 @@
 """GPT-2-small's shape in bf16, private beside plain, in one process group: exactness, training, time and memory.
 
-    torchrun --standalone --nproc-per-node=2 scripts/benchmark_gpt_small.py [--output FILE]
+    torchrun --standalone --nproc-per-node=2 scripts/benchmark_gpt_small.py [--output FILE] [--profile FOLDER]
 
 Needs torch and this package only. On CPU it runs a tiny model, to try the script. Prints one JSON row a line:
 `exact` compares one release with a float64 per-sample loop, `train` follows the loss over private releases on the
-standard library's sources, `time` gives the median step of plain and private training. docs/benchmarks.md quotes them.
+standard library's sources, `time` gives the median step of plain and private training, and `kernels` (with --profile)
+what the GPU itself does in one step. docs/benchmarks.md quotes them.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import gzip
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -45,13 +48,14 @@ TINY = GPTConfig(layers=2, heads=2, width=32, mlp_width=72, block_size=48, embed
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="append the rows to this file as JSON lines")
+    parser.add_argument("--commit", default=commit(), help="what the rows say they were measured on")
     parser.add_argument("--profile", type=Path, help="also write the costliest kernels and traces of a step here")
     options = parser.parse_args()
-    dist.init_process_group("nccl" if CUDA else "gloo")
-    rank, size = dist.get_rank(), dist.get_world_size()
-    device = torch.device("cuda", rank % max(1, torch.cuda.device_count())) if CUDA else torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
     if CUDA:
         torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if CUDA else "gloo", device_id=device if CUDA else None)
+    rank, size = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("data",))
     world = World(rank=rank, size=size, device=device, data_mesh=mesh, tensor_mesh=None)
     model = SMALL if CUDA else TINY
@@ -63,14 +67,15 @@ def main() -> None:
             emit(options, timing(backend, model, microbatch_size, microbatches, world))
         emit(options, training(backend, model, world, steps=20 if CUDA else 3))
     if options.profile:
-        profile(model, *batches[0], world, options.profile)
+        for side in ("plain", "private"):
+            emit(options, profile(side, model, *batches[0], world, options.profile))
     dist.destroy_process_group()
 
 
 def emit(options: argparse.Namespace, row: dict[str, object]) -> None:
     if dist.get_rank():
         return
-    row |= {"torch": torch.__version__, "world_size": dist.get_world_size(), "commit": commit()}
+    row |= {"torch": torch.__version__, "world_size": dist.get_world_size(), "commit": options.commit}
     row["device"] = torch.cuda.get_device_name() if CUDA else "CPU"
     print(json.dumps(row), flush=True)
     if options.output:
@@ -184,11 +189,11 @@ def timing(backend: str, model: GPTConfig, microbatch_size: int, microbatches: i
     row |= {"microbatches": microbatches, "tokens_per_row": model.block_size}
     for side in ("plain", "private"):
         step, engine = step_function(backend, side, model, microbatch_size, microbatches, world)
-        for _ in range(3):
+        for _ in range(5):
             step()
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
-        times = [timed(step) for _ in range(10)]
+        times = [timed(step) for _ in range(20)]
         row[f"{side}_ms"] = round(statistics.median(times), 2)
         row[f"{side}_ms_range"] = [round(min(times), 2), round(max(times), 2)]
         row[f"{side}_peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2) if CUDA else None
@@ -245,26 +250,32 @@ def training(backend: str, model: GPTConfig, world: World, steps: int) -> dict[s
     return {"row": "train", "backend": backend, "releases": engine.steps, "bits_first": bits[0], "bits_last": bits[-1]}
 
 
-def profile(model: GPTConfig, microbatch_size: int, microbatches: int, world: World, folder: Path) -> None:
-    """Write the costliest operations and the trace of one plain and one private step into `folder`."""
+def profile(
+    side: str, model: GPTConfig, microbatch_size: int, microbatches: int, world: World, folder: Path
+) -> dict[str, object]:
+    """One FSDP2 step under the profiler: its costliest operations and its trace go into `folder`, totals into a row."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if CUDA else [])
+    step, engine = step_function("FSDP2", side, model, microbatch_size, microbatches, world)
+    for _ in range(5):
+        timed(step)
+    with profiler(activities=[ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if CUDA else [])) as found:
+        timed(step)
+    if engine is not None:
+        engine.detach()
+    row: dict[str, object] = {"row": "kernels", "backend": "FSDP2", "side": side, "microbatch_size": microbatch_size}
+    if world.rank:
+        return row
     folder.mkdir(parents=True, exist_ok=True)
-    for side in ("plain", "private"):
-        step, engine = step_function("FSDP2", side, model, microbatch_size, microbatches, world)
-        for _ in range(3):
-            timed(step)
-        with profiler(activities=activities) as found:
-            timed(step)
-        if not world.rank:
-            found.export_chrome_trace(str(folder / f"{side}.json.gz"))
-            orders = ["self_cuda_time_total", "self_cpu_time_total"] if CUDA else ["self_cpu_time_total"]
-            tables = [found.key_averages().table(sort_by=o, row_limit=60, max_name_column_width=90) for o in orders]
-            (folder / f"{side}.txt").write_text("\n".join(tables))
-        if engine is not None:
-            engine.detach()
+    found.export_chrome_trace(str(folder / f"{side}.json.gz"))
+    orders = ["self_cuda_time_total", "self_cpu_time_total"] if CUDA else ["self_cpu_time_total"]
+    tables = [found.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=90) for order in orders]
+    (folder / f"{side}.txt").write_text("\n".join(tables))
+    with gzip.open(folder / f"{side}.json.gz", "rt") as file:
+        events = json.load(file)["traceEvents"]
+    kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and "nccl" not in e["name"]]
+    return row | {"launches": len(kernels), "kernel_ms": round(sum(e["dur"] for e in kernels) / 1e3, 2)}
 
 
 if __name__ == "__main__":

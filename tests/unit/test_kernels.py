@@ -8,6 +8,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -25,8 +26,8 @@ ARGUMENTS = {"key": KEY, "release": RELEASE, "lattice": LATTICE, "noise_std": ST
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> ModuleType:
-    """`chacha_normal` as Triton's interpreter sees it; the flag is read where a kernel is defined."""
+def interpreted() -> Iterator[ModuleType]:
+    """`chacha_normal` as Triton's interpreter sees it; the flag is read where kernels are defined and called."""
     if find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     if torch.cuda.is_available():
@@ -34,13 +35,14 @@ def interpreted() -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         from fsdp_dp.kernels import chacha_normal
-    return chacha_normal
+
+        yield chacha_normal
 
 
 def segments(accumulator: torch.dtype = torch.float32, out: torch.dtype = torch.float32) -> list[Segment]:
     """Unaligned, beyond 2^33, columns, across the end of a chunk; outputs poisoned."""
     generator = torch.Generator().manual_seed(1)
-    ranges = [(7, 1500, None), (2**33 + 24 * 7, 24 * 50, (24, 6, 7)), (1023, 2, None)]
+    ranges = [(7, 300, None), (2**33 + 24 * 7, 24 * 20, (24, 6, 7)), (1023, 2, None)]
     made = []
     for parameter, (start, count, columns) in enumerate(ranges):
         numel = count if columns is None else count // columns[0] * columns[2]
@@ -140,7 +142,7 @@ def test_interpreted_keystream_refuses_to_repeat_itself(interpreted: ModuleType)
 
 
 @pytest.mark.parametrize(
-    ("start", "count"), [(0, 1), (5, 3000), (2**33 + 77, 1000), (noise.MAX_ELEMENTS - 7, 7), (4, 0)]
+    ("start", "count"), [(0, 1), (5, 1500), (2**33 + 77, 200), (noise.MAX_ELEMENTS - 7, 7), (4, 0)]
 )
 def test_interpreted_normals_are_the_references(interpreted: ModuleType, start: int, count: int) -> None:
     """Seen to fail with constants that Triton rounds to float32 (by 1e-9), as it does for arguments of `tl.fma`."""
