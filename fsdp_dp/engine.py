@@ -38,7 +38,7 @@ from fsdp_dp.coverage import (
     unmark_attached,
 )
 from fsdp_dp.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
-from fsdp_dp.gradients import NormTerms, PerSampleGradient, combine
+from fsdp_dp.gradients import NormTerms, PerSampleGradient, combine, total_norm_terms, weighted_sums
 from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
 from fsdp_dp.kernels.release import Segment, privatize_all_
@@ -49,7 +49,7 @@ from fsdp_dp.sampling import LogicalBatchLoader
 from fsdp_dp.sharding import open_model
 from fsdp_dp.summary import describe
 from fsdp_dp.taps import FreezeWindow, Report, Taps, at_end_of_backward, recomputing, with_boundary
-from fsdp_dp.watch import FirstForward
+from fsdp_dp.watch import FirstForward, buffer_versions
 
 _MECHANISM = (
     "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "clipping", "clip_function",
@@ -113,6 +113,10 @@ class PrivacyEngine:
         self._new_keys()
 
         self._parameters = {p.name: p for p in self.model.parameters}
+        self._attributes: dict[nn.Module, dict[str, str]] = {layer: {} for layer in self.layers.values()}
+        for (module, attribute), name in self.model.names.items():
+            if module in self._attributes:
+                self._attributes[module][attribute] = name
         handles = {p.name: p.parameter for p in self.model.parameters}
         self._intake = Intake()
         self._current: _Microbatch | None = None
@@ -130,7 +134,8 @@ class PrivacyEngine:
         self._window = FreezeWindow(handles, self._refusals_poison)
         self._taps = Taps(self.layers, self._start_record)
         self._watch: FirstForward | None = None
-        self._watched: set[bool] = set()
+        self._watched: set[tuple[bool, ...]] = set()
+        self._buffer_versions: dict[str, tuple[int, int]] = {}
         self._first_microbatch: FirstMicrobatch | None = None
         self._checked = False
         self._gate = OptimizerGate(handles, self._release, self._discard_pending)
@@ -200,8 +205,8 @@ class PrivacyEngine:
             rank=self.model.data_rank,
             world_size=self.model.data_size,
             on_logical_batch=lambda: self._start_logical_batch(number),
-            on_microbatch=self._intake.take,
-            on_logical_batch_end=self._intake.end_logical_batch,
+            on_microbatch=lambda mask_B: self._intake.take(mask_B, number),
+            on_logical_batch_end=lambda: self._intake.end_logical_batch(number),
             dataloader_kwargs=dataloader_kwargs,
         )
 
@@ -371,7 +376,7 @@ class PrivacyEngine:
             )
         self._drawn_epoch = (loader, self._draws_of_loaders[loader] // self._steps_per_epoch)
         self._draws_of_loaders[loader] += 1
-        self._intake.start_logical_batch()
+        self._intake.start_logical_batch(loader)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and not recomputing():
@@ -389,6 +394,7 @@ class PrivacyEngine:
             raise
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model.prepare_forward()
         rehearsal = self._current is not None and self._current.rehearsal and not self._current.entered
         if not rehearsal:
             self._check_before_forward()
@@ -398,8 +404,15 @@ class PrivacyEngine:
         self._in_forward = True
         if not rehearsal and not self._checked and not self._pending:
             self._forget_first_microbatch()
-            self._first_microbatch = FirstMicrobatch(self._current.rows, args, kwargs, self.model.device)
-        if module.training not in self._watched:
+            self._first_microbatch = FirstMicrobatch(
+                self._current.rows,
+                args,
+                kwargs,
+                self.model.device,
+                frozenset(id(p.parameter) for p in self.model.parameters),
+            )
+        modes = tuple(m.training for m in module.modules())
+        if modes not in self._watched or self._buffers_moved():
             self._watch = FirstForward(module, self.model.names, self._taps.running)
             self._watch.__enter__()
 
@@ -442,8 +455,13 @@ class PrivacyEngine:
         if watch is not None:
             self._verify(watch)
             if watch.settled:
-                self._watched.add(module.training)
+                self._watched.add(tuple(m.training for m in module.modules()))
         return self._bounded(output)
+
+    def _buffers_moved(self) -> bool:
+        """Whether a buffer was written since the last training forward began; the next one is then watched again."""
+        before, self._buffer_versions = self._buffer_versions, buffer_versions(self.model.root)
+        return before != self._buffer_versions
 
     def _verify(self, watch: FirstForward) -> None:
         try:
@@ -525,7 +543,7 @@ class PrivacyEngine:
         a, g = self.model.localize(layer, a, g)
         check_rows(layer, microbatch.rows, a, g)
         microbatch.narrowest = min(microbatch.narrowest, g.dtype, key=lambda dtype: dtype.itemsize)
-        names = {attribute: name for (owner, attribute), name in self.model.names.items() if owner is module}
+        names = self._attributes[module]
         with exact_arithmetic(a.device):
             for attribute, gradient in rule_for(module)(module, a, g, frozenset(names)).items():
                 microbatch.uses.setdefault(names[attribute], []).append(gradient)
@@ -547,10 +565,12 @@ class PrivacyEngine:
 
     def _norm_terms(self, gradients: dict[str, PerSampleGradient], rows: int) -> NormTerms:
         """Squared norms over all parameters of a row, and over all ranks that hold a part of its gradient."""
-        parts = {split: NormTerms.zeros(rows, self.model.device) for split in (True, False)}
-        for name, gradient in gradients.items():
-            parts[self._parameters[name].split] += gradient.norm_terms()
-        return self.model.sum_split_norms(parts[True], parts[False])
+        split, whole = (
+            [gradient for name, gradient in gradients.items() if self._parameters[name].split is is_split]
+            for is_split in (True, False)
+        )
+        device = self.model.device
+        return self.model.sum_split_norms(total_norm_terms(split, rows, device), total_norm_terms(whole, rows, device))
 
     def _clip_and_accumulate(
         self, microbatch: _Microbatch, gradients: dict[str, PerSampleGradient], terms: NormTerms
@@ -568,9 +588,9 @@ class PrivacyEngine:
             self._first_microbatch.norm_B = terms.norm_sq.sqrt()
         self.nonfinite_rows += (microbatch.mask_B & ~rows.keep_B).sum()
         for unit in reversed(range(self.model.unit_count)):
-            of_unit = [name for name in gradients if self._parameters[name].unit == unit]
-            sums = {name: gradients.pop(name).weighted_sum(rows.weight_B, rows.keep_B) for name in of_unit}
-            self.model.start_accumulate(unit, sums)
+            names = [name for name in gradients if self._parameters[name].unit == unit]
+            of_unit = {name: gradients.pop(name) for name in names}
+            self.model.start_accumulate(unit, weighted_sums(of_unit, rows.weight_B, rows.keep_B))
         self.model.finish_accumulate()
         self._pending += 1
         self._vouched &= microbatch.vouched
@@ -628,12 +648,10 @@ class PrivacyEngine:
     def _check_independence(self) -> None:
         """Rerun the first microbatch with some rows exchanged, before anything is released (see `independence`)."""
         first, norm_B, current = self._first_microbatch, self._norm_B, self._current
-        self._checked = True
         if first is None or first.norm_B is None:
             return
         if first.loss.asked is False:
             self.discard()
-            self._checked = False
             raise PrivacyError(
                 "The loss was not run backward by loss.backward(), so whether it couples rows could not be examined before "
                 "the first release; call loss.backward() instead of torch.autograd.backward"
@@ -645,10 +663,10 @@ class PrivacyEngine:
             first.run_exchanged(self.model.root)
             assert self._norm_B is not None
             first.compare(self._norm_B, rehearsal.narrowest)
-        except Exception:
+        except BaseException:
             self.discard()
-            self._checked = False
             raise
+        self._checked = True
         self._forget_first_microbatch()
         self._norm_B, self._current = norm_B, current
 

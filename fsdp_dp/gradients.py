@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -41,6 +41,12 @@ from fsdp_dp.numerics import (
 
 MAX_SCRATCH_ELEMENTS = 1 << 25
 NORM_PIECE = 256
+
+STORE_AT_MOST = 1.5
+"""A gradient that its norm needs is kept if it takes at most this many times the room of its factors."""
+
+SMALL = 1 << 14
+"""Stored gradients of up to this many elements (biases, norms) are handled together: kernel launches, not bytes, cost."""
 
 GRAM_BLOCK = 1024
 """Width contracted at a time in a Gram matrix: rounding grows with this, not with the width of the layer."""
@@ -95,19 +101,27 @@ def _rows_per_chunk(elements_per_row: int) -> int:
     return max(1, MAX_SCRATCH_ELEMENTS // max(1, elements_per_row))
 
 
-def _norm_sq(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared 2-norm of every row of ``x`` ``[B, ...]``, and a bound on its error; both float64 ``[B]``.
+def _norm_sq(*values: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared 2-norm of every row over all ``values`` ``[B, ...]``, and a bound on its error; both float64 ``[B]``.
 
-    One pass in the tensor's own format over pieces of NORM_PIECE elements; the pieces are added in float64. All terms
+    One pass in the tensors' own format over pieces of NORM_PIECE elements; the pieces are added in float64. All terms
     are positive, so `gamma` of a piece is the error of the whole.
     """
-    flat = x.flatten(1)
-    whole = flat.shape[1] // NORM_PIECE * NORM_PIECE
-    pieces = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, NORM_PIECE)), dim=2).double()
-    rest = torch.linalg.vector_norm(flat[:, whole:], dim=1).double()
-    norm_sq = pieces.square().sum(1) + rest.square()
-    relative = 2 * gamma(NORM_PIECE + 4, x.dtype) + gamma(pieces.shape[1] + 4, torch.float64)
-    return norm_sq, norm_sq * relative + underflow(flat.shape[1], x.dtype)
+    flat = [x.flatten(1) for x in values if x.numel() > len(x) * SMALL]
+    small = [x.flatten(1) for x in values if x.numel() <= len(x) * SMALL]
+    flat += [torch.cat(small, 1)] if small else []
+    pieces = torch.cat([norms for x in flat for norms in _norms_of_pieces(x)], 1)
+    norm_sq = torch.linalg.vector_norm(pieces, dim=1, dtype=torch.float64).square()
+    dtype, terms = flat[0].dtype, sum(x.shape[1] for x in flat)
+    relative = 2 * gamma(NORM_PIECE + 4, dtype) + gamma(pieces.shape[1] + 4, torch.float64)
+    return norm_sq, norm_sq * relative + underflow(terms, dtype)
+
+
+def _norms_of_pieces(x_BN: Tensor) -> list[Tensor]:
+    whole = x_BN.shape[1] // NORM_PIECE * NORM_PIECE
+    pieces = [torch.linalg.vector_norm(x_BN[:, :whole].unflatten(1, (-1, NORM_PIECE)), dim=2)] if whole else []
+    rest = [torch.linalg.vector_norm(x_BN[:, whole:], dim=1, keepdim=True)] if whole < x_BN.shape[1] else []
+    return pieces + rest
 
 
 def _kept(x: Tensor, keep_B: Tensor) -> Tensor:
@@ -122,13 +136,7 @@ class Materialized:
     value: Tensor
 
     def norm_terms(self) -> NormTerms:
-        norm_sq, error = _norm_sq(self.value)
-        return NormTerms(
-            norm_sq=norm_sq,
-            error=error,
-            # The weight cast to this format, the product and, in a tied table, one addition; one to spare.
-            rounding_sq=norm_sq * gamma(4, self.value.dtype) ** 2,
-        )
+        return _stored_norm_terms([self.value])
 
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
         kept = _kept(self.value, keep_B)
@@ -136,6 +144,13 @@ class Materialized:
 
     def dense(self) -> Tensor:
         return self.value
+
+
+def _stored_norm_terms(values: Sequence[Tensor]) -> NormTerms:
+    """Norms over several stored gradients of one dtype, together."""
+    norm_sq, error = _norm_sq(*values)
+    # The weight cast to this format, the product and, in a tied table, one addition; one to spare.
+    return NormTerms(norm_sq=norm_sq, error=error, rounding_sq=norm_sq * gamma(4, values[0].dtype) ** 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,9 +171,10 @@ class OuterProduct:
         return T * (D + P) < D * P
 
     def settle(self) -> PerSampleGradient:
-        """``G_i`` itself where it is what the norm needs and takes no more room than its factors, else unchanged."""
+        """``G_i`` itself where it is what the norm needs and takes little more room than its factors, else unchanged."""
         factors = sum(x[0].numel() * x.element_size() for x in (self.a_BTD, self.g_BTP))
-        if self.uses_gram or self.a_BTD.shape[2] * self.g_BTP.shape[2] * self.dtype.itemsize > factors:
+        stored = self.a_BTD.shape[2] * self.g_BTP.shape[2] * self.dtype.itemsize
+        if self.uses_gram or stored > STORE_AT_MOST * factors:
             return self
         return Materialized(self.dense())
 
@@ -171,7 +187,7 @@ class OuterProduct:
 
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
         a = _kept(self.a_BTD, keep_B).flatten(0, 1)
-        scaled = _kept(self.g_BTP.to(self.dtype) * weight_B.to(self.dtype)[:, None, None], keep_B).flatten(0, 1)
+        scaled = (_kept(self.g_BTP, keep_B) * weight_B.to(self.dtype)[:, None, None]).flatten(0, 1)
         if not on_tensor_cores(a):
             return product(scaled.T, a)
         high, low = split_bfloat16(scaled)
@@ -282,6 +298,10 @@ class IndexedRows:
     def norm_terms(self) -> NormTerms:
         return Materialized(self.value_BTP).norm_terms()
 
+    def plus(self, dense: Tensor) -> Tensor:
+        """The sum with a gradient that is stored for every row, ``dense`` ``[B, V, P]``."""
+        return dense.scatter_add(1, self.index_BT[..., None].expand_as(self.value_BTP), self.value_BTP)
+
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
         scaled = _kept(self.value_BTP * weight_B.to(self.value_BTP.dtype)[:, None, None], keep_B)
         out = scaled.new_zeros(self.vocabulary, scaled.shape[2])
@@ -289,8 +309,7 @@ class IndexedRows:
 
     def dense(self) -> Tensor:
         B, _, P = self.value_BTP.shape
-        out = self.value_BTP.new_zeros(B, self.vocabulary, P)
-        return out.scatter_add_(1, self.index_BT[..., None].expand_as(self.value_BTP), self.value_BTP)
+        return self.plus(self.value_BTP.new_zeros(B, self.vocabulary, P))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,4 +380,30 @@ def combine(uses: Sequence[PerSampleGradient]) -> PerSampleGradient:
         return merged[0]
     if len(merged) == 2 and outers and tables:
         return TiedSum(merged[0], merged[1])  # type: ignore[arg-type]
+    if len(merged) == 2 and others and tables:
+        return Materialized(merged[1].plus(merged[0].dense()))  # type: ignore[attr-defined]
     return Materialized(functools.reduce(torch.add, (u.dense() for u in merged)))
+
+
+def total_norm_terms(gradients: Sequence[PerSampleGradient], rows: int, device: torch.device) -> NormTerms:
+    """The sum of the norm terms of several parameters; stored gradients are measured together, in a few kernels."""
+    stored: dict[torch.dtype, list[Tensor]] = {}
+    total = NormTerms.zeros(rows, device)
+    for gradient in gradients:
+        if isinstance(gradient, Materialized | IndexedRows):
+            value = gradient.value if isinstance(gradient, Materialized) else gradient.value_BTP
+            stored.setdefault(value.dtype, []).append(value)
+        else:
+            total += gradient.norm_terms()
+    return functools.reduce(NormTerms.__add__, map(_stored_norm_terms, stored.values()), total)
+
+
+def weighted_sums(gradients: Mapping[str, PerSampleGradient], weight_B: Tensor, keep_B: Tensor) -> dict[str, Tensor]:
+    """``weighted_sum`` of each; small stored gradients together, in one product."""
+    small = {n: g.value for n, g in gradients.items() if isinstance(g, Materialized) and g.value[0].numel() <= SMALL}
+    sums = {n: g.weighted_sum(weight_B, keep_B) for n, g in gradients.items() if n not in small}
+    if small:
+        joint = Materialized(torch.cat([x.flatten(1) for x in small.values()], 1)).weighted_sum(weight_B, keep_B)
+        pieces = joint.split([x[0].numel() for x in small.values()])
+        sums |= {n: piece.view(x.shape[1:]) for (n, x), piece in zip(small.items(), pieces, strict=True)}
+    return sums

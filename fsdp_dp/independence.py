@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
@@ -47,13 +48,17 @@ def exchange_rows(x: Tensor, rows: int) -> Tensor:
 class FirstMicrobatch:
     """The first microbatch of an engine: its inputs, its random state, its loss, and the two questions."""
 
-    def __init__(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device, managed: frozenset[int]
+    ) -> None:
         self.rows = rows
         self.norm_B: Tensor | None = None
         self._args, self._kwargs, self._device = args, kwargs, device
         self._random_state = _random_state(device)
+        self._autocast = torch.is_autocast_enabled(device.type)
+        self._autocast_dtype = torch.get_autocast_dtype(device.type)
         self._output_grads: dict[int, Tensor] = {}
-        self.loss = LossRecording(rows)
+        self.loss = LossRecording(rows, managed)
 
     def saw_outputs(self, outputs: Any) -> None:
         self.loss.start([x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad])
@@ -65,7 +70,8 @@ class FirstMicrobatch:
         """Forward and backward with every second row's inputs exchanged; the caller looks at the norms."""
         change = self._exchange if self.rows > 1 else (lambda x: x)
         with _restored(self._random_state, self._device), torch.enable_grad():
-            outputs = root(*tree_map(change, self._args), **tree_map(change, self._kwargs))
+            with torch.autocast(self._device.type, dtype=self._autocast_dtype, enabled=self._autocast):
+                outputs = root(*tree_map(change, self._args), **tree_map(change, self._kwargs))
             tensors = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
             pairs = [(tensors[i], change(grad)) for i, grad in self._output_grads.items() if i < len(tensors)]
             torch.autograd.backward([x for x, _ in pairs], [grad for _, grad in pairs])
@@ -73,6 +79,7 @@ class FirstMicrobatch:
     def compare(self, norm_B: Tensor, dtype: torch.dtype) -> None:
         """Raises UnsupportedModelError if the norm of a row whose inputs stayed has moved."""
         assert self.norm_B is not None
+        dtype = torch.bfloat16 if self._autocast else dtype
         before, after = self.norm_B[::2], norm_B[::2]
         scale = torch.maximum(before, after).clamp(min=1e-30)
         moved = (before - after).abs() / scale > _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
@@ -92,9 +99,9 @@ class FirstMicrobatch:
 class LossRecording(TorchFunctionMode):
     """Records what happens between the model's outputs and ``loss.backward()``, then replays it with rows exchanged."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, managed: frozenset[int]) -> None:
         super().__init__()
-        self._rows = rows
+        self._rows, self._managed = rows, managed
         self._outputs: list[Tensor] = []
         self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
         self._active = False
@@ -105,7 +112,13 @@ class LossRecording(TorchFunctionMode):
         self._outputs = outputs
         self._active = True
         self.asked = False
+        # Below all other modes, so that contexts around the forward end as they began; above torch's default device.
+        modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
+        if modes and isinstance(modes[-1], DeviceContext):
+            _push_mode(modes.pop())
         _push_mode(self)
+        for mode in reversed(modes):
+            _push_mode(mode)
 
     def stop(self) -> None:
         """Leave the stack of modes, wherever in it this one is by now."""
@@ -134,7 +147,7 @@ class LossRecording(TorchFunctionMode):
             self._before_backward(args[0], kwargs)
             self._forget()
             return func(*args, **kwargs)
-        if sys._getframe(1).f_code.co_filename.endswith(("grad_scaler.py", "sharded_grad_scaler.py")):
+        if _caller().endswith("grad_scaler.py"):
             from fsdp_dp.optimizer_gate import refuse_grad_scaler
 
             refuse_grad_scaler()
@@ -146,25 +159,38 @@ class LossRecording(TorchFunctionMode):
         """Whether a loss comes from this model's outputs: its graph is walked up to the first boundaries.
 
         Raises:
-            UnsupportedModelError: there is a way into a model beside its outputs.
+            UnsupportedModelError: it does, but also from a hidden output, or from trainable tensors beside the model.
         """
         ours = {output.grad_fn for output in self._outputs}
-        nodes, seen, found = [loss.grad_fn], set(), False
+        nodes, seen, problem = [loss.grad_fn], set(), None
         while nodes:
             node = nodes.pop()
             if node is None or node in seen:
                 continue
             seen.add(node)
-            name = type(node).__name__
-            if name == "_TapBackward":
-                raise UnsupportedModelError(
-                    "The loss uses a tensor of the model that is not among its outputs (an auxiliary loss kept as an "
-                    "attribute?), where rows may be coupled unseen; return it from forward"
-                )
-            found |= node in ours
-            if name != "_BoundaryBackward":
+            problem = problem or self._problem(node)
+            if type(node).__name__ != "_BoundaryBackward":
                 nodes.extend(next_node for next_node, _ in node.next_functions)
-        return found
+        if seen.isdisjoint(ours):
+            return False
+        if problem is not None:
+            raise UnsupportedModelError(problem)
+        return True
+
+    def _problem(self, node: Any) -> str | None:
+        """Why a node of the loss's graph must not be there."""
+        if type(node).__name__ == "_TapBackward":
+            return (
+                "The loss uses a tensor of the model that is not among its outputs (an auxiliary loss kept as an "
+                "attribute?), where rows may be coupled unseen; return it from forward"
+            )
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in self._managed:
+            return (
+                f"The loss uses a tensor of shape {tuple(variable.shape)} that requires grad and is not in the model (a "
+                "head, a loss with parameters): its gradient would not be private. Put it into the model, or freeze it"
+            )
+        return None
 
     def _before_backward(self, loss: Tensor, kwargs: dict[str, Any]) -> None:
         if loss.numel() != 1 and kwargs.get("gradient") is None:
@@ -299,6 +325,14 @@ class LossRecording(TorchFunctionMode):
                 if isinstance(target, Tensor) and id(target) in same and not target.is_floating_point():
                     return int(args[4]) if len(args) > 4 else int(kwargs.get("ignore_index", -100))
         return None
+
+
+def _caller() -> str:
+    """The file that called a torch function, beyond modes that passed it on."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.endswith(("independence.py", "torch/overrides.py")):
+        frame = frame.f_back
+    return "" if frame is None else str(frame.f_code.co_filename)
 
 
 def _seed(kwargs: dict[str, Any], loss: Tensor) -> Tensor | None:

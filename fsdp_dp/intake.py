@@ -24,21 +24,28 @@ class Intake:
     def __init__(self) -> None:
         self.source: Literal["free", "loader", "block"] = "free"
         self._waiting: list[Tensor] = []
+        self._loader: int | None = None
         self._complete = True
         self._abandoned = False
         self.unfinished = False
         self._drop_if_unfinished = False
 
-    def start_logical_batch(self) -> None:
+    def start_logical_batch(self, loader: int) -> None:
         """A new draw; a forward of an earlier one that got no backward is left behind with it."""
         self.discard()
         self.source, self._complete, self._abandoned = "loader", False, False
+        self._loader = loader
 
-    def end_logical_batch(self) -> None:
-        """The loader has handed out the last microbatch of its logical batch."""
-        self._complete = True
+    def end_logical_batch(self, loader: int) -> None:
+        """The loader hands out the last microbatch of its logical batch."""
+        self._complete = self._complete or loader == self._loader
 
-    def take(self, mask_B: Tensor) -> None:
+    def take(self, mask_B: Tensor, loader: int) -> None:
+        if loader != self._loader:
+            raise PrivacyError(
+                "A microbatch of a logical batch that is over: another loader's was started since (zip of two loaders?). "
+                "One release covers one draw: finish and step each logical batch before taking the next"
+            )
         self._waiting.append(mask_B)
 
     def open_block(self, mask_B: Tensor) -> None:
@@ -47,6 +54,8 @@ class Intake:
                 "engine.microbatch(mask) within a logical batch of engine.loader: the loader's microbatches carry their "
                 "own masks; run the model on them directly"
             )
+        if self.source == "block":
+            raise PrivacyError("engine.microbatch(mask) within another one: end each block before the next begins")
         self.source, self._waiting = "block", [mask_B]
 
     def close_block(self) -> None:

@@ -84,7 +84,7 @@ def product(x: Tensor, y: Tensor) -> Tensor:
 def split_bfloat16(x: Tensor) -> tuple[Tensor, Tensor]:
     """float32 ``x`` as a sum of two bfloat16 tensors, off by at most ``SPLIT_ROUNDOFF * |x|`` (underflow aside)."""
     high = x.to(torch.bfloat16)
-    return high, (x - high.float()).to(torch.bfloat16)
+    return high, torch.sub(x, high, out=torch.empty_like(high))
 
 
 @contextlib.contextmanager

@@ -81,6 +81,11 @@ class FirstForward(TorchFunctionMode):
                 )
 
 
+def buffer_versions(root: nn.Module) -> dict[str, tuple[int, int]]:
+    """What changes when a buffer is written or replaced; reads no data."""
+    return {name: (id(buffer), buffer._version) for name, buffer in root.named_buffers()}
+
+
 def _is(module: nn.Module, attribute: str, tensor: Tensor) -> bool:
     return getattr(module, attribute, None) is tensor
 

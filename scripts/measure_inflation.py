@@ -75,7 +75,12 @@ def one_dominating(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return a, g * scale
 
 
-KINDS = {"independent": independent, "mean-heavy": mean_heavy, "cancelling": cancelling, "one dominating": one_dominating}
+KINDS = {
+    "independent": independent,
+    "mean-heavy": mean_heavy,
+    "cancelling": cancelling,
+    "one dominating": one_dominating,
+}
 
 
 def tokens(kind: str, B: int, T: int, D: int, P: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -117,7 +122,7 @@ def inflation_rows(device: str, dtype: torch.dtype) -> Iterator[str]:
 def margin_rows(device: str, dtype: torch.dtype) -> Iterator[str]:
     """How the un-noised float32 sum changes when one row is added, besides that row's own contribution."""
     margin = UN_NOISED_MARGIN[torch.float32]
-    yield f"| Rows | B x T, microbatches | norm of the sum / R | change of rounding / R | share of the margin {margin:.1e} |"
+    yield f"| Rows | B x T, microbatches | norm of the sum / R | change / R | share of the margin {margin:.1e} |"
     yield "|---|---|---|---|---|"
     for kind in ("independent", "aligned", "cancelling"):
         for B, T, microbatches in ((16, 128, 32), (64, 512, 2), (8, 1024, 8)):

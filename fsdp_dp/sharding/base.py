@@ -82,6 +82,10 @@ class ShardedModel(abc.ABC):
     data_group: dist.ProcessGroup | None = None
     split_group: dist.ProcessGroup | None = None
 
+    @abc.abstractmethod
+    def prepare_forward(self) -> None:
+        """Called before every training forward: undo what a forward without a backward left behind."""
+
     narrow_reduction: torch.dtype | None = None
     """A reduce_dtype that the user's FSDP policy asked for and that is too narrow for un-noised sums."""
 

@@ -66,6 +66,9 @@ class Fsdp1Model(ShardedModel):
         self._global_numel = sum(entry.numel for entry in entries)
         self._in_flight: list[tuple[_Unit, Tensor, Tensor, dist.Work | None]] = []
 
+    def prepare_forward(self) -> None:
+        """Nothing is left behind."""
+
     def start_accumulate(self, unit: int, gradients: Mapping[str, Tensor]) -> None:
         target = self._units[unit]
         if not target.entries:
@@ -133,11 +136,12 @@ class _Unit:
             self.entries.append(_Entry(self, name, parameter, start, end - start + 1, info))
 
     def fill_bucket(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        bucket = self.buffer.new_zeros(self.padded_numel)
-        for entry in self.entries:
+        pieces, end = [], 0
+        for entry in self.entries:  # in the order of the flat parameter; frozen ones and padding leave gaps
             if entry.name in gradients:
-                bucket[entry.start : entry.start + entry.numel] = gradients[entry.name].flatten()
-        return bucket
+                pieces += [self.buffer.new_zeros(entry.start - end), gradients[entry.name].flatten()]
+                end = entry.start + entry.numel
+        return torch.cat([*pieces, self.buffer.new_zeros(self.padded_numel - end)])
 
 
 def _check_private_names(handle: Any) -> None:

@@ -39,6 +39,7 @@ class Fsdp2Model(ShardedModel):
                 "call fully_shard(model) on the root last, then make_private(model, ...)"
             )
         self.root = root
+        self.prepare_forward()
         named = trainable_names(root)
         for name, sites in named.items():
             _check_layout(name, getattr(*sites[0]))
@@ -73,6 +74,12 @@ class Fsdp2Model(ShardedModel):
         self.narrow_reduction = narrow_reduction(p.reduce_dtype for p in policies)
         self._in_flight: list[tuple[_Unit, Tensor, Tensor, dist.Work | None]] = []
 
+    def prepare_forward(self) -> None:
+        """An evaluation leaves units gathered, and with the ``requires_grad`` that they had then."""
+        for module in self.root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def start_accumulate(self, unit: int, gradients: Mapping[str, Tensor]) -> None:
         target = self._units[unit]
         if not target.parameters:
@@ -93,9 +100,8 @@ class Fsdp2Model(ShardedModel):
         p = parameter.parameter
         assert isinstance(p, DTensor)
         local = gradient.view(p.to_local().shape).to(p.dtype)
-        p.grad = DTensor.from_local(
-            local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-        )
+        # The parameter's own layout; `DTensor.from_local` would derive it again, 40 us for each of hundreds.
+        p.grad = DTensor(local, p._spec, requires_grad=False)  # type: ignore[call-arg]
 
     def localize(self, name: str, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         if not isinstance(a, DTensor) and not isinstance(g, DTensor):
@@ -134,20 +140,21 @@ class _Unit:
         for name, width in widths.items():
             self.accumulators[name] = self.buffer[offset : offset + parameters[name].to_local().numel()]
             offset += width
-        self._widths = widths
 
     def fill_bucket(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """``[world size, shard elements]``: row r is what data-parallel rank r will own."""
-        bucket = self.buffer.new_zeros(self.world_size, self.buffer.numel())
-        offset = 0
-        for name, width in self._widths.items():
-            if name in gradients:
-                pieces = gradients[name].flatten(1) if gradients[name].ndim > 1 else gradients[name][:, None]
-                rows = -(-pieces.shape[0] // self.world_size)
-                for rank, piece in enumerate(pieces.split(rows)):
-                    bucket[rank, offset : offset + piece.numel()] = piece.flatten()
-            offset += width
-        return bucket
+        bucket = self.buffer.new_empty(self.world_size, self.buffer.numel())
+        full = [gradients[name] if name in gradients else self._zeros(p) for name, p in self.parameters.items()]
+        # As FSDP2 fills its own bucket: cut along dimension 0, padded with zeros, side by side, in one kernel.
+        return torch._chunk_cat(full, dim=0, num_chunks=self.world_size, out=bucket)
+
+    def _zeros(self, parameter: DTensor) -> Tensor:
+        """A gradient of zeros, of the shape that this tensor-parallel rank computes."""
+        tp_dim, shape = _tensor_parallel_dim(parameter), list(parameter.shape)
+        if tp_dim is not None:
+            mesh = parameter.device_mesh
+            shape[tp_dim] = _chunk(shape[tp_dim], mesh.size(1), mesh.get_local_rank(1))[1]
+        return self.buffer.new_zeros(shape)
 
 
 def _check_layout(name: str, p: nn.Parameter) -> None:

@@ -24,6 +24,9 @@ class SingleDevice(ShardedModel):
         self.device = self.parameters[0].parameter.device if self.parameters else torch.device("cpu")
         self._global_numel = sum(p.parameter.numel() for p in self.parameters)
 
+    def prepare_forward(self) -> None:
+        """Nothing is left behind."""
+
     def start_accumulate(self, unit: int, gradients: Mapping[str, Tensor]) -> None:
         for name, gradient in gradients.items():
             self._by_name[name].accumulator.add_(gradient.flatten())

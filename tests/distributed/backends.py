@@ -245,7 +245,7 @@ def play(rank: int, world_size: int, tasks: Sequence[Task]) -> list[Any] | None:
 
 def played(world_size: int, tasks: Sequence[Task]) -> dict[Any, Any]:
     """What became of each task on so many ranks, started once for all of them."""
-    return dict(zip(tasks, run(play, world_size, tasks)[0], strict=True))
+    return dict(zip(tasks, run(play, world_size, tasks, timeout=500.0)[0], strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)

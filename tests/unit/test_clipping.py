@@ -119,9 +119,7 @@ def test_no_row_contributes_more_than_the_bound(dtype: torch.dtype, loss_factor:
     """
     norm_sq = spread(1000, 5, -30, 60)
     mask = torch.ones(1000, dtype=torch.bool)
-    chosen = row_weights(
-        terms(norm_sq), mask, bound=bound, loss_factor=loss_factor, numerics="certified", dtype=dtype
-    )
+    chosen = row_weights(terms(norm_sq), mask, bound=bound, loss_factor=loss_factor, numerics="certified", dtype=dtype)
     assert chosen.weight_B.dtype == dtype
     for n, weight in zip(norm_sq.tolist(), chosen.weight_B.tolist(), strict=True):
         assert Fraction(weight) ** 2 * Fraction(n) <= Fraction(bound) ** 2

@@ -1,13 +1,14 @@
 """Per-sample gradients in factored form, against autograd row by row in float64; and the bounds on their rounding.
 
-Two oracles, neither of which knows the formulas under test: `torch.autograd` on a float64 weight, one row at a time, and
-for the bounds an outer product in extended precision. A docstring says "Seen to fail" where the property was broken on
-purpose and the test was seen to find it.
+Two oracles, neither of which knows the formulas under test: `torch.autograd` on a float64 weight, one row at a time,
+and for the bounds an outer product in extended precision. A docstring says "Seen to fail" where the property was broken
+on purpose and the test was seen to find it.
 
 Legend: B rows, T positions, D inputs, P outputs, V vocabulary.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -19,7 +20,17 @@ from torch import Tensor
 
 from fsdp_dp import gradients, numerics
 from fsdp_dp.clipping import certified_norm, row_weights
-from fsdp_dp.gradients import IndexedRows, Materialized, NormTerms, OuterProduct, PerSampleGradient, TiedSum, combine
+from fsdp_dp.gradients import (
+    IndexedRows,
+    Materialized,
+    NormTerms,
+    OuterProduct,
+    PerSampleGradient,
+    TiedSum,
+    combine,
+    total_norm_terms,
+    weighted_sums,
+)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
@@ -113,16 +124,18 @@ def test_both_paths_of_the_outer_product_are_tested() -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_settle_stores_the_gradient_where_that_takes_no_more_room(dtype: torch.dtype) -> None:
+def test_settle_stores_the_gradient_where_that_takes_little_more_room(dtype: torch.dtype) -> None:
     for B, T, D, P in SHAPES:
         use = linear_use(normal(B, T, D, seed=1, dtype=dtype), normal(B, T, P, seed=2, dtype=dtype))
         factors = use.gradient
         assert isinstance(factors, OuterProduct)
         settled = factors.settle()
-        stored = numerics.accumulate_dtype(dtype).itemsize * D * P <= dtype.itemsize * T * (D + P)
-        assert isinstance(settled, Materialized) == (stored and not factors.uses_gram)
+        room = numerics.accumulate_dtype(dtype).itemsize * D * P / (dtype.itemsize * T * (D + P))
+        if factors.uses_gram or room > 2:
+            assert settled is factors
+        elif room <= 1:
+            assert isinstance(settled, Materialized)
         check(settled, by_autograd([use], B, P, D))
-    assert isinstance(settled, Materialized)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -279,7 +292,9 @@ def test_layout_in_memory_does_not_matter(layout: str, shape: tuple[int, int, in
         check(combine([head.gradient, table.gradient]), by_autograd([head, table], B, P, D))
 
 
-@pytest.mark.parametrize("index", [torch.arange(6).expand(3, 6), indices(6, 3, below=8).T, indices(3, 12, below=8)[:, ::2]])
+@pytest.mark.parametrize(
+    "index", [torch.arange(6).expand(3, 6), indices(6, 3, below=8).T, indices(3, 12, below=8)[:, ::2]]
+)
 def test_layout_of_indices_does_not_matter(index: Tensor) -> None:
     assert not index.is_contiguous()
     use = embedding_use(index, normal(3, 6, 4), 8)
@@ -357,6 +372,39 @@ def test_no_row_kept_gives_zero() -> None:
     for gradient, shape in every_kind(1, float("nan")):
         found = gradient.weighted_sum(torch.zeros(3), torch.zeros(3, dtype=torch.bool))
         assert torch.equal(found, torch.zeros(shape))
+
+
+@pytest.mark.parametrize("small", [0, 20, 1 << 14])
+def test_many_parameters_at_once_are_the_parts_together(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stored gradients are measured and summed together; formats, classes and a lost row mixed."""
+    monkeypatch.setattr(gradients, "SMALL", small)
+    kinds = [gradient for gradient, _ in every_kind(1, float("nan"))]
+    kinds += [
+        Materialized(normal(3, *shape, seed=size, dtype=torch.float32))
+        for size, shape in enumerate([(7,), (1,), (4, 9)])
+    ]
+    kinds += [Materialized(normal(3, 5)), some_linear(1).gradient, some_table(2).gradient]
+    keep = torch.tensor([True, False, True])
+    expected = functools.reduce(NormTerms.__add__, (gradient.norm_terms() for gradient in kinds))
+    found = total_norm_terms(kinds, 3, torch.device("cpu"))
+    torch.testing.assert_close(found.norm_sq[keep], expected.norm_sq[keep], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.rounding_sq[keep], expected.rounding_sq[keep], rtol=1e-6, atol=0)
+    assert (found.error[keep] >= 0.9 * expected.error[keep]).all()
+    assert not torch.isfinite(certified_norm(found)[1])
+
+    weight = torch.tensor([0.5, 0.0, 0.25])
+    named = {str(number): gradient for number, gradient in enumerate(kinds)}
+    sums = weighted_sums(named, weight, keep)
+    assert set(sums) == set(named)
+    for name, gradient in named.items():
+        torch.testing.assert_close(
+            sums[name], gradient.weighted_sum(weight, keep), rtol=1e-6, atol=1e-6, check_dtype=False
+        )
+
+
+def test_total_of_nothing_is_zero() -> None:
+    assert torch.equal(total_norm_terms([], 3, torch.device("cpu")).stack(), torch.zeros(3, 3, dtype=torch.float64))
+    assert weighted_sums({}, torch.ones(3), torch.ones(3, dtype=torch.bool)) == {}
 
 
 # -------------------------------------------------------------------------------------------------------- NormTerms
@@ -465,7 +513,7 @@ def bounds_around(true_norm: np.ndarray) -> list[float]:
 @pytest.mark.parametrize("kind", ADVERSARIES)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_bound_holds_for_outer_products(kind: str, dtype: torch.dtype) -> None:
-    """GUARANTEE rule 2 on both paths. Seen to fail with gamma / 100, without `error`, without `rounding_sq`."""
+    """Certified clipping on both paths. Seen to fail with gamma / 100, and without the `error` of either path."""
     for seed, (B, T, D, P) in enumerate(BOUND_SHAPES):
         a, g = ADVERSARIES[kind](normal(B, T, D, seed=seed), normal(B, T, P, seed=seed + 100))
         gradient = OuterProduct(a.to(dtype), g.to(dtype))
@@ -491,7 +539,10 @@ def test_bound_holds_for_single_numbers(dtype: torch.dtype) -> None:
     value = 1 + normal(200, 1, seed=1, dtype=dtype).abs()
     assert_bounded(Materialized(value), np.sqrt((exactly(value) ** 2).sum(1)), [0.1])
     cast_and_product = 2 * numerics.unit_roundoff(dtype) * value.double().flatten()
-    for gradient in (Materialized(value), IndexedRows.compress(torch.zeros(200, 1, dtype=torch.long), value[:, None], 1)):
+    for gradient in (
+        Materialized(value),
+        IndexedRows.compress(torch.zeros(200, 1, dtype=torch.long), value[:, None], 1),
+    ):
         assert (gradient.norm_terms().rounding_sq.sqrt() >= cast_and_product).all()
 
 
@@ -515,7 +566,7 @@ def test_tied_error_counts_the_inner_product() -> None:
 def test_rounding_covers_every_sum_of_the_recorded_products(dtype: torch.dtype) -> None:
     """`rounding_sq` against its definition: one rounding of the scaled factor and T of the products, on S exactly.
 
-    Seen to fail with token norms kept in float16, where small ones are rounded by a third.
+    Seen to fail without it, and with token norms kept in float16, where small ones are rounded by a third.
     """
     smallest = torch.full((1, 48, 2), 2.0**-24, dtype=torch.float64)  # of float16
     pairs = [(normal(B, T, D, seed=1), normal(B, T, P, seed=2)) for B, T, D, P in BOUND_SHAPES]
@@ -631,10 +682,10 @@ def test_the_modelled_tensor_core_truncates() -> None:
 FORMATS = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
 
 
-@pytest.mark.parametrize("formats", FORMATS, ids=lambda formats: "-".join(str(f).removeprefix("torch.") for f in formats))
-def test_bound_holds_with_truncating_tensor_cores(
-    formats: tuple[torch.dtype, torch.dtype], tensor_cores: None
-) -> None:
+@pytest.mark.parametrize(
+    "formats", FORMATS, ids=lambda formats: "-".join(str(f).removeprefix("torch.") for f in formats)
+)
+def test_bound_holds_with_truncating_tensor_cores(formats: tuple[torch.dtype, torch.dtype], tensor_cores: None) -> None:
     """Under autocast the two factors often differ in format; each Gram is charged for the arithmetic that formed it.
 
     Seen to fail when both are charged float32's roundoff as soon as one factor is float32.

@@ -151,8 +151,9 @@ def test_forms() -> None:
 
 def test_linear_keeps_the_recorded_tensors_as_they_are() -> None:
     """No copy in a wider format is held from the tap to the end of backward."""
-    a, g = normal(3, 4, 5).bfloat16(), normal(3, 4, 6).bfloat16()
-    found = rule_for(nn.Linear(5, 6))(nn.Linear(5, 6), a, g, frozenset(["weight"]))["weight"]
+    a, g = normal(3, 4, 24).bfloat16(), normal(3, 4, 20).bfloat16()
+    layer = nn.Linear(24, 20)
+    found = rule_for(layer)(layer, a, g, frozenset(["weight"]))["weight"]
     assert isinstance(found, OuterProduct)
     assert found.a_BTD.data_ptr() == a.data_ptr() and found.g_BTP.data_ptr() == g.data_ptr()
 
@@ -222,7 +223,10 @@ class MyLinear(nn.Linear):
     [
         (nn.BatchNorm1d(3), ("BatchNorm1d", "mixes the rows", "GroupNorm or LayerNorm")),
         (nn.SyncBatchNorm(3), ("SyncBatchNorm", "mixes the rows")),
-        (nn.Conv2d(1, 1, 1), ("Conv2d has no layer rule", "Embedding, LayerNorm, Linear, RMSNorm", "requires_grad_(False)")),
+        (
+            nn.Conv2d(1, 1, 1),
+            ("Conv2d has no layer rule", "Embedding, LayerNorm, Linear, RMSNorm", "requires_grad_(False)"),
+        ),
         (nn.Bilinear(2, 2, 2), ("Bilinear has no layer rule", "layer_rule")),
         (MyLinear(2, 2), ("MyLinear is a subclass of Linear", "use Linear itself")),
         (nn.modules.linear.NonDynamicallyQuantizableLinear(2, 2), ("subclass of Linear",)),
@@ -232,7 +236,9 @@ class MyLinear(nn.Linear):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_cannot_be_exact_is_refused_with_the_reason_and_a_way_out(layer: nn.Module, words: tuple[str, ...]) -> None:
+def test_what_cannot_be_exact_is_refused_with_the_reason_and_a_way_out(
+    layer: nn.Module, words: tuple[str, ...]
+) -> None:
     reason = refusal(layer)
     assert reason is not None
     for word in words:

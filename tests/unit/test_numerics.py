@@ -1,4 +1,4 @@
-"""Rounding: gamma is a bound and a tight one, sums are float32 or wider, the user's flags do not reach private products.
+"""Rounding: gamma is a tight bound, sums are float32 or wider, the user's flags do not reach private products.
 
 A docstring says "Seen to fail" where the property was broken on purpose and the test was seen to find it.
 """

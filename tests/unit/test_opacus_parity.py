@@ -182,7 +182,7 @@ def test_float32(problem: tuple[nn.Module, Tensor, Tensor]) -> None:
 def opacus_ghost_step(
     model: nn.Module, inputs: Tensor, targets: Tensor, *, bound: float, reduction: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Opacus's norms and clipped sums by ghost clipping: two backwards, nothing materialized for Linear and Embedding."""
+    """Opacus's norms and clipped sums by ghost clipping: two backwards, norms without gradients."""
     wrapped = GradSampleModuleFastGradientClipping(
         model, max_grad_norm=bound, use_ghost_clipping=True, loss_reduction=reduction
     )
