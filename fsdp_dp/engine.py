@@ -559,6 +559,7 @@ class PrivacyEngine:
                 self._norm_B = terms.norm_sq.sqrt()
             else:
                 self._clip_and_accumulate(microbatch, gradients, terms)
+        self.model.after_backward()
         microbatch.done, self._poisoned = True, None
         self._intake.finished()
         self._window.open()

@@ -86,6 +86,9 @@ class ShardedModel(abc.ABC):
     def prepare_forward(self) -> None:
         """Called before every training forward: undo what a forward without a backward left behind."""
 
+    def after_backward(self) -> None:  # noqa: B027
+        """Called at the end of every backward, after the sharding's own end of it."""
+
     narrow_reduction: torch.dtype | None = None
     """A reduce_dtype that the user's FSDP policy asked for and that is too narrow for un-noised sums."""
 

@@ -2,7 +2,7 @@
 
 Private names used, checked by `_check_private_names` when a model is attached: ``FSDP.fsdp_modules``, ``_handle``,
 ``_handle.flat_param``, ``_handle._get_flat_param_offsets()``, ``_handle.process_group``, ``_handle.world_size``,
-``_handle.uses_sharded_strategy``, and on the flat parameter ``_param_infos``, ``_shared_param_infos``,
+``_handle.uses_sharded_strategy``, ``_handle._use_sharded_views``, and on the flat parameter ``_param_infos``, ``_shared_param_infos``,
 ``_shard_param_infos``, ``_is_padding_mask``, ``_sharded_size``, ``_params``. Present in torch 2.11 to 2.13.
 """
 
@@ -26,7 +26,8 @@ from fsdp_dp.sharding.base import (
     start_reduce_scatter,
 )
 
-_HANDLE_NAMES = ("flat_param", "_get_flat_param_offsets", "process_group", "world_size", "uses_sharded_strategy")
+_HANDLE_NAMES = ("flat_param", "_get_flat_param_offsets", "process_group", "world_size", "uses_sharded_strategy",
+                 "_use_sharded_views")  # fmt: skip
 _FLAT_NAMES = (
     "_param_infos", "_shared_param_infos", "_shard_param_infos", "_is_padding_mask", "_sharded_size", "_params",
 )  # fmt: skip
@@ -41,6 +42,7 @@ class Fsdp1Model(ShardedModel):
         for handle in handles:
             _check_private_names(handle)
             _check_strategy(handle)
+        self._whole_handles = [handle for handle in handles if not handle.uses_sharded_strategy]
         module_names = {module: name for name, module in root.named_modules()}
         self._units = [_Unit(handle, module_names) for handle in handles]
         self.unit_count = len(self._units)
@@ -68,6 +70,11 @@ class Fsdp1Model(ShardedModel):
 
     def prepare_forward(self) -> None:
         """Nothing is left behind."""
+
+    def after_backward(self) -> None:
+        """Without weight gradients FSDP1 leaves an unsharded (one rank) unit's parameters unregistered: put them back."""
+        for handle in self._whole_handles:
+            handle._use_sharded_views()
 
     def start_accumulate(self, unit: int, gradients: Mapping[str, Tensor]) -> None:
         target = self._units[unit]

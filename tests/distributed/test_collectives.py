@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.distributed.backends import BACKENDS, fsdp1_arguments, fsdp2, played, privacy_config, tensor_parallel
 from tests.oracle import CASES
 
-STEPS, MICROBATCHES = 3, 2
+STEPS, MICROBATCHES = 2, 2
 
 
 class Collectives(TorchDispatchMode):

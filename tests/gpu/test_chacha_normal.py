@@ -95,7 +95,7 @@ def test_gradients_are_the_references(accumulator: torch.dtype, out: torch.dtype
     unit = LATTICE.spacing / 512
     for mine, reference in zip(found, expected, strict=True):
         off = (mine.out.cpu().double() - reference.out.double()).abs()
-        assert (off <= 1.01 * unit).all() if out == torch.float64 else (off == 0).float().mean() > 0.999
+        assert (off <= 1.01 * unit).all() if out == torch.float64 else (off != 0).sum() <= 0.001 * off.numel()
         assert off.isfinite().all() and not mine.accumulator.any()
 
 
