@@ -3,7 +3,7 @@
 Private names used, checked by `_check_private_names` when a model is attached: ``FSDP.fsdp_modules``, ``_handle``,
 ``_handle.flat_param``, ``_handle._get_flat_param_offsets()``, ``_handle.process_group``, ``_handle.world_size``,
 ``_handle.uses_sharded_strategy``, ``_handle._use_sharded_views``, and on the flat parameter ``_param_infos``,
-``_shared_param_infos``, ``_shard_param_infos``, ``_is_padding_mask``, ``_sharded_size``, ``_params``. Present in torch 2.11 to 2.13.
+``_shared_param_infos``, ``_shard_param_infos``, ``_is_padding_mask``, ``_sharded_size``, ``_params``. In torch 2.11 to 2.13.
 """
 
 from __future__ import annotations

@@ -433,10 +433,10 @@ def test_rule_09_frozen_batch_norm_leaves_its_buffers_alone() -> None:
         private(model)
     model[1].eval()
     subject = private(model)
-    assert_buffers = {name: b.clone() for name, b in model.named_buffers()}
+    before = {name: b.clone() for name, b in model.named_buffers()}
     subject.backward(rows())
     subject.step()
-    assert all(torch.equal(b, assert_buffers[name]) for name, b in model.named_buffers())
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
 
 
 # --------------------------------------------------------------------------------------------------- 10: accounting
@@ -642,15 +642,14 @@ def test_rule_13_noise_is_isotropic() -> None:
     """Seen to fail when the noise of a parameter is scaled by its share of the elements."""
     model = nn.Sequential(nn.Linear(3, 400), nn.LayerNorm(400), nn.Linear(400, 2)).double()
     subject = private(model, noise_multiplier=3.0, max_grad_norm=0.2)
-    only_noise_std = 3.0 * 0.2
     with subject.engine.microbatch(torch.zeros(2, dtype=torch.bool)):
         subject.backward(rows(2))
     subject.engine.privatize()
     for name, p in model.named_parameters():
         assert p.grad is not None
         if p.numel() >= 400:
-            found = float(p.grad.std()) * ROWS
-            assert found == pytest.approx(only_noise_std, rel=5 / math.sqrt(2 * p.numel())), name
+            std = float(p.grad.std()) * ROWS
+            assert std == pytest.approx(3.0 * 0.2, rel=5 / math.sqrt(2 * p.numel())), name
 
 
 def test_rule_13_other_groups_are_refused_until_they_exist() -> None:
