@@ -663,11 +663,11 @@ class PrivacyEngine:
         try:
             first.run_exchanged(self.model.root)
             assert self._norm_B is not None
-            first.compare(self._norm_B, rehearsal.narrowest)
+            told = first.compare(self._norm_B, rehearsal.narrowest)
         except BaseException:
             self.discard()
             raise
-        self._checked = True
+        self._checked = self.model.any_rank(told)
         self._forget_first_microbatch()
         self._norm_B, self._current = norm_B, current
 

@@ -76,8 +76,11 @@ class FirstMicrobatch:
             pairs = [(tensors[i], change(grad)) for i, grad in self._output_grads.items() if i < len(tensors)]
             torch.autograd.backward([x for x, _ in pairs], [grad for _, grad in pairs])
 
-    def compare(self, norm_B: Tensor, dtype: torch.dtype) -> None:
-        """Raises UnsupportedModelError if the norm of a row whose inputs stayed has moved."""
+    def compare(self, norm_B: Tensor, dtype: torch.dtype) -> bool:
+        """Raises UnsupportedModelError if the norm of a row whose inputs stayed has moved.
+
+        Returns whether it could have shown: some row was really exchanged, and another one has a gradient.
+        """
         assert self.norm_B is not None
         dtype = torch.bfloat16 if self._autocast else dtype
         before, after = self.norm_B[::2], norm_B[::2]
@@ -91,6 +94,13 @@ class FirstMicrobatch:
                 "statistics over the batch, a loss inside the model that averages over all valid tokens, or a layer "
                 "whose first dimension is not the batch (positions without a batch dimension)"
             )
+
+        told = before.isfinite() & after.isfinite() & (before > 0)
+        return self.rows > 1 and bool(told.any()) and self._something_was_exchanged()
+
+    def _something_was_exchanged(self) -> bool:
+        inputs = [x for x in tree_leaves((self._args, self._kwargs)) if isinstance(x, Tensor)]
+        return any(not torch.equal(x, self._exchange(x)) for x in inputs)
 
     def _exchange(self, x: Any) -> Any:
         return exchange_rows(x, self.rows) if isinstance(x, Tensor) and x.ndim and x.shape[0] == self.rows else x

@@ -135,6 +135,13 @@ class ShardedModel(abc.ABC):
             payload = bytes(box.tolist())
         return payload
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on some rank."""
+        box = torch.tensor(int(flag), device=self.device)
+        for group in self.groups:
+            dist.all_reduce(box, op=dist.ReduceOp.MAX, group=group)
+        return bool(box)
+
     @property
     def is_first_rank(self) -> bool:
         return all(dist.get_rank(group) == 0 for group in self.groups)

@@ -176,12 +176,11 @@ def _torchrun(*arguments: object) -> tuple[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
     try:
         output, _ = process.communicate(timeout=STARTUP_S + LIMIT_S)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.send_signal(signal.SIGTERM)  # torchrun ends its ranks, which are in sessions of their own
         output, _ = process.communicate()
         pytest.fail(f"torchrun did not end:\n{output}")
     return process.returncode, output

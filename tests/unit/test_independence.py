@@ -230,3 +230,24 @@ def test_an_output_that_holds_no_tensor_is_refused() -> None:
     x, _ = batch()
     with warnings.catch_warnings(), pytest.raises(UnsupportedModelError, match="register_dataclass"):
         train(Opaque(), lambda m: m(x).logits.sum())
+
+
+@pytest.mark.parametrize("first", ["one row", "padding", "equal rows"])
+def test_a_first_microbatch_that_shows_nothing_does_not_end_the_search(first: str) -> None:
+    """Seen to fail when the check was spent on the first microbatch, whatever was in it."""
+    model = Decoder("batch statistics")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    privacy = PrivacyConfig(
+        max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=B, dataset_size=100, target_delta=1e-3,
+        sampling="external_poisson",
+    )  # fmt: skip
+    engine = make_private(model, privacy, optimizer)
+    x, _ = batch()
+    uninformative = {"one row": x[:1], "padding": torch.zeros_like(x), "equal rows": x[:1].repeat(B, 1)}[first]
+    with engine.microbatch(torch.full((len(uninformative),), first != "padding")):
+        model(uninformative).square().mean((1, 2)).mean().backward()
+    optimizer.step()
+    with pytest.raises(UnsupportedModelError, match=r"Row \d"):
+        rows(model).backward()
+        optimizer.step()
+    engine.discard()
