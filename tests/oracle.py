@@ -51,7 +51,7 @@ def row_gradients(model: nn.Module, rows: Rows, row_losses: Callable[[Any, Tenso
 def row_gradients_of_one_forward(
     model: nn.Module, rows: Rows, row_losses: Callable[[Any, Tensor], Tensor]
 ) -> Iterator[Gradients]:
-    """As `row_gradients`, but from one forward of all rows: for dropout, whose masks depend on the shape of the batch."""
+    """As `row_gradients`, but from one forward of all rows: for dropout, whose masks depend on the batch's shape."""
     parameters = trainable(model)
     losses_N = row_losses(model(rows[0]), rows[1])
     for loss in losses_N:
@@ -384,7 +384,7 @@ def wrapped_decoder() -> nn.Module:
 
 
 class Probe(nn.Module):
-    """One Linear: with `linear_losses`, a row's gradient is `sum_t g_t a_t^T` of its input and target, in any format."""
+    """One Linear: with `linear_losses`, a row's gradient is `sum_t g_t a_t^T` of input and target, in any format."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ TOLERANCE = 1e-10
 
 # ------------------------------------------------------------------------------------------------------------ sharding
 
-Shard = Callable[[nn.Module], nn.Module]
+Sharding = Callable[[nn.Module], nn.Module]
 
 
 @contextlib.contextmanager
@@ -122,7 +123,7 @@ def private_torch_fsdp1(model: nn.Module, privacy: PrivacyConfig) -> tuple[nn.Mo
     return wrapped, make_private(wrapped, privacy)
 
 
-def private_after(shard: Shard, model: nn.Module, privacy: PrivacyConfig) -> tuple[nn.Module, PrivacyEngine]:
+def private_after(shard: Sharding, model: nn.Module, privacy: PrivacyConfig) -> tuple[nn.Module, PrivacyEngine]:
     sharded = shard(model)
     return sharded, make_private(sharded, privacy)
 
@@ -399,3 +400,9 @@ def inaccuracies(results: Mapping[Any, Any]) -> list[str]:
         if not (error := norm({n: one[n] - e for n, e in expected.items()}) / norm(expected))
         <= low_precision_tolerance(task)
     ]
+
+
+def fail_if_any(problems: Sequence[str]) -> None:
+    """Fail with the list of what is wrong."""
+    if problems:
+        pytest.fail("\n".join(problems), pytrace=False)

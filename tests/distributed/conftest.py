@@ -1,4 +1,4 @@
-"""One torch thread in the test process too: the oracle's matrices are tiny, and threads that wait for each other are slow."""
+"""One torch thread in the test process too: the oracle's matrices are tiny, and threads would wait for each other."""
 
 from collections.abc import Iterator
 

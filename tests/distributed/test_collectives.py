@@ -1,4 +1,4 @@
-"""Privacy costs no communication: as many collectives of each kind as plain FSDP, and under tensor parallelism one more.
+"""Privacy costs no communication: the collectives of plain FSDP, and under tensor parallelism one more.
 
 Plain FSDP runs beside the private model, of the same torch version and with the same fp32 reduce, so the counts need no
 table. They are taken from the first forward on, since lazy set-up could hide an extra collective there.

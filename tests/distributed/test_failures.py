@@ -89,7 +89,7 @@ MESSAGES = {
 
 @pytest.mark.parametrize("fault", MESSAGES)
 def test_failure_on_one_rank_ends_all_ranks_with_its_message(fault: str, tmp_path: Path) -> None:
-    """Seen to fail when the script's rank 1 sleeps instead of failing, and when the engine swallows the error."""
+    """Seen to fail when the engine swallows a refusal: the other rank then waits for ever."""
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(SCRIPT))
     code, output = _torchrun(script, fault, str(tmp_path))

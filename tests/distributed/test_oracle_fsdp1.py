@@ -12,6 +12,7 @@ from tests.distributed.backends import (
     all_at_once,
     disagreements,
     excesses,
+    fail_if_any,
     inaccuracies,
     one_by_one,
     played,
@@ -52,15 +53,15 @@ results = functools.cache(lambda world_size: played(world_size, TASKS[world_size
 
 @pytest.mark.parametrize("world_size", TASKS)
 def test_updates_are_the_oracles(world_size: int) -> None:
-    assert not disagreements(results(world_size))
+    fail_if_any(disagreements(results(world_size)))
 
 
 def test_no_row_puts_in_more_than_the_bound() -> None:
-    assert not excesses(results(2))
+    fail_if_any(excesses(results(2)))
 
 
 def test_low_precision_stays_close_to_the_oracle() -> None:
-    assert not inaccuracies(results(2))
+    fail_if_any(inaccuracies(results(2)))
 
 
 @pytest.mark.slow
@@ -72,4 +73,4 @@ def test_every_case_on_every_world_size(world_size: int, backend: str) -> None:
         {"optimizer": "momentum", "steps": 3, "microbatch": 3, "loss_reduction": "sum", "empty_last": True},
     ]
     tasks = [Training(case=name, backend=backend, **chosen) for name in CASES for chosen in options]
-    assert not disagreements(played(world_size, tasks))
+    fail_if_any(disagreements(played(world_size, tasks)))

@@ -854,8 +854,12 @@ def test_step_with_a_closure(subject: Private) -> None:
 
 @pytest.mark.parametrize("pass_optimizer", [True, False])
 @pytest.mark.parametrize("unscale", [False, True])
-def test_grad_scaler(pass_optimizer: bool, unscale: bool) -> None:
+@pytest.mark.parametrize("releases_before", [0, 1])
+def test_grad_scaler(releases_before: int, pass_optimizer: bool, unscale: bool) -> None:
     subject = private(mlp(torch.float32), pass_optimizer=pass_optimizer)
+    for _ in range(releases_before):
+        subject.backward(rows(dtype=torch.float32))
+        subject.step()
     scaler = torch.amp.GradScaler("cpu")
     with nothing_released(subject), pytest.raises(PrivacyError, match=r"GradScaler.*bf16"):
         scaler.scale(loss(subject.model, rows(dtype=torch.float32))).backward()

@@ -16,6 +16,7 @@ from tests.distributed.backends import (
     Training,
     all_at_once,
     excesses,
+    fail_if_any,
     inaccuracies,
     one_by_one,
     privacy_config,
@@ -79,17 +80,17 @@ def precision(dtype: torch.dtype) -> dict[Releases, list[Gradients]]:
 
 
 def test_no_row_puts_in_more_than_the_bound_in_fp32() -> None:
-    assert not excesses(precision(torch.float32))
+    fail_if_any(excesses(precision(torch.float32)))
 
 
 def test_no_row_puts_in_more_than_the_bound_in_bf16() -> None:
     """The release of a bfloat16 parameter is cast to bfloat16, after the noise; 2^-8 allows for that and no more."""
-    assert not excesses(precision(torch.bfloat16), cast=2.0**-8)
+    fail_if_any(excesses(precision(torch.bfloat16), cast=2.0**-8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_stays_close_to_the_oracle(dtype: torch.dtype) -> None:
-    assert not inaccuracies(precision(dtype))
+    fail_if_any(inaccuracies(precision(dtype)))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

@@ -501,7 +501,7 @@ def test_rule_10_budget_counts_releases_before_a_load() -> None:
 
 
 def test_rule_10_every_release_is_counted_however_it_is_made() -> None:
-    """By a step, by `privatize`, dropped by `zero_grad`, or failed halfway. Seen to fail when the step counts them."""
+    """By a step, by `privatize`, dropped by `zero_grad`, or failed halfway. Seen to fail when `steps` grows last."""
     subject = private(noise_multiplier=1.0)
     subject.backward(rows())
     subject.step()
@@ -639,7 +639,7 @@ def test_rule_13_flat_bound_is_on_the_norm_over_all_parameters() -> None:
 
 
 def test_rule_13_noise_is_isotropic() -> None:
-    """Seen to fail when the noise of a parameter is scaled by its share of the elements."""
+    """Seen to fail when every second parameter gets half the noise."""
     model = nn.Sequential(nn.Linear(3, 400), nn.LayerNorm(400), nn.Linear(400, 2)).double()
     subject = private(model, noise_multiplier=3.0, max_grad_norm=0.2)
     with subject.engine.microbatch(torch.zeros(2, dtype=torch.bool)):
