@@ -63,6 +63,14 @@ def refuse_strangers(model: ShardedModel) -> None:
                 "would not be private. Call state = engine.state_dict(), engine.detach(), make_private(...) and "
                 "load_state_dict(state), so that releases stay counted"
             )
+    names = {id(p.parameter): p.name for p in model.parameters}
+    for (module, attribute), name in model.names.items():
+        now = names.get(id(module._parameters.get(attribute)), name)
+        if now != name:
+            raise PrivacyError(
+                f"Parameter '{name}' was tied to '{now}' after the engine was attached, so its gradient would go to a "
+                "parameter that is no longer used. Tie weights before make_private"
+            )
 
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()

@@ -405,6 +405,7 @@ class PrivacyEngine:
         if not rehearsal and not self._checked and not self._pending:
             self._forget_first_microbatch()
             self._first_microbatch = FirstMicrobatch(
+                module,
                 self._current.rows,
                 args,
                 kwargs,
@@ -661,7 +662,7 @@ class PrivacyEngine:
         rehearsal = _Microbatch(first.rows, torch.ones(first.rows, dtype=torch.bool), False, rehearsal=True)
         self._current = rehearsal
         try:
-            first.run_exchanged(self.model.root)
+            first.run_exchanged()
             assert self._norm_B is not None
             told = first.compare(self._norm_B, rehearsal.narrowest)
         except BaseException:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,11 +49,20 @@ class FirstMicrobatch:
     """The first microbatch of an engine: its inputs, its random state, its loss, and the two questions."""
 
     def __init__(
-        self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device, managed: frozenset[int]
+        self,
+        root: nn.Module,
+        rows: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        device: torch.device,
+        managed: frozenset[int],
     ) -> None:
-        self.rows = rows
+        self._root, self.rows = root, rows
         self.norm_B: Tensor | None = None
-        self._args, self._kwargs, self._device = args, kwargs, device
+        # Copies: the program may fill the same tensors with the next microbatch.
+        self._args, self._kwargs = tree_map(_copy, args), tree_map(_copy, kwargs)
+        self._device = device
+        self._modes = {module: module.training for module in root.modules()}
         self._random_state = _random_state(device)
         self._autocast = torch.is_autocast_enabled(device.type)
         self._autocast_dtype = torch.get_autocast_dtype(device.type)
@@ -66,12 +75,12 @@ class FirstMicrobatch:
     def saw_output_grad(self, index: int, grad: Tensor) -> None:
         self._output_grads[index] = grad
 
-    def run_exchanged(self, root: nn.Module) -> None:
+    def run_exchanged(self) -> None:
         """Forward and backward with every second row's inputs exchanged; the caller looks at the norms."""
         change = self._exchange if self.rows > 1 else (lambda x: x)
-        with _restored(self._random_state, self._device), torch.enable_grad():
+        with _restored(self._random_state, self._device), _in_modes(self._modes), torch.enable_grad():
             with torch.autocast(self._device.type, dtype=self._autocast_dtype, enabled=self._autocast):
-                outputs = root(*tree_map(change, self._args), **tree_map(change, self._kwargs))
+                outputs = self._root(*tree_map(change, self._args), **tree_map(change, self._kwargs))
             tensors = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
             pairs = [(tensors[i], change(grad)) for i, grad in self._output_grads.items() if i < len(tensors)]
             torch.autograd.backward([x for x, _ in pairs], [grad for _, grad in pairs])
@@ -370,6 +379,23 @@ def _restored(states: list[Tensor], device: torch.device) -> Iterator[None]:
         yield
     finally:
         _set_random_state(now, device)
+
+
+@contextmanager
+def _in_modes(modes: Mapping[nn.Module, bool]) -> Iterator[None]:
+    """Run with modules in the given training or evaluation mode: the program may have gone on to evaluate."""
+    now = {module: module.training for module in modes}
+    try:
+        for module, training in modes.items():
+            module.training = training
+        yield
+    finally:
+        for module, training in now.items():
+            module.training = training
+
+
+def _copy(x: Any) -> Any:
+    return x.detach().clone() if isinstance(x, Tensor) else x
 
 
 def _set_random_state(states: list[Tensor], device: torch.device) -> None:

@@ -89,11 +89,12 @@ class Taps:
         self._anchor = torch.zeros((), requires_grad=True)
         self.running: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
+        self._hook_ids: dict[str, int] = {}
         for name, layer in layers.items():
             self._handles.append(layer.register_forward_pre_hook(self._enter, prepend=True))
-            self._handles.append(
-                layer.register_forward_hook(self._leave(name), prepend=True, with_kwargs=True, always_call=True)
-            )
+            leave = layer.register_forward_hook(self._leave(name), prepend=True, with_kwargs=True, always_call=True)
+            self._handles.append(leave)
+            self._hook_ids[name] = leave.id
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -108,6 +109,11 @@ class Taps:
                 self.running.pop()
             if output is None or not torch.is_grad_enabled():
                 return None
+            if next(iter(module._forward_hooks)) != self._hook_ids[name]:
+                raise PrivacyError(
+                    f"Layer '{name}': a forward hook was put before the engine's (prepend=True), so what the engine would "
+                    "see is not the layer's own output. Register it without prepend, or before make_private"
+                )
             layer_input = args[0] if args else next(iter(kwargs.values()))
             return _Tap.apply(output, layer_input, self._anchor, self._start(name))  # type: ignore[no-any-return]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -15,6 +18,24 @@ from fsdp_dp.sharding.single import SingleDevice
 
 def open_model(root: nn.Module) -> ShardedModel:
     """The backend of ``root``; raises ValueError, with what to do, for a way of sharding that is not supported."""
+    model = _backend(root)
+    _check_every_process_takes_part(model)
+    return model
+
+
+def _check_every_process_takes_part(model: ShardedModel) -> None:
+    """Rows that other processes draw would be missing from the sums, and their models would drift apart."""
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    taking_part = math.prod(dist.get_world_size(group) for group in model.groups)
+    if taking_part != processes:
+        raise ValueError(
+            f"make_private: the model ({model.kind}) spans {taking_part} of {processes} processes, so the rows of the "
+            "others would be missing from its sums; shard the model over all of them (FullyShardedDataParallel or "
+            "fully_shard, without a smaller process_group or mesh), or start one process"
+        )
+
+
+def _backend(root: nn.Module) -> ShardedModel:
     modules = list(root.modules())
     if any(isinstance(m, DistributedDataParallel) for m in modules):
         raise ValueError("make_private: DistributedDataParallel is not supported yet; shard the model with FSDP")

@@ -311,8 +311,16 @@ def impossible_budget(kind: str, rank: int) -> str:
 def refused_wrapping(kind: str, rank: int) -> dict[str, str]:
     """What cannot be attached, or does not run."""
     if kind == "fsdp2":
+        alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][rank]
         part = nn.Sequential(fully_shard(nn.Linear(INPUTS, WIDTH)), nn.Linear(WIDTH, OUTPUTS))
-        return {"parts without a root": raised(lambda: make_private(part, config()))}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "FSDP is switching to use `NO_SHARD`")
+            whole = TorchFSDP(nn.Linear(INPUTS, WIDTH), process_group=alone, device_id=CPU, use_orig_params=True)
+        return {
+            "parts without a root": raised(lambda: make_private(part, config())),
+            "not sharded": raised(lambda: make_private(nn.Linear(INPUTS, WIDTH), config())),
+            "smaller group": raised(lambda: make_private(whole, config())),
+        }
     flat_parameters = {"privacy": config(), "use_orig_params": False, "device_id": CPU}
     unwrapped = nn.Sequential(FullyShardedDataParallel(nn.Linear(INPUTS, WIDTH), device_id=CPU))
     no_privacy = FullyShardedDataParallel(nn.Linear(INPUTS, WIDTH), device_id=CPU)
@@ -442,6 +450,8 @@ def test_rule_09_wrapping_that_cannot_be_private_is_refused(two: list[dict[str, 
         assert "ValueError: " in told["NO_SHARD"] and "FULL_SHARD" in told["NO_SHARD"]
     for told in of_case(two, refused_wrapping, "fsdp2"):
         assert "ValueError: " in told["parts without a root"] and "fully_shard(model)" in told["parts without a root"]
+        for case in ("not sharded", "smaller group"):
+            assert told[case].startswith("ValueError: ") and "spans 1 of 2 processes" in told[case]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -22,6 +22,7 @@ from tests.unit.toys import (
     OUTPUTS,
     ROWS,
     Private,
+    Text,
     assert_trains,
     config,
     dataset,
@@ -32,6 +33,8 @@ from tests.unit.toys import (
     nothing_released,
     private,
     rows,
+    text_loss,
+    text_rows,
     values,
 )
 
@@ -902,6 +905,31 @@ def test_frozen_stranger_with_a_gradient(subject: Private) -> None:
     with pytest.raises(PrivacyError, match=r"not manage"):
         optimizer.step()
     assert subject.engine.steps == 0
+
+
+def test_weights_tied_after_attachment() -> None:
+    """Seen to fail without the check: the head trained the table's parameter with another's gradient."""
+    model = Text()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    private(model)
+    model.head.weight = model.table.weight
+    with pytest.raises(PrivacyError, match=r"'head.weight' was tied to 'table.weight'.*before make_private"):
+        text_loss(model, text_rows())
+
+
+def test_hook_before_the_engines(subject: Private) -> None:
+    """Seen to fail without the check: a gradient of twice the true norm passed as the row's."""
+    subject.model[0].register_forward_hook(lambda m, a, out: 2 * out, prepend=True)  # type: ignore[index]
+    with pytest.raises(PrivacyError, match=r"Layer '0'.*prepend=True"):
+        subject.backward(rows())
+    with pytest.raises(PrivacyError):
+        subject.optimizer.step()
+
+
+def test_hooks_after_and_before_a_layer_are_harmless(subject: Private) -> None:
+    subject.model[0].register_forward_hook(lambda m, a, out: out.clone())  # type: ignore[index]
+    subject.model[2].register_forward_pre_hook(lambda m, a: (a[0].clone(),), prepend=True)  # type: ignore[index]
+    assert_trains(subject)
 
 
 def two_optimizers(subject: Private) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:

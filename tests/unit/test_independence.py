@@ -232,6 +232,28 @@ def test_an_output_that_holds_no_tensor_is_refused() -> None:
         train(Opaque(), lambda m: m(x).logits.sum())
 
 
+def test_evaluation_and_refilled_inputs_before_the_step_do_not_disturb_the_check() -> None:
+    """Seen to fail without the recorded modes (dropout is off then), and without copies of the inputs."""
+    model = Decoder("dropout")
+    x, y = batch()
+
+    def loss_of(model: Decoder) -> Tensor:
+        model.train()
+        return Evaluated(per_token(model, x, y).mean(1).mean())
+
+    class Evaluated:
+        def __init__(self, loss: Tensor) -> None:
+            self.loss = loss
+
+        def backward(self) -> None:
+            self.loss.backward()
+            x.random_(V)
+            model.eval()
+
+    assert train(model, loss_of) == 2
+    assert not model.dropout.training
+
+
 @pytest.mark.parametrize("first", ["one row", "padding", "equal rows"])
 def test_a_first_microbatch_that_shows_nothing_does_not_end_the_search(first: str) -> None:
     """Seen to fail when the check was spent on the first microbatch, whatever was in it."""
