@@ -31,6 +31,9 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     """What the command says when it refuses these overrides."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr(sys, "argv", ["train", *overrides])
+    # Hydra's logging closes the handlers it finds; absl's (of dp-accounting) would take pytest's own stream with it.
+    if "absl.logging" in sys.modules:
+        monkeypatch.setattr(sys.modules["absl.logging"].get_absl_handler().python_handler, "stream", sys.stderr)
     with pytest.raises(SystemExit) as ended:
         train.main()
     assert ended.value.code == train.EXIT_BAD_CONFIGURATION
