@@ -23,6 +23,7 @@ _HOME = {
     "make_private": "fsdp_dp.engine",
     "FullyShardedDataParallel": "fsdp_dp.wrapper",
     "BudgetExceededError": "fsdp_dp.errors",
+    "NoEpsilonWarning": "fsdp_dp.errors",
     "PrivacyError": "fsdp_dp.errors",
     "UnsupportedModelError": "fsdp_dp.errors",
 }
@@ -30,6 +31,7 @@ _HOME = {
 __all__ = [
     "BudgetExceededError",
     "FullyShardedDataParallel",
+    "NoEpsilonWarning",
     "PrivacyConfig",
     "PrivacyEngine",
     "PrivacyError",

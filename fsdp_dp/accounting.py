@@ -45,6 +45,10 @@ class AccountingError(RuntimeError):
     """No accountant that may be used here can bound epsilon for these parameters."""
 
 
+class MissingAccountantError(AccountingError):
+    """The package of the accountant is not installed, whatever the parameters."""
+
+
 class EpsilonBounds(NamedTuple):
     """What is known of epsilon; `upper` is the one to report."""
 
@@ -138,6 +142,8 @@ def calibrate_noise_multiplier(
 
     try:
         return _search(upper, model, target_epsilon)
+    except MissingAccountantError:
+        raise
     except AccountingError as failure:
         raise AccountingError(
             f"No noise multiplier was found for target_epsilon={target_epsilon} at sample_rate={sample_rate:.6g}, "
@@ -211,6 +217,8 @@ def _compose(
         found = (
             f"accountant='{accountant}' cannot bound epsilon for {_described(mechanism, counts[-1], delta)}: {failure}"
         )
+        if isinstance(failure, MissingAccountantError):
+            raise
         if accountant != "prv":
             raise AccountingError(f"{found}. {_advice(accountant)}") from failure
     try:
@@ -441,7 +449,10 @@ def _pld(mechanism: Mechanism, counts: Sequence[int], delta: float) -> list[Epsi
     try:
         from dp_accounting.pld import privacy_loss_distribution
     except ImportError as failure:
-        raise AccountingError("dp-accounting is not installed (the `pld` extra)") from failure
+        raise MissingAccountantError(
+            "dp-accounting is not installed, and accountant='pld' needs it: pip install dp-accounting (the extra "
+            "fsdp-dp[pld]), or choose accountant='prv' or accountant='rdp'"
+        ) from failure
 
     # The error grows like steps * interval^2 / epsilon; this keeps it near a thousandth of epsilon.
     scale = max(_renyi_bound(mechanism, counts[-1], delta), 1e-4)
@@ -474,7 +485,9 @@ def _rdp(mechanism: Mechanism, counts: Sequence[int], delta: float) -> list[Epsi
         try:
             from opacus.accountants import RDPAccountant
         except ImportError as failure:
-            raise AccountingError("opacus is not installed") from failure
+            raise MissingAccountantError(
+                "opacus is not installed, and accountant='rdp' needs it: pip install opacus"
+            ) from failure
         # Small epsilons need them; beyond 1024 its binomials overflow.
         orders = [*RDPAccountant.DEFAULT_ALPHAS, 64, 80, 96, 128, 192, 256, 384, 512, 768, 1024]
         bounds = []

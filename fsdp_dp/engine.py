@@ -37,7 +37,7 @@ from fsdp_dp.coverage import (
     tapped_layers,
     unmark_attached,
 )
-from fsdp_dp.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
+from fsdp_dp.errors import BudgetExceededError, NoEpsilonWarning, PrivacyError, UnsupportedModelError
 from fsdp_dp.gradients import NormTerms, PerSampleGradient, combine, total_norm_terms, weighted_sums
 from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
@@ -123,7 +123,7 @@ class PrivacyEngine:
         self._in_forward = False
         self._pending = 0
         self._poisoned: str | None = None
-        self._vouched = True
+        self._vouched, self._warned = True, False
         self._draws_of_loaders: list[int] = []
         self._drawn_epoch: tuple[int, int] | None = None
         self._released_epochs: set[tuple[int, int]] = set()
@@ -313,6 +313,11 @@ class PrivacyEngine:
             "engine.state_dict()"
         )
 
+    @property
+    def vouched(self) -> bool:
+        """Whether all rows released so far were sampled as the accountant assumes, so that `epsilon` holds."""
+        return self._vouched
+
     # ------------------------------------------------------------------------------------------------- attachment
 
     def _agree_on_noise_multiplier(self) -> float:
@@ -322,7 +327,8 @@ class PrivacyEngine:
             try:
                 value = accounting.calibrate_for(self.privacy)
             except (ValueError, RuntimeError) as error:
-                failure = f"{type(error).__name__}: {error}"
+                kind = "" if isinstance(error, accounting.AccountingError) else f"{type(error).__name__}: "
+                failure = f"{kind}{error}"
         payload = self.model.agree(struct.pack("<d1024s", value, failure.encode()[:1024]))
         value, message = struct.unpack("<d1024s", payload)
         if message.strip(b"\0"):
@@ -618,8 +624,20 @@ class PrivacyEngine:
             raise
         self._pending = 0
         self._intake.released()
+        self._warn_unless_vouched()
         grads = {name: p.parameter.grad for name, p in self._parameters.items()}
         self._gate.published({name: grad for name, grad in grads.items() if grad is not None})
+
+    def _warn_unless_vouched(self) -> None:
+        if not self._vouched and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"No epsilon holds for this run: a release held rows that did not come from engine.loader, as "
+                f"sampling='{self.privacy.sampling}' assumes. Use engine.loader, or say with sampling='external_poisson' "
+                "that your own loader draws every row independently",
+                NoEpsilonWarning,
+                stacklevel=5,
+            )
 
     def _check_before_release(self) -> None:
         self._raise_if_poisoned()

@@ -11,3 +11,7 @@ class UnsupportedModelError(ValueError):
 
 class BudgetExceededError(PrivacyError):
     """Another release would exceed the budget that was fixed at the start."""
+
+
+class NoEpsilonWarning(UserWarning):
+    """Training goes on, but no epsilon holds for what was released."""

@@ -224,8 +224,9 @@ class LossRecording(TorchFunctionMode):
             examined = self._examine(loss, kwargs, before)
         if not examined:
             warnings.warn(
-                "The loss could not be replayed with other labels (an operation of its own, or a gradient of its own), so "
-                "that it is a sum over rows is taken on trust: no row's loss may depend on another row",
+                "The loss could not be replayed with other labels (a custom autograd.Function, or values drawn or read "
+                "between forward and backward), so that it is a sum over rows is taken on trust: no row's loss may depend "
+                "on another row",
                 stacklevel=5,
             )
 
@@ -288,6 +289,10 @@ class LossRecording(TorchFunctionMode):
                 continue
             if func.__name__ in _BY_NUMBERS:
                 args = tuple(numbers.get(id(x), x) if isinstance(x, int | float) else x for x in args)
+            made_of_nothing = not any(isinstance(x, Tensor) for x in tree_leaves((args, call_kwargs)))
+            if made_of_nothing and isinstance(result, Tensor) and result._version == 0:
+                current(result)  # labels, perhaps, and not to be drawn again
+                continue
             replayed = func(*tree_map(current, args), **tree_map(current, call_kwargs))
             for old, new in zip(tree_leaves(result), tree_leaves(replayed), strict=True):
                 values[id(old)] = new

@@ -33,6 +33,7 @@ class Intake:
     def start_logical_batch(self, loader: int) -> None:
         """A new draw; a forward of an earlier one that got no backward is left behind with it."""
         self.discard()
+        self._waiting.clear()
         self.source, self._complete, self._abandoned = "loader", False, False
         self._loader = loader
 
@@ -89,8 +90,9 @@ class Intake:
     def _check_turn(self, pending: bool) -> None:
         if self._abandoned and self._waiting:
             raise PrivacyError(
-                "This logical batch was discarded, so the rest of it cannot be released alone: which rows stay would "
-                "depend on the data. Leave it (break) and go on with the next logical batch"
+                "This logical batch was discarded (by engine.discard(), or by zero_grad() between its microbatches), so the "
+                "rest of it cannot be released alone. Call zero_grad() after optimizer.step() only; after a discard, leave "
+                "the logical batch (break) and go on with the next one"
             )
         if len(self._waiting) > 1:
             raise PrivacyError(
@@ -135,7 +137,9 @@ class Intake:
 
     def discard(self) -> None:
         """Drop what was run; the rest of a logical batch that is not over is refused from here on."""
-        self._abandoned = self._abandoned or (self.source == "loader" and not self._complete)
+        rest = self.source == "loader" and (not self._complete or bool(self._waiting))
+        self._abandoned = self._abandoned or rest
         self.source, self._complete = "free", True
-        self._waiting.clear()
+        if not self._abandoned:
+            self._waiting.clear()
         self.unfinished = self._drop_if_unfinished = False

@@ -31,6 +31,8 @@ def _mechanism(engine: PrivacyEngine) -> list[str]:
         f"{engine.row_bound:.8g}",
         f"  accountant       {p.accountant}, delta {p.target_delta:g}",
     ]
+    if not engine.vouched:
+        lines.append("  epsilon          none: rows did not come from engine.loader")
     if engine.seeded:
         lines.append("  seed fixed: no privacy guarantee")
     return lines

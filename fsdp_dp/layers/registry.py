@@ -73,7 +73,7 @@ def refusal(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return (
             f"{kind} mixes the rows of a batch, so no row has a gradient of its own; "
-            "use GroupNorm or LayerNorm, or freeze it and keep it in eval mode"
+            "use GroupNorm or LayerNorm, or freeze its parameters, if any, and keep it in eval mode"
         )
     base = next((b.__name__ for b in type(module).__mro__ if b in _RULES), None)
     if base:

@@ -168,7 +168,7 @@ def unprotected(outcome: Outcome) -> str:
             f" (here: {outcome.nonfinite_rows} non-finite rows, which contributed nothing)." if outcome.privacy else "."
         ),
         "Comparisons with privacy=none: weights and metrics of that run are not private at all.",
-        "The choice of hyper-parameters, as said above.",
+        "The choice of hyper-parameters, by these metrics or by other runs on the same rows.",
     ]
     return "\n".join(["## Outside the guarantee", "", *(f"- {point}" for point in points)])
 
@@ -204,4 +204,4 @@ def version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed as a package"
+        return "not installed"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fsdp_dp import BudgetExceededError, PrivacyError, UnsupportedModelError, make_private
+from fsdp_dp import BudgetExceededError, NoEpsilonWarning, PrivacyError, UnsupportedModelError, make_private
 from tests.unit.toys import (
     INPUTS,
     OUTPUTS,
@@ -930,6 +930,24 @@ def test_hooks_after_and_before_a_layer_are_harmless(subject: Private) -> None:
     subject.model[0].register_forward_hook(lambda m, a, out: out.clone())  # type: ignore[index]
     subject.model[2].register_forward_pre_hook(lambda m, a: (a[0].clone(),), prepend=True)  # type: ignore[index]
     assert_trains(subject)
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_zero_grad_between_microbatches_is_refused_by_name(subject: Private, microbatches: int) -> None:
+    """Seen to fail: with two, the last one was released alone, as rows that no loader had drawn."""
+    with nothing_released(subject), pytest.raises(PrivacyError, match=r"zero_grad\(\) between its microbatches"):
+        for x in next(iter(subject.loader(microbatch_size=ROWS // microbatches))):
+            subject.optimizer.zero_grad()
+            subject.backward(x)
+        subject.optimizer.step()
+    assert_trains(subject)
+
+
+def test_rows_that_no_loader_drew_are_released_with_a_warning(subject: Private) -> None:
+    subject.backward(rows())
+    with pytest.warns(NoEpsilonWarning, match=r"did not come from engine.loader.*external_poisson"):
+        subject.step()
+    assert "epsilon          none" in subject.engine.summary()
 
 
 def two_optimizers(subject: Private) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:

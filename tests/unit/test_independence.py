@@ -222,6 +222,25 @@ def test_a_loss_that_cannot_be_replayed_is_taken_on_trust_with_a_warning() -> No
         assert train(Decoder(), lambda m: Fused.apply(m(x)), steps=1) == 1
 
 
+@pytest.mark.parametrize("coupled", [False, True])
+def test_labels_made_after_the_forward_are_examined_as_well(coupled: bool) -> None:
+    """Seen to fail: they were drawn again in the replay, which then said nothing."""
+    x, _ = batch()
+
+    def loss_of(model: Decoder) -> Tensor:
+        logits = model(x)
+        y = torch.randint(V, (B, T))
+        weight = (y != 0).float() if coupled else torch.ones(B, T) / (B * T)
+        losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(B, T)
+        return (losses * weight).sum() / (weight.sum() if coupled else 1)
+
+    if coupled:
+        with pytest.raises(UnsupportedModelError, match="couple"):
+            train(Decoder(), loss_of)
+    else:
+        assert train(Decoder(), loss_of) == 2
+
+
 def test_an_output_that_holds_no_tensor_is_refused() -> None:
     class Opaque(Decoder):
         def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
