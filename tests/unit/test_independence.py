@@ -226,11 +226,12 @@ def test_a_loss_that_cannot_be_replayed_is_taken_on_trust_with_a_warning() -> No
 def test_labels_made_after_the_forward_are_examined_as_well(coupled: bool) -> None:
     """Seen to fail: they were drawn again in the replay, which then said nothing."""
     x, _ = batch()
+    torch.manual_seed(0)
 
     def loss_of(model: Decoder) -> Tensor:
         logits = model(x)
         y = torch.randint(V, (B, T))
-        weight = (y != 0).float() if coupled else torch.ones(B, T) / (B * T)
+        weight = (y > y.float().mean()).float() if coupled else torch.ones(B, T) / (B * T)
         losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(B, T)
         return (losses * weight).sum() / (weight.sum() if coupled else 1)
 
