@@ -5,10 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.layers import refusal, unknown_parameters
+from fsdp_dp.records import Layout, Record, fits, layout_of
 from fsdp_dp.sharding.base import ShardedModel, canonical_name
 
 
@@ -92,12 +93,33 @@ def unmark_attached(layers: Iterable[nn.Module]) -> None:
     _ATTACHED.difference_update(set(layers))
 
 
-def check_rows(layer: str, rows: int, a: Tensor, g: Tensor) -> None:
-    """Both records of a layer must have the batch as their first dimension."""
-    for what, x in (("input", a), ("output gradient", g)):
-        if x.ndim == 0 or x.shape[0] != rows:
+class RowLayouts:
+    """Where the rows are in each layer's records: guessed from shapes, verified by the rehearsal, and kept from then on.
+
+    After `verified`, a layer's records must have a layout that it had before; a layer that was not seen until then (an
+    expert that no token chose) must have the batch in front.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, set[Layout]] = {}
+        self.verified = False
+
+    def of(self, layer: str, record: Record, rows: int) -> Layout:
+        """Raises UnsupportedModelError if no layout can be right."""
+        inputs = [record.inputs[0].shape] if record.call.spec is None else []
+        shapes = [*inputs, *(grad.shape for grad in record.grads if grad is not None)]
+        seen = self._seen.setdefault(layer, set())
+        fitting = [layout for layout in seen if fits(layout, shapes, rows)]
+        if len(fitting) == 1:
+            return fitting[0]
+        guess = layout_of(shapes, rows)
+        if guess is None or (self.verified and guess != "rows") or len(fitting) > 1:
             raise UnsupportedModelError(
-                f"Layer '{layer}': its {what} has shape {tuple(x.shape)}, but the microbatch has {rows} rows, so its "
-                "gradient cannot be told apart by row. Give every layer an input whose first dimension is the batch "
-                "(for position ids: torch.arange(T).expand(batch, T))"
+                f"Layer '{layer}': its {'input' if inputs else 'output'} has shape {tuple(shapes[0])} and its output "
+                f"gradient {tuple(shapes[-1])}, but the microbatch has {rows} rows, so its gradient cannot be told apart "
+                "by row. Give every layer an input whose first dimension is the batch (for position ids: "
+                "torch.arange(T).expand(batch, T))"
             )
+        if not self.verified:
+            seen.add(guess)
+        return guess

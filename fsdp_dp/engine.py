@@ -29,7 +29,7 @@ from fsdp_dp import accounting, noise
 from fsdp_dp.clipping import row_weights
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.coverage import (
-    check_rows,
+    RowLayouts,
     mark_attached,
     refuse_attached,
     refuse_strangers,
@@ -42,9 +42,10 @@ from fsdp_dp.gradients import NormTerms, PerSampleGradient, combine, total_norm_
 from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
 from fsdp_dp.kernels.release import Segment, privatize_all_
-from fsdp_dp.layers import rule_for
+from fsdp_dp.layers import keeps, per_sample_gradients
 from fsdp_dp.numerics import UN_NOISED_MARGIN, exact_arithmetic
 from fsdp_dp.optimizer_gate import OptimizerGate
+from fsdp_dp.records import Record
 from fsdp_dp.sampling import LogicalBatchLoader
 from fsdp_dp.sharding import open_model
 from fsdp_dp.summary import describe
@@ -132,7 +133,8 @@ class PrivacyEngine:
         self.nonfinite_rows = torch.zeros((), dtype=torch.int64, device=self.model.device)
 
         self._window = FreezeWindow(handles, self._refusals_poison)
-        self._taps = Taps(self.layers, self._start_record)
+        self._taps = Taps(self.layers, keeps, self._start_record)
+        self._layouts = RowLayouts()
         self._watch: FirstForward | None = None
         self._watched: set[tuple[bool, ...]] = set()
         self._buffer_versions: dict[str, tuple[int, int]] = {}
@@ -514,7 +516,7 @@ class PrivacyEngine:
                     "with the rest of the row; call it inside model.forward, or under torch.no_grad()"
                 )
         microbatch.taps[layer] += 1
-        return lambda a, g: self._record(microbatch, layer, a, g)
+        return lambda call, inputs, grads: self._record(microbatch, layer, Record(call, inputs, grads))
 
     def _recomputed(self, microbatch: _Microbatch | None, layer: str) -> Report:
         """Activation checkpointing calls a layer again: the tap of the first call reports, this one is idle."""
@@ -523,7 +525,7 @@ class PrivacyEngine:
                 f"Layer '{layer}' is recomputed in backward, but its forward ran without a graph: reentrant activation "
                 "checkpointing hides its gradient from the engine. Use checkpoint(..., use_reentrant=False)"
             )
-        return lambda a, g: None
+        return lambda call, inputs, grads: None
 
     def _enter_backward(self, microbatch: _Microbatch) -> None:
         with self._refusals_poison():
@@ -542,18 +544,19 @@ class PrivacyEngine:
             self._poisoned = "the last backward did not finish"
             self._window.close()
 
-    def _record(self, microbatch: _Microbatch, layer: str, a: Tensor, g: Tensor) -> None:
+    def _record(self, microbatch: _Microbatch, layer: str, record: Record) -> None:
         self._enter_backward(microbatch)
         if not microbatch.uses:
             at_end_of_backward(self._finish_backward)
-        module = self.layers[layer]
-        a, g = self.model.localize(layer, a, g)
-        check_rows(layer, microbatch.rows, a, g)
-        microbatch.narrowest = min(microbatch.narrowest, g.dtype, key=lambda dtype: dtype.itemsize)
-        names = self._attributes[module]
-        with exact_arithmetic(a.device):
-            for attribute, gradient in rule_for(module)(module, a, g, frozenset(names)).items():
-                microbatch.uses.setdefault(names[attribute], []).append(gradient)
+        module, names = self.layers[layer], self._attributes[self.layers[layer]]
+        record = self.model.localize(layer, record)
+        layout = self._layouts.of(layer, record, microbatch.rows)
+        dtypes = [grad.dtype for grad in record.grads if grad is not None]
+        microbatch.narrowest = min(microbatch.narrowest, *dtypes, key=lambda dtype: dtype.itemsize)
+        with exact_arithmetic(self.model.device):
+            for attribute, gradient in per_sample_gradients(module, record.arranged(layout), frozenset(names)).items():
+                of_rows = gradient.regroup(microbatch.rows) if layout == "merged" else gradient
+                microbatch.uses.setdefault(names[attribute], []).append(of_rows.settle())
 
     def _finish_backward(self) -> None:
         microbatch = self._current
@@ -561,11 +564,11 @@ class PrivacyEngine:
         with exact_arithmetic(self.model.device):
             gradients = {name: combine(uses) for name, uses in microbatch.uses.items()}
             microbatch.uses.clear()
-            terms = self._norm_terms(gradients, microbatch.rows)
-            if microbatch.rehearsal:
-                self._norm_B = terms.norm_sq.sqrt()
-            else:
-                self._clip_and_accumulate(microbatch, gradients, terms)
+            first = self._first_microbatch
+            if first is not None and (microbatch.rehearsal or not self._pending):
+                first.measured({name: gradient.norm_terms().norm_sq for name, gradient in gradients.items()})
+            if not microbatch.rehearsal:
+                self._clip_and_accumulate(microbatch, gradients, self._norm_terms(gradients, microbatch.rows))
         self.model.after_backward()
         microbatch.done, self._poisoned = True, None
         self._intake.finished()
@@ -592,8 +595,6 @@ class PrivacyEngine:
             dtype=self.dtype,
         )
         self._norm_B = rows.norm_B
-        if self._first_microbatch is not None and not self._pending:
-            self._first_microbatch.norm_B = terms.norm_sq.sqrt()
         self.nonfinite_rows += (microbatch.mask_B & ~rows.keep_B).sum()
         for unit in reversed(range(self.model.unit_count)):
             names = [name for name in gradients if self._parameters[name].unit == unit]
@@ -667,8 +668,8 @@ class PrivacyEngine:
 
     def _check_independence(self) -> None:
         """Rerun the first microbatch with some rows exchanged, before anything is released (see `independence`)."""
-        first, norm_B, current = self._first_microbatch, self._norm_B, self._current
-        if first is None or first.norm_B is None:
+        first, current = self._first_microbatch, self._current
+        if first is None or not first.was_measured:
             return
         if first.loss.asked is False:
             self.discard()
@@ -681,14 +682,13 @@ class PrivacyEngine:
         self._current = rehearsal
         try:
             first.run_exchanged()
-            assert self._norm_B is not None
-            told = first.compare(self._norm_B, rehearsal.narrowest)
+            told = first.compare(rehearsal.narrowest)
         except BaseException:
             self.discard()
             raise
-        self._checked = self.model.any_rank(told)
+        self._checked = self._layouts.verified = self.model.any_rank(told)
         self._forget_first_microbatch()
-        self._norm_B, self._current = norm_B, current
+        self._current = current
 
     def _forget_first_microbatch(self) -> None:
         if self._first_microbatch is not None:

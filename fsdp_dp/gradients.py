@@ -96,6 +96,14 @@ class PerSampleGradient(Protocol):
 
     def dense(self) -> Tensor: ...
 
+    def regroup(self, rows: int) -> PerSampleGradient:
+        """As many rows as given, each the sum of equally many consecutive ones."""
+        ...
+
+    def settle(self) -> PerSampleGradient:
+        """The form to keep until the weights are known."""
+        ...
+
 
 def _rows_per_chunk(elements_per_row: int) -> int:
     return max(1, MAX_SCRATCH_ELEMENTS // max(1, elements_per_row))
@@ -144,6 +152,12 @@ class Materialized:
 
     def dense(self) -> Tensor:
         return self.value
+
+    def regroup(self, rows: int) -> Materialized:
+        return Materialized(self.value.unflatten(0, (rows, -1)).sum(1))
+
+    def settle(self) -> Materialized:
+        return self
 
 
 def _stored_norm_terms(values: Sequence[Tensor]) -> NormTerms:
@@ -195,6 +209,10 @@ class OuterProduct:
 
     def dense(self) -> Tensor:
         return product(self.g_BTP.mT, self.a_BTD)
+
+    def regroup(self, rows: int) -> OuterProduct:
+        a, g = (x.reshape(rows, -1, x.shape[2]) for x in (self.a_BTD, self.g_BTP))
+        return OuterProduct(a, g)
 
 
 def _token_norms(a_BTD: Tensor, g_BTP: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,6 +329,13 @@ class IndexedRows:
         B, _, P = self.value_BTP.shape
         return self.plus(self.value_BTP.new_zeros(B, self.vocabulary, P))
 
+    def regroup(self, rows: int) -> IndexedRows:
+        index, value = self.index_BT.reshape(rows, -1), self.value_BTP.reshape(rows, -1, self.value_BTP.shape[2])
+        return IndexedRows.compress(index, value, self.vocabulary)
+
+    def settle(self) -> IndexedRows:
+        return self
+
 
 @dataclasses.dataclass(frozen=True)
 class TiedSum:
@@ -348,6 +373,12 @@ class TiedSum:
 
     def dense(self) -> Tensor:
         return self.outer.dense() + self.rows.dense()
+
+    def regroup(self, rows: int) -> TiedSum:
+        return TiedSum(self.outer.regroup(rows), self.rows.regroup(rows))
+
+    def settle(self) -> TiedSum:
+        return self
 
 
 def _tied_inner_product(a_BSD: Tensor, g_BSV: Tensor, h_BTD: Tensor, index_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 _COARSE_TOLERANCE = 2e-3
+_NEGLIGIBLE = 1e-4
 _LOSSES_WITH_WEIGHTS = (
     F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.multi_margin_loss,
 )  # fmt: skip
@@ -58,7 +59,7 @@ class FirstMicrobatch:
         managed: frozenset[int],
     ) -> None:
         self._root, self.rows = root, rows
-        self.norm_B: Tensor | None = None
+        self._norm_sq: list[dict[str, Tensor]] = []
         # Copies: the program may fill the same tensors with the next microbatch.
         self._args, self._kwargs = tree_map(_copy, args), tree_map(_copy, kwargs)
         self._device = device
@@ -85,27 +86,37 @@ class FirstMicrobatch:
             pairs = [(tensors[i], change(grad)) for i, grad in self._output_grads.items() if i < len(tensors)]
             torch.autograd.backward([x for x, _ in pairs], [grad for _, grad in pairs])
 
-    def compare(self, norm_B: Tensor, dtype: torch.dtype) -> bool:
-        """Raises UnsupportedModelError if the norm of a row whose inputs stayed has moved.
+    def measured(self, norm_sq: dict[str, Tensor]) -> None:
+        """Squared norms ``[B]`` of the rows' gradients of each parameter: as run first, then as rerun."""
+        self._norm_sq.append(norm_sq)
+
+    @property
+    def was_measured(self) -> bool:
+        return bool(self._norm_sq)
+
+    def compare(self, dtype: torch.dtype) -> bool:
+        """Raises UnsupportedModelError if a norm of a row whose inputs stayed has moved, for any parameter.
 
         Returns whether it could have shown: some row was really exchanged, and another one has a gradient.
         """
-        assert self.norm_B is not None
-        dtype = torch.bfloat16 if self._autocast else dtype
-        before, after = self.norm_B[::2], norm_B[::2]
-        scale = torch.maximum(before, after).clamp(min=1e-30)
-        moved = (before - after).abs() / scale > _TOLERANCE.get(dtype, _COARSE_TOLERANCE)
-        if self.rows > 1 and bool((moved & before.isfinite() & after.isfinite()).any()):
-            row = 2 * int(moved.nonzero()[0])
-            raise UnsupportedModelError(
-                f"Row {row}'s gradient changed (norm {float(self.norm_B[row]):.4g} -> {float(norm_B[row]):.4g}) when "
-                "only other rows' inputs were exchanged, so clipping a row does not bound its influence. Look for "
-                "statistics over the batch, a loss inside the model that averages over all valid tokens, or a layer "
-                "whose first dimension is not the batch (positions without a batch dimension)"
-            )
-
-        told = before.isfinite() & after.isfinite() & (before > 0)
-        return self.rows > 1 and bool(told.any()) and self._something_was_exchanged()
+        before, after = ({name: x[::2].sqrt() for name, x in norm_sq.items()} for norm_sq in self._norm_sq[-2:])
+        tolerance = _TOLERANCE.get(torch.bfloat16 if self._autocast else dtype, _COARSE_TOLERANCE)
+        total = torch.stack([x.nan_to_num(0, 0, 0) for x in (*before.values(), *after.values())]).norm(dim=0)
+        zeros = torch.zeros_like(total)
+        for name in sorted(before.keys() | after.keys()) if self.rows > 1 else ():
+            old, new = before.get(name, zeros), after.get(name, zeros)
+            # A gradient that is zero but for rounding may well round to something else.
+            scale = torch.maximum(torch.maximum(old, new), _NEGLIGIBLE * total)
+            moved = ((old - new).abs() > tolerance * scale) & old.isfinite() & new.isfinite()
+            if bool(moved.any()):
+                row = int(moved.nonzero()[0])
+                raise UnsupportedModelError(
+                    f"Row {2 * row}'s gradient of '{name}' changed (norm {float(old[row]):.4g} -> {float(new[row]):.4g}) "
+                    "when only other rows' inputs were exchanged, so clipping a row does not bound its influence. Look for "
+                    "statistics over the batch, a loss inside the model that averages over all valid tokens, or a layer "
+                    "whose input does not have the batch as its first dimension (positions without a batch dimension)"
+                )
+        return self.rows > 1 and bool((total > 0).any()) and self._something_was_exchanged()
 
     def _something_was_exchanged(self) -> bool:
         inputs = [x for x in tree_leaves((self._args, self._kwargs)) if isinstance(x, Tensor)]

@@ -16,32 +16,39 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
+from fsdp_dp.records import Call
 
-Report = Callable[[Tensor, Tensor], None]
+Report = Callable[[Call, tuple[Tensor, ...], tuple[Tensor | None, ...]], None]
 
 
 class _Tap(torch.autograd.Function):
-    """Identity on ``output``. The anchor is a leaf that requires grad, so an embedding's output does as well."""
+    """Identity on the first ``outputs`` of ``tensors``, the layer's outputs; the rest are the inputs that it keeps.
+
+    The anchor is a leaf that requires grad, so an embedding's output does as well.
+    """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, layer_input: Tensor, anchor: Tensor, report: Report) -> Tensor:
-        ctx.save_for_backward(layer_input)
-        ctx.report = report
-        return output.detach()
+    def forward(
+        ctx: Any, anchor: Tensor, call: Call, report: Report, outputs: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors[outputs:])
+        ctx.set_materialize_grads(False)
+        ctx.call, ctx.report = call, report
+        return tuple(x.detach() for x in tensors[:outputs])
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        (layer_input,) = ctx.saved_tensors
-        ctx.report(layer_input.detach(), grad_output)
-        return grad_output, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        ctx.report(ctx.call, tuple(x.detach() for x in inputs), grads)
+        return None, None, None, None, *grads, *(None for _ in inputs)
 
 
 class _Boundary(torch.autograd.Function):
@@ -81,11 +88,17 @@ class Taps:
 
     Args:
         layers: canonical name -> module.
-        start: called with the layer's name, input and output in forward; returns what to do in backward.
+        keeps: whether a layer's record needs all that the layer was given, or its first input alone.
+        start: called with the layer's name in forward; returns what to do in backward.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], start: Callable[[str], Report]) -> None:
-        self._start = start
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        keeps: Callable[[nn.Module], Literal["first", "all"]],
+        start: Callable[[str], Report],
+    ) -> None:
+        self._start, self._keeps = start, keeps
         self._anchor = torch.zeros((), requires_grad=True)
         self.running: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
@@ -104,7 +117,7 @@ class Taps:
         self.running.append(module)
 
     def _leave(self, name: str) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self.running and self.running[-1] is module:
                 self.running.pop()
             if output is None or not torch.is_grad_enabled():
@@ -114,8 +127,15 @@ class Taps:
                     f"Layer '{name}': a forward hook was put before the engine's (prepend=True), so what the engine would "
                     "see is not the layer's own output. Register it without prepend, or before make_private"
                 )
-            layer_input = args[0] if args else next(iter(kwargs.values()))
-            return _Tap.apply(output, layer_input, self._anchor, self._start(name))  # type: ignore[no-any-return]
+            call, inputs = Call.of(args, kwargs, first_only=self._keeps(module) == "first")
+            leaves, spec = tree_flatten(output)
+            tapped = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
+            outputs = [leaves[i] for i in tapped]
+            for i, x in zip(
+                tapped, _Tap.apply(self._anchor, call, self._start(name), len(outputs), *outputs, *inputs), strict=True
+            ):
+                leaves[i] = x
+            return tree_unflatten(leaves, spec)
 
         return hook
 

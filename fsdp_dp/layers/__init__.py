@@ -5,15 +5,27 @@ works while FSDP has them resharded. Adding a layer is one file: write the rule,
 """
 
 from fsdp_dp.layers import embedding, linear, normalization
-from fsdp_dp.layers.registry import Rule, has_rule, layer_rule, refusal, rule_for, supported, unknown_parameters
+from fsdp_dp.layers.registry import (
+    Rule,
+    has_rule,
+    keeps,
+    layer_rule,
+    per_sample_gradients,
+    refusal,
+    rule_for,
+    supported,
+    unknown_parameters,
+)
 
 __all__ = [
     "Rule",
     "embedding",
     "has_rule",
+    "keeps",
     "layer_rule",
     "linear",
     "normalization",
+    "per_sample_gradients",
     "refusal",
     "rule_for",
     "supported",

@@ -19,7 +19,7 @@ def linear(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> d
     a_BTD, g_BTP = positions(a), positions(g)
     out: dict[str, PerSampleGradient] = {}
     if "weight" in wanted:
-        out["weight"] = OuterProduct(a_BTD, g_BTP).settle()
+        out["weight"] = OuterProduct(a_BTD, g_BTP)
     if "bias" in wanted:
         out["bias"] = Materialized(g_BTP.sum(1, dtype=accumulate_dtype(g.dtype)))
     return out

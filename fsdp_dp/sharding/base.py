@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fsdp_dp.gradients import NormTerms
+from fsdp_dp.records import Record
 
 _WRAPPER_PREFIXES = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
@@ -119,9 +120,9 @@ class ShardedModel(abc.ABC):
     def publish(self, parameter: ManagedParameter, gradient: Tensor) -> None:
         """Set the optimizer-visible ``.grad`` from a flat local gradient."""
 
-    def localize(self, name: str, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    def localize(self, name: str, record: Record) -> Record:
         """The local parts of a layer's record."""
-        return a, g
+        return record
 
     def sum_split_norms(self, split: NormTerms, whole: NormTerms) -> NormTerms:
         """Norms over all of a row's gradient. Here a rank holds whole layers, so its norms are already complete."""

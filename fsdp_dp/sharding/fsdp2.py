@@ -18,6 +18,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from fsdp_dp.gradients import NormTerms
 from fsdp_dp.numerics import accumulate_dtype
+from fsdp_dp.records import Record
 from fsdp_dp.sharding.base import (
     ManagedParameter,
     Region,
@@ -103,10 +104,12 @@ class Fsdp2Model(ShardedModel):
         # The parameter's own layout; `DTensor.from_local` would derive it again, 40 us for each of hundreds.
         p.grad = DTensor(local, p._spec, requires_grad=False)  # type: ignore[call-arg]
 
-    def localize(self, name: str, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        if not isinstance(a, DTensor) and not isinstance(g, DTensor):
-            return a, g
-        return _local(name, "input", a), _local(name, "output gradient", g)
+    def localize(self, name: str, record: Record) -> Record:
+        if not any(isinstance(x, DTensor) for x in (*record.inputs, *record.grads)):
+            return record
+        inputs = tuple(_local(name, "input", x) for x in record.inputs)
+        grads = tuple(None if x is None else _local(name, "output gradient", x) for x in record.grads)
+        return Record(record.call, inputs, grads)
 
     def sum_split_norms(self, split: NormTerms, whole: NormTerms) -> NormTerms:
         """Add the squared norms of split parameters over the tensor-parallel ranks; count replicated ones once.

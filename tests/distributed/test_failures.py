@@ -82,7 +82,7 @@ SCRIPT = """
 
 MESSAGES = {
     "user code": "ArithmeticError: no luck between forward and backward",
-    "tap": "Layer 'second': its input has shape (1, 4), but the microbatch has 4 rows",
+    "tap": "Layer 'second': its input has shape (1, 4)",
     "mask": "The mask has shape (3,), but the model's first input has 4 rows",
 }
 

@@ -253,7 +253,7 @@ def test_a_parameter_that_the_rule_does_not_know_is_named() -> None:
 
 def test_a_new_layer_is_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """And covers exactly its type, not subclasses."""
-    for table in ("_RULES", "_CHECKS", "_PARAMETERS"):
+    for table in ("_ENTRIES",):
         monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
 
     class Scale(nn.Module):

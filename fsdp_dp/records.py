@@ -1,0 +1,114 @@
+"""What a tap keeps of one call of a layer, and how its tensors are told apart by row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """How a layer was called, without its tensors: these travel through ``save_for_backward``.
+
+    ``leaves`` and ``spec`` are the flattened ``(args, kwargs)``, with ``places`` of the tensors that were taken out.
+    """
+
+    leaves: tuple[Any, ...]
+    spec: TreeSpec | None
+    places: tuple[int, ...]
+    autocast: tuple[bool, torch.dtype] | None = None
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any], *, first_only: bool) -> tuple[Call, list[Tensor]]:
+        """The call and its tensors, or just the first argument for layers whose rule needs no more."""
+        if first_only:
+            return _FIRST, [args[0] if args else next(iter(kwargs.values()))]
+        leaves, spec = tree_flatten((args, kwargs))
+        places = tuple(i for i, x in enumerate(leaves) if isinstance(x, Tensor))
+        tensors = [leaves[i] for i in places]
+        kind = tensors[0].device.type if tensors else "cpu"
+        autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        rest = tuple(None if i in places else x for i, x in enumerate(leaves))
+        return Call(rest, spec, places, autocast), tensors
+
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` again, with these tensors."""
+        assert self.spec is not None
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        return tree_unflatten(leaves, self.spec)  # type: ignore[no-any-return]
+
+
+_FIRST = Call((), None, ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One call of a layer: what it was given, and the gradient with respect to each of its floating-point outputs.
+
+    ``grads`` has None for an output that the loss does not use.
+    """
+
+    call: Call
+    inputs: tuple[Tensor, ...]
+    grads: tuple[Tensor | None, ...]
+
+    @property
+    def a(self) -> Tensor:
+        """The layer's first input."""
+        return self.inputs[0]
+
+    @property
+    def g(self) -> Tensor:
+        """The gradient of its only output."""
+        (grad,) = self.grads
+        assert grad is not None
+        return grad
+
+    def arranged(self, layout: Layout) -> Record:
+        """The same with rows (or entries of rows) in front, where the rule looks for them."""
+        if layout != "second" or self.call.spec is not None:
+            return self
+        return Record(self.call, (self.a.transpose(0, 1),), (self.g.transpose(0, 1),))
+
+
+Layout = Literal["rows", "merged", "second"]
+"""Where the rows of a record's tensors are.
+
+* ``rows``    dimension 0 is the row;
+* ``merged``  dimension 0 counts ``k`` entries of the first row, then ``k`` of the second, ... (windows, patches, tokens);
+* ``second``  dimension 1 is the row (sequence first).
+"""
+
+
+def layout_of(shapes: Sequence[torch.Size], rows: int) -> Layout | None:
+    """The layout that shapes of a record suggest, None if there is none.
+
+    It is a guess that the engine verifies before the first release (see `independence`), and keeps from then on.
+    """
+    if all(len(shape) > 0 and shape[0] == rows for shape in shapes):
+        return "rows"
+    if all(len(shape) > 2 and shape[1] == rows for shape in shapes):
+        return "second"
+    if (
+        len({shape[0] if shape else 0 for shape in shapes}) == 1
+        and shapes[0]
+        and shapes[0][0] % rows == 0 < shapes[0][0]
+    ):
+        return "merged"
+    return None
+
+
+def fits(layout: Layout, shapes: Sequence[torch.Size], rows: int) -> bool:
+    """Whether tensors of these shapes can have their rows so."""
+    if layout == "rows":
+        return all(len(shape) > 0 and shape[0] == rows for shape in shapes)
+    if layout == "second":
+        return all(len(shape) > 2 and shape[1] == rows for shape in shapes)
+    return all(len(shape) > 0 and shape[0] == shapes[0][0] and shape[0] % rows == 0 for shape in shapes)
