@@ -8,23 +8,29 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
-from fsdp_dp.layers import refusal, unknown_parameters
+from fsdp_dp.layers import has_rule, refusal, unknown_parameters
 from fsdp_dp.records import Layout, Record, fits, layout_of
 from fsdp_dp.sharding.base import ShardedModel, canonical_name
+from fsdp_dp.taps import Bare
 
 
-def tapped_layers(model: ShardedModel) -> dict[str, nn.Module]:
-    """Canonical name -> layer, for every layer that owns a managed parameter.
+def tapped_layers(model: ShardedModel) -> tuple[dict[str, nn.Module], list[Bare]]:
+    """Canonical name -> layer, for every layer that owns a managed parameter; and the parameters outside of layers.
 
     Raises:
         UnsupportedModelError: naming every module that cannot be exact, why, and what to do.
     """
-    layers, problems = {}, []
+    layers: dict[str, nn.Module] = {}
+    bare: list[Bare] = []
+    problems = []
     owners = {module: [a for m, a in model.names if m is module] for module, _ in model.names}
     for module_name, module in model.root.named_modules():
         if module not in owners and not _is_training_batch_norm(module):
             continue
         name = canonical_name(module_name + ".").rstrip(".")
+        if not has_rule(module) and (isinstance(module, _CONTAINERS) or next(module.children(), None) is not None):
+            bare += [Bare(model.names[module, attribute], module, attribute) for attribute in owners[module]]
+            continue
         layers[name] = module
         reason = refusal(module) or unknown_parameters(module, owners.get(module, []))
         if reason is not None:
@@ -34,7 +40,10 @@ def tapped_layers(model: ShardedModel) -> dict[str, nn.Module]:
         raise UnsupportedModelError("This model cannot be made private exactly:\n" + "\n".join(problems))
     if not model.parameters:
         raise UnsupportedModelError("The model has no trainable parameter (all have requires_grad=False)")
-    return layers
+    return layers, bare
+
+
+_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 
 
 def _is_training_batch_norm(module: nn.Module) -> bool:
@@ -117,8 +126,7 @@ class RowLayouts:
             raise UnsupportedModelError(
                 f"Layer '{layer}': its {'input' if inputs else 'output'} has shape {tuple(shapes[0])} and its output "
                 f"gradient {tuple(shapes[-1])}, but the microbatch has {rows} rows, so its gradient cannot be told apart "
-                "by row. Give every layer an input whose first dimension is the batch (for position ids: "
-                "torch.arange(T).expand(batch, T))"
+                "by row. Give every layer an input that has the batch as its first dimension"
             )
         if not self.verified:
             seen.add(guess)

@@ -16,12 +16,13 @@ import dataclasses
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -38,18 +39,27 @@ from fsdp_dp.coverage import (
     unmark_attached,
 )
 from fsdp_dp.errors import BudgetExceededError, NoEpsilonWarning, PrivacyError, UnsupportedModelError
-from fsdp_dp.gradients import NormTerms, PerSampleGradient, combine, total_norm_terms, weighted_sums
+from fsdp_dp.gradients import Materialized, NormTerms, PerSampleGradient, combine, total_norm_terms, weighted_sums
 from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
 from fsdp_dp.kernels.release import Segment, privatize_all_
 from fsdp_dp.layers import keeps, per_sample_gradients
-from fsdp_dp.numerics import UN_NOISED_MARGIN, exact_arithmetic
+from fsdp_dp.numerics import UN_NOISED_MARGIN, accumulate_dtype, exact_arithmetic
 from fsdp_dp.optimizer_gate import OptimizerGate
-from fsdp_dp.records import Record
+from fsdp_dp.records import NO_CALL, Call, Record
 from fsdp_dp.sampling import LogicalBatchLoader
 from fsdp_dp.sharding import open_model
+from fsdp_dp.shared_values import Meetings, SharedValue, is_marked
 from fsdp_dp.summary import describe
-from fsdp_dp.taps import FreezeWindow, Report, Taps, at_end_of_backward, recomputing, with_boundary
+from fsdp_dp.taps import (
+    FreezeWindow,
+    Report,
+    SharedParameters,
+    Taps,
+    at_end_of_backward,
+    recomputing,
+    with_boundary,
+)
 from fsdp_dp.watch import FirstForward, buffer_versions
 
 _MECHANISM = (
@@ -75,6 +85,7 @@ class _Microbatch:
     uses: dict[str, list[PerSampleGradient]] = dataclasses.field(default_factory=dict)
     taps: Counter[str] = dataclasses.field(default_factory=Counter)
     entered: bool = False
+    recording: bool = False
     done: bool = False
 
 
@@ -99,7 +110,8 @@ class PrivacyEngine:
         self.privacy = privacy
         refuse_attached(model)
         self.model = open_model(model)
-        self.layers = tapped_layers(self.model)
+        self.layers, bare = tapped_layers(self.model)
+        self.bare_parameters = [p.name for p in bare]
         self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.dtype = self.model.parameters[0].accumulator.dtype
         self.noise_multiplier = self._agree_on_noise_multiplier()
@@ -133,7 +145,10 @@ class PrivacyEngine:
         self.nonfinite_rows = torch.zeros((), dtype=torch.int64, device=self.model.device)
 
         self._window = FreezeWindow(handles, self._refusals_poison)
-        self._taps = Taps(self.layers, keeps, self._start_record)
+        self._taps = Taps(self.layers, keeps, self._start_record, self._share_output)
+        self._shared_parameters = SharedParameters(bare, self._is_sharing, self._share_parameter)
+        self._meetings = Meetings()
+        self._same_for_all_rows: set[str] = set()
         self._layouts = RowLayouts()
         self._watch: FirstForward | None = None
         self._watched: set[tuple[bool, ...]] = set()
@@ -292,6 +307,7 @@ class PrivacyEngine:
         self.discard()
         self._poisoned = "the engine was detached from its model"
         self._taps.remove()
+        self._shared_parameters.remove()
         self._window.remove()
         self._gate.remove()
         unmark_attached(self.layers.values())
@@ -422,8 +438,9 @@ class PrivacyEngine:
             )
         modes = tuple(m.training for m in module.modules())
         if modes not in self._watched or self._buffers_moved():
-            self._watch = FirstForward(module, self.model.names, self._taps.running)
+            self._watch = FirstForward(module, self.model.names, self._taps.running, (args, kwargs))
             self._watch.__enter__()
+        self._meetings.rows, self._meetings.learning = self._current.rows, self._watch is not None
 
     def _check_before_forward(self) -> None:
         self._raise_if_poisoned()
@@ -452,7 +469,7 @@ class PrivacyEngine:
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self._in_forward or recomputing():
             return None
-        self._in_forward = False
+        self._in_forward = self._meetings.learning = False
         self._taps.running.clear()
         watch, self._watch = self._watch, None
         if watch is not None:
@@ -509,14 +526,73 @@ class PrivacyEngine:
         microbatch = self._current
         if recomputing():
             return self._recomputed(microbatch, layer)
+        self._require_forward(layer)
+        assert microbatch is not None
+        microbatch.taps[layer] += 1
+        return lambda call, inputs, grads: self._record(microbatch, layer, Record(call, inputs, grads))
+
+    def _require_forward(self, layer: str) -> None:
         with self._refusals_poison():
-            if not self._in_forward or microbatch is None:
+            if not self._in_forward or self._current is None:
                 raise PrivacyError(
                     f"Layer '{layer}' was called outside the model's own forward, where its gradient cannot be clipped "
                     "with the rest of the row; call it inside model.forward, or under torch.no_grad()"
                 )
-        microbatch.taps[layer] += 1
-        return lambda call, inputs, grads: self._record(microbatch, layer, Record(call, inputs, grads))
+
+    def _share_output(self, layer: str, inputs: Sequence[Tensor]) -> Callable[[Tensor], SharedValue] | None:
+        """How to carry a layer's output if its inputs are the same for all rows, such as position ids without a batch.
+
+        Found out in the first forward, where tensors that descend from the rows are marked. Ids that the program expanded
+        to the batch itself have rows already.
+        """
+        if any(isinstance(x, SharedValue) for x in inputs):
+            return self._sharing(layer)
+        if self._meetings.learning and not any(map(is_marked, inputs)) and not self._has_equal_rows(inputs):
+            self._same_for_all_rows.add(layer)
+        return self._sharing(layer) if layer in self._same_for_all_rows else None
+
+    def _has_equal_rows(self, inputs: Sequence[Tensor]) -> bool:
+        rows = self._meetings.rows
+        return rows > 1 and all(x.ndim > 1 and x.shape[0] == rows and bool((x == x[:1]).all()) for x in inputs)
+
+    def _sharing(self, owner: str) -> Callable[[Tensor], SharedValue]:
+        rows = self._meetings.rows
+        return lambda x: SharedValue(x.expand(rows, *x.shape), owner, self._meetings)
+
+    def _is_sharing(self) -> bool:
+        """Whether the program that reads a bare parameter now is the model's training forward, or a part run again."""
+        return torch.is_grad_enabled() and (self._in_forward or recomputing())
+
+    def _share_parameter(self, name: str, parameter: Tensor) -> SharedValue:
+        """A bare parameter, carried once a row behind a tap."""
+        if isinstance(parameter, DTensor):
+            raise UnsupportedModelError(
+                f"Parameter '{name}' on a module with children is a DTensor in forward (tensor parallelism); move it into "
+                "a layer of its own"
+            )
+        microbatch = self._current
+        if recomputing():
+            report = self._recomputed(microbatch, name)
+        else:
+            self._require_forward(name)
+            assert microbatch is not None
+            microbatch.taps[name] += 1
+            report = self._shared_report(microbatch, name)
+        with torch._C.DisableTorchFunction():  # no use of the parameter that the watch should look at
+            expanded = parameter.detach().expand(self._meetings.rows, *parameter.shape)
+        (per_row,) = self._taps.through(NO_CALL, report, [expanded], [])
+        return SharedValue(per_row, name, self._meetings)
+
+    def _shared_report(self, microbatch: _Microbatch, name: str) -> Report:
+        def report(call: Call, inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
+            self._start_recording(microbatch)
+            if grads[0] is not None:
+                self._note_dtypes(microbatch, grads)
+                g_B = grads[0].reshape(microbatch.rows, *(grads[0].shape[1:] or (1,)))
+                gradient = Materialized(g_B.to(accumulate_dtype(g_B.dtype)))
+                microbatch.uses.setdefault(name, []).append(gradient)
+
+        return report
 
     def _recomputed(self, microbatch: _Microbatch | None, layer: str) -> Report:
         """Activation checkpointing calls a layer again: the tap of the first call reports, this one is idle."""
@@ -544,15 +620,25 @@ class PrivacyEngine:
             self._poisoned = "the last backward did not finish"
             self._window.close()
 
-    def _record(self, microbatch: _Microbatch, layer: str, record: Record) -> None:
+    def _start_recording(self, microbatch: _Microbatch) -> None:
         self._enter_backward(microbatch)
-        if not microbatch.uses:
+        if not microbatch.recording:
+            microbatch.recording = True
             at_end_of_backward(self._finish_backward)
+
+    @staticmethod
+    def _note_dtypes(microbatch: _Microbatch, grads: Sequence[Tensor | None]) -> None:
+        dtypes = [grad.dtype for grad in grads if grad is not None]
+        microbatch.narrowest = min(microbatch.narrowest, *dtypes, key=lambda dtype: dtype.itemsize)
+
+    def _record(self, microbatch: _Microbatch, layer: str, record: Record) -> None:
+        self._start_recording(microbatch)
+        if all(grad is None for grad in record.grads):
+            return
         module, names = self.layers[layer], self._attributes[self.layers[layer]]
         record = self.model.localize(layer, record)
         layout = self._layouts.of(layer, record, microbatch.rows)
-        dtypes = [grad.dtype for grad in record.grads if grad is not None]
-        microbatch.narrowest = min(microbatch.narrowest, *dtypes, key=lambda dtype: dtype.itemsize)
+        self._note_dtypes(microbatch, record.grads)
         with exact_arithmetic(self.model.device):
             for attribute, gradient in per_sample_gradients(module, record.arranged(layout), frozenset(names)).items():
                 of_rows = gradient.regroup(microbatch.rows) if layout == "merged" else gradient

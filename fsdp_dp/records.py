@@ -45,7 +45,7 @@ class Call:
         return tree_unflatten(leaves, self.spec)  # type: ignore[no-any-return]
 
 
-_FIRST = Call((), None, ())
+_FIRST = NO_CALL = Call((), None, ())
 
 
 @dataclasses.dataclass(frozen=True)

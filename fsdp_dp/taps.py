@@ -13,8 +13,10 @@ Three mechanisms, each independent of what is recorded:
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -25,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.records import Call
+from fsdp_dp.shared_values import SharedValue, unwrapped
 
 Report = Callable[[Call, tuple[Tensor, ...], tuple[Tensor | None, ...]], None]
 
@@ -90,6 +93,8 @@ class Taps:
         layers: canonical name -> module.
         keeps: whether a layer's record needs all that the layer was given, or its first input alone.
         start: called with the layer's name in forward; returns what to do in backward.
+        share: called with the layer's name and inputs; a function that makes an output `SharedValue`, for inputs that
+            are the same for all rows, else None.
     """
 
     def __init__(
@@ -97,8 +102,9 @@ class Taps:
         layers: Mapping[str, nn.Module],
         keeps: Callable[[nn.Module], Literal["first", "all"]],
         start: Callable[[str], Report],
+        share: Callable[[str, Sequence[Tensor]], Callable[[Tensor], SharedValue] | None],
     ) -> None:
-        self._start, self._keeps = start, keeps
+        self._start, self._keeps, self._share = start, keeps, share
         self._anchor = torch.zeros((), requires_grad=True)
         self.running: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
@@ -112,6 +118,12 @@ class Taps:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def through(
+        self, call: Call, report: Report, outputs: Sequence[Tensor], inputs: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """``outputs`` behind a tap that keeps ``inputs``."""
+        return _Tap.apply(self._anchor, call, report, len(outputs), *outputs, *inputs)  # type: ignore[no-any-return]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.running.append(module)
@@ -127,17 +139,84 @@ class Taps:
                     f"Layer '{name}': a forward hook was put before the engine's (prepend=True), so what the engine would "
                     "see is not the layer's own output. Register it without prepend, or before make_private"
                 )
+            report = self._start(name)
             call, inputs = Call.of(args, kwargs, first_only=self._keeps(module) == "first")
             leaves, spec = tree_flatten(output)
             tapped = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
+            share = self._share(name, inputs)
+            if share is not None:
+                inputs = [x if isinstance(x, SharedValue) else share(x) for x in inputs]
+                leaves = [
+                    share(x) if i in tapped and not isinstance(x, SharedValue) else x for i, x in enumerate(leaves)
+                ]
             outputs = [leaves[i] for i in tapped]
-            for i, x in zip(
-                tapped, _Tap.apply(self._anchor, call, self._start(name), len(outputs), *outputs, *inputs), strict=True
-            ):
-                leaves[i] = x
+            through = self.through(call, report, unwrapped(outputs), unwrapped(inputs))
+            for i, x in zip(tapped, through, strict=True):
+                leaves[i] = leaves[i].with_rows(x) if isinstance(leaves[i], SharedValue) else x
             return tree_unflatten(leaves, spec)
 
         return hook
+
+
+@dataclasses.dataclass(frozen=True)
+class Bare:
+    """A parameter outside of every layer: on a module that has children, or in a `ParameterList`."""
+
+    name: str
+    owner: nn.Module
+    attribute: str
+
+
+class SharedParameters:
+    """Bare parameters look like shared values to the program, wherever it reads them while ``active``.
+
+    Their modules get a subclass of their class with a property for each: that also answers when only a part of a module's
+    forward is run again, by activation checkpointing. FSDP, which moves parameters around, reads and writes what is there.
+    """
+
+    def __init__(
+        self, bare: Sequence[Bare], active: Callable[[], bool], share: Callable[[str, Tensor], SharedValue]
+    ) -> None:
+        self._classes: dict[nn.Module, type[nn.Module]] = {}
+        owners: dict[nn.Module, dict[str, Any]] = {}
+        for p in bare:
+            owners.setdefault(p.owner, {})[p.attribute] = _shared_attribute(p.name, p.attribute, active, share)
+        for owner, attributes in owners.items():
+            kind = self._classes[owner] = type(owner)
+            owner.__class__ = type(kind.__name__, (kind,), {**attributes, "__module__": kind.__module__})
+
+    def remove(self) -> None:
+        for owner, kind in self._classes.items():
+            owner.__class__ = kind
+
+
+def _shared_attribute(
+    name: str, attribute: str, active: Callable[[], bool], share: Callable[[str, Tensor], SharedValue]
+) -> property:
+    def read(module: nn.Module) -> Any:
+        value = raw_attribute(module, attribute)
+        if value is _ABSENT:
+            raise AttributeError(attribute)
+        by_fsdp = "/torch/distributed/" in sys._getframe(1).f_code.co_filename.replace("\\", "/")
+        if by_fsdp or not isinstance(value, Tensor) or isinstance(value, SharedValue) or not active():
+            return value
+        return share(name, value)
+
+    def write(module: nn.Module, value: Any) -> None:
+        module.__dict__[attribute] = value  # parameters go to nn.Module's own registry and do not come here
+
+    def delete(module: nn.Module) -> None:
+        del module.__dict__[attribute]
+
+    return property(read, write, delete)
+
+
+def raw_attribute(module: nn.Module, attribute: str) -> Any:
+    """What a module holds under a parameter's name, shared values aside: FSDP1 puts views beside the registry."""
+    return module.__dict__.get(attribute, module._parameters.get(attribute, _ABSENT))
+
+
+_ABSENT = object()
 
 
 class FreezeWindow:

@@ -16,27 +16,28 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fsdp_dp.errors import UnsupportedModelError
+from fsdp_dp.shared_values import METADATA, SharedValue, function_name, is_marked, mark_rows
+from fsdp_dp.taps import raw_attribute
 
 Site = tuple[nn.Module, str]
-
-_METADATA = frozenset(
-    "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cuda is_cpu is_meta is_sparse is_quantized "
-    "is_mkldnn is_nested is_xla is_mps names itemsize nbytes _version output_nr size dim numel nelement stride "
-    "element_size is_floating_point is_complex is_contiguous data_ptr untyped_storage storage_offset __len__ __hash__ "
-    "__repr__ __format__ get_device requires_grad_ is_inference _backward_hooks __deepcopy__".split()
-)
 
 
 class FirstForward(TorchFunctionMode):
     """Active during the first training forward of the root; `verify` is called at its end.
+
+    It also marks what descends from ``inputs``, the rows' data (see `shared_values`).
 
     Args:
         sites: (module, attribute) -> canonical name, for every managed parameter.
         running: the stack of layers whose forward is running now.
     """
 
-    def __init__(self, root: nn.Module, sites: Mapping[Site, str], running: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, root: nn.Module, sites: Mapping[Site, str], running: Sequence[nn.Module], inputs: Any = ()
+    ) -> None:
         super().__init__()
+        for tensor in _tensors((inputs,), {}):
+            mark_rows(tensor)
         self._root, self._sites, self._running = root, sites, running
         self._shapes: set[tuple[int, ...]] | None = None
         self._buffers: dict[str, Tensor] = {}
@@ -50,10 +51,17 @@ class FirstForward(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _name(func) not in _METADATA:
-            for tensor in _tensors(args, kwargs):
+        if function_name(func) in METADATA:
+            return func(*args, **kwargs)
+        tensors = list(_tensors(args, kwargs))
+        for tensor in tensors:
+            if not isinstance(tensor, SharedValue):
                 self._check_use(tensor, func)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if any(map(is_marked, tensors)):
+            for tensor in _tensors((result,), {}):
+                mark_rows(tensor)
+        return result
 
     def _check_use(self, tensor: Tensor, func: Callable[..., Any]) -> None:
         owners = [(module, name) for (module, attribute), name in self._sites.items() if _is(module, attribute, tensor)]
@@ -62,8 +70,8 @@ class FirstForward(TorchFunctionMode):
         if _called_from_torch_distributed():
             return
         raise UnsupportedModelError(
-            f"Parameter '{owners[0][1]}' is used by {_name(func)} outside its own layer's forward, so that part of its "
-            "gradient would escape clipping. Call the layer itself, or wrap this use in a supported layer"
+            f"Parameter '{owners[0][1]}' is used by {function_name(func)} outside its own layer's forward, so that part of "
+            "its gradient would escape clipping. Call the layer itself, or wrap this use in a supported layer"
         )
 
     def verify(self) -> None:
@@ -87,12 +95,7 @@ def buffer_versions(root: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _is(module: nn.Module, attribute: str, tensor: Tensor) -> bool:
-    return getattr(module, attribute, None) is tensor
-
-
-def _name(func: Callable[..., Any]) -> str:
-    name = getattr(func, "__name__", str(func))
-    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
+    return raw_attribute(module, attribute) is tensor
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

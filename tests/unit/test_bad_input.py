@@ -113,9 +113,17 @@ def test_every_unsupported_module_is_named() -> None:
     assert "'0'" not in message
 
 
-def test_parameter_on_a_module_with_children() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'Scaled' \(parameters:? scale\).*no layer rule.*supported: "):
-        make_private(Scaled(), config())
+def test_bare_parameter_used_in_a_way_that_is_not_known() -> None:
+    class Solved(Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cumsum(self.inner(x) * self.scale, 1) + torch.outer(x[:, 0], self.scale.expand(OUTPUTS))
+
+    subject = private(Solved().double())
+    with (
+        nothing_released(subject),
+        pytest.raises(UnsupportedModelError, match=r"'scale' is used by outer.*wrap that use"),
+    ):
+        subject.backward(rows())
 
 
 def test_parameter_that_a_layers_rule_does_not_know() -> None:
@@ -451,16 +459,16 @@ def test_reentrant_checkpointing() -> None:
 
 
 def test_layer_whose_input_is_not_one_row_for_each_of_the_batch() -> None:
-    class Positions(nn.Module):
+    class Middle(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.lin, self.position = nn.Linear(INPUTS, OUTPUTS).double(), nn.Embedding(4, OUTPUTS).double()
+            self.lin, self.middle = nn.Linear(INPUTS, OUTPUTS).double(), nn.Linear(INPUTS, OUTPUTS).double()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.lin(x) + self.position(torch.zeros(1, dtype=torch.long))
+            return self.lin(x) + self.middle(x.mean(0, keepdim=True))
 
-    subject = private(Positions())
-    with nothing_released(subject), pytest.raises(UnsupportedModelError, match=r"'position'.*8 rows.*expand"):
+    subject = private(Middle())
+    with nothing_released(subject), pytest.raises(UnsupportedModelError, match=r"'middle'.*8 rows.*first dimension"):
         subject.backward(rows())
 
 

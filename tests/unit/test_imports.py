@@ -18,7 +18,18 @@ INDEX = "__init__"  # `fsdp_dp` itself: the public names
 # Lowest first. A module imports from its own row and from the rows above it.
 ORDER = (
     ("config", "errors", "accounting"),  # no torch
-    ("numerics", "chacha", "noise", "sampling", "records", "gradients", "kernels", "layers", "clipping"),  # pure
+    (
+        "numerics",
+        "chacha",
+        "noise",
+        "sampling",
+        "records",
+        "gradients",
+        "kernels",
+        "layers",
+        "clipping",
+        "shared_values",
+    ),  # pure
     ("taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),
     ("engine", "summary"),
     ("wrapper", "checkpoint"),

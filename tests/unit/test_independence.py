@@ -142,18 +142,10 @@ def test_a_loss_that_couples_rows_is_refused(loss_of: Any) -> None:
         train(Decoder(), loss_of)
 
 
-@pytest.mark.parametrize(
-    ("kind", "loss_of"), [("batch statistics", rows), ("mean inside", inside), ("bare positions", rows)]
-)
+@pytest.mark.parametrize(("kind", "loss_of"), [("batch statistics", rows), ("mean inside", inside)])
 def test_a_model_that_couples_rows_is_refused(kind: str, loss_of: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=r"Row \d|rows"):
         train(Decoder(kind), loss_of)
-
-
-def test_positions_without_a_batch_are_refused_even_where_there_are_as_many_as_rows() -> None:
-    x = torch.randint(V, (B, B))
-    with pytest.raises(UnsupportedModelError, match=r"Row \d"):
-        train(Decoder("bare positions"), lambda m: F.cross_entropy(m(x).flatten(0, 1), x.flatten()))
 
 
 def test_a_statistic_kept_in_a_new_buffer_is_refused() -> None:
@@ -161,7 +153,7 @@ def test_a_statistic_kept_in_a_new_buffer_is_refused() -> None:
         train(Decoder("new buffer"), rows)
 
 
-@pytest.mark.parametrize("kind", ["", "dropout", "nested checkpoint"])
+@pytest.mark.parametrize("kind", ["", "dropout", "nested checkpoint", "bare positions"])
 @pytest.mark.parametrize("loss_of", [rows, rows_with_ignored, all_tokens, inside], ids=lambda loss: loss.__name__)
 def test_rows_of_their_own_are_released(kind: str, loss_of: Any) -> None:
     assert train(Decoder(kind), loss_of) == 2

@@ -1,0 +1,351 @@
+"""Values that all rows of a microbatch share, carried once a row, so that autograd finds each row's gradient by itself.
+
+A class token, a position table, a layer scale: a bare parameter meets the rows' data by broadcasting, and autograd would
+add its gradient up over rows. A `SharedValue` looks like the parameter (shape ``[*shape]``) and holds ``per_row``
+``[B, *shape]``, at first a view that takes no memory. What the program computes from shared values alone is computed for
+every row (`torch.func.vmap`) and is shared again; where a shared value meets the rows' data, ``per_row`` is lined up with
+them and the result is an ordinary tensor. The gradient that arrives at ``per_row`` is ``[B, *shape]``: of each row its own.
+
+The same carries the output of a layer whose input is the same for all rows (position ids ``[T]`` or ``[1, T]``).
+
+What is row data is known in the first forward, where everything that descends from the model's inputs is marked
+(`mark_rows`); later, tensors that require grad are, and for the others the first forward's answer is kept. All of it is
+verified before the first release, by exchanging rows (see `independence`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from fsdp_dp.errors import UnsupportedModelError
+from fsdp_dp.records import layout_of
+
+METADATA = frozenset(
+    "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cuda is_cpu is_meta is_sparse is_quantized "
+    "is_mkldnn is_nested is_xla is_mps names itemsize nbytes _version output_nr size dim numel nelement stride "
+    "element_size is_floating_point is_complex is_contiguous data_ptr untyped_storage storage_offset __len__ __hash__ "
+    "__repr__ __format__ get_device requires_grad_ is_inference _backward_hooks __deepcopy__ is_tensor is_storage "
+    "is_signed dim_order ndimension".split()
+)
+"""Names of what a tensor can be asked without using its values."""
+
+_READS = frozenset("item tolist numpy __bool__ __float__ __int__ __index__ equal allclose __array__".split())
+_ELEMENTWISE = frozenset(
+    "add sub subtract rsub mul multiply div divide true_divide floor_divide pow maximum minimum fmax fmin where lerp "
+    "addcmul addcdiv atan2 eq ne lt le gt ge masked_fill clamp logical_and logical_or logaddexp hypot remainder fmod "
+    "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __div__ __rdiv__ __pow__ __rpow__ "
+    "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __mod__ "
+    "add_ sub_ mul_ div_ masked_fill_ __iadd__ __isub__ __imul__ __itruediv__ __idiv__".split()
+)
+_JOINING = frozenset({"cat", "concat", "concatenate", "stack"})
+_ROWWISE = frozenset(
+    "linear matmul __matmul__ __rmatmul__ einsum embedding layer_norm group_norm rms_norm prelu bilinear "
+    "conv1d conv2d conv3d".split()
+)
+_KEEPS_SHAPE = frozenset("to type type_as float half bfloat16 double clone contiguous detach __neg__ neg".split())
+_EXPANDING = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
+
+_MARK = "_fsdp_dp_of_rows"
+
+
+def mark_rows(x: Tensor) -> None:
+    """Say that a tensor descends from the rows of the microbatch."""
+    if not isinstance(x, SharedValue):
+        setattr(x, _MARK, True)
+
+
+def is_marked(x: Tensor) -> bool:
+    """Whether a tensor is known to descend from the rows; in the first forward this is complete."""
+    return not isinstance(x, SharedValue) and (x.requires_grad or hasattr(x, _MARK))
+
+
+@dataclasses.dataclass
+class Meetings:
+    """For each place where a shared value meets another tensor that needs no gradient: is that one the rows' data?
+
+    Filled while ``learning`` (the first forward, whose tensors are marked), looked up afterwards.
+    """
+
+    rows: int = 0
+    learning: bool = True
+    _known: dict[tuple[Any, ...], bool] = dataclasses.field(default_factory=dict)
+
+    def is_row_data(self, x: Tensor, place: tuple[Any, ...], owner: str) -> bool:
+        if x.requires_grad:
+            return True
+        place = (*place, x.ndim)
+        if self.learning:
+            answer = is_marked(x)
+            if self._known.setdefault(place, answer) is not answer:
+                self._refuse(owner, place)
+            return answer
+        if place not in self._known:
+            self._refuse(owner, place)
+        return self._known[place]
+
+    def _refuse(self, owner: str, place: tuple[Any, ...]) -> None:
+        raise UnsupportedModelError(
+            f"'{owner}' meets another tensor in {place[0]}, and whether that is the rows' data could not be told from the "
+            "first forward; wrap the use of the parameter in a layer that is given the rows' data"
+        )
+
+
+class SharedValue(Tensor):
+    """A tensor that is the same for all rows; see the module's text.
+
+    Attributes:
+        per_row: ``[B, *shape]``.
+        owner: the parameter or layer that it comes from, for messages.
+        meetings: what is known of the tensors that it meets.
+        expanded: ``[B, *shape[1:]]`` where the program expanded it to the rows: then ``per_row[i, j] = expanded[i]``.
+    """
+
+    per_row: Tensor
+    owner: str
+    meetings: Meetings
+    expanded: Tensor | None
+
+    @staticmethod
+    def __new__(cls, per_row: Tensor, owner: str, meetings: Meetings, expanded: Tensor | None = None) -> SharedValue:
+        self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, per_row.shape[1:], dtype=per_row.dtype, device=per_row.device, requires_grad=False
+        )
+        self.per_row, self.owner, self.meetings, self.expanded = per_row, owner, meetings, expanded
+        return self  # type: ignore[no-any-return]
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def with_rows(self, per_row: Tensor) -> SharedValue:
+        """The same value, behind something in the graph."""
+        return SharedValue(per_row, self.owner, self.meetings)
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"SharedValue({self.owner}, shape={tuple(self.shape)})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = function_name(func)
+        if name in METADATA:
+            return super().__torch_function__(func, types, args, kwargs)
+        return _Use(func, name, args, kwargs).result()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        shared = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, SharedValue))
+        raise _unsupported(shared, str(func))
+
+
+def function_name(func: Callable[..., Any]) -> str:
+    """The name of a torch function, that of a property for its getter."""
+    name = getattr(func, "__name__", str(func))
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name
+
+
+def unwrapped(tree: Any) -> Any:
+    """``per_row`` in place of every shared value."""
+    return tree_map(lambda x: x.per_row if isinstance(x, SharedValue) else x, tree)
+
+
+def _unsupported(shared: SharedValue, name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Parameter '{shared.owner}' is used by {name} in a way whose per-row gradient is not known (shape "
+        f"{tuple(shared.shape)}); wrap that use in a module of its own that is given the rows' data and owns the parameter"
+    )
+
+
+class _Use:
+    """One call of a torch function on shared values and others."""
+
+    def __init__(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.func, self.name = func, name
+        self.leaves, self.spec = tree_flatten((args, kwargs))
+        self.shared = [x for x in self.leaves if isinstance(x, SharedValue)]
+        self.first = self.shared[0]
+        self.meetings = self.first.meetings
+        self.rows = self.meetings.rows
+        self.owner = self.first.owner
+        self.row_data = [
+            x for x in self.leaves
+            if isinstance(x, Tensor) and not isinstance(x, SharedValue) and name != "expand_as"
+            and self.meetings.is_row_data(x, (name, self.owner, self.first.ndim), self.owner)
+        ]  # fmt: skip
+
+    def call(self, replace: Callable[[Any], Any]) -> Any:
+        args, kwargs = tree_unflatten([replace(x) for x in self.leaves], self.spec)
+        return self.func(*args, **kwargs)
+
+    def result(self) -> Any:
+        if self.name in _READS:
+            return self.call(lambda x: x.per_row[0].detach() if isinstance(x, SharedValue) else x)
+        if self.row_data:
+            return self._with_rows()
+        if self.name in _EXPANDING and (expanded := self._expanded()) is not None:
+            return expanded
+        if self.name in _KEEPS_SHAPE and self.first.expanded is not None and len(self.shared) == 1:
+            return self._of_expanded(self.call(lambda x: x.expanded if isinstance(x, SharedValue) else x))
+        if self.name.endswith("_") and not self.name.startswith("__"):
+            raise _unsupported(self.first, f"{self.name}, which writes to it,")
+        return self._alone()
+
+    def _alone(self) -> Any:
+        """Shared values and constants: the same for every row, computed for every row."""
+
+        def one_row(*values: Tensor) -> Any:
+            of_row = iter(values)
+            out = self.call(lambda x: next(of_row) if isinstance(x, SharedValue) else x)
+            flat, spec = tree_flatten(out)
+            found.append(spec)
+            return tuple(flat)
+
+        found: list[Any] = []
+        flat = torch.func.vmap(one_row, randomness="same")(*(x.per_row for x in self.shared))
+        return tree_unflatten([SharedValue(x, self.owner, self.meetings) for x in flat], found[0])
+
+    def _expanded(self) -> SharedValue | None:
+        """Expanded to the rows: ``[1, ...]`` or ``[...]`` to ``[B, ...]``."""
+        x, *sizes = self.leaves
+        if not isinstance(x, SharedValue) or x.expanded is not None:
+            return None
+        if self.name == "expand_as":
+            sizes = list(sizes[0].shape)
+        if len(sizes) == 1 and isinstance(sizes[0], torch.Size):
+            sizes = list(sizes[0])
+        if not sizes or not all(isinstance(size, int) for size in sizes) or sizes[0] != self.rows:
+            return None
+        own = [1] * (len(sizes) - x.ndim) + list(x.shape)
+        if own[0] != 1:
+            return None
+        front = x.per_row.reshape(self.rows, *own[1:])
+        if self.name == "repeat":
+            return self._of_expanded(torch.func.vmap(lambda v: v.repeat(*sizes[1:]))(front) if sizes[1:] else front)
+        return self._of_expanded(front.expand(self.rows, *sizes[1:]))
+
+    def _of_expanded(self, expanded: Tensor) -> SharedValue:
+        per_row = expanded.unsqueeze(1).expand(self.rows, self.rows, *expanded.shape[1:])
+        return SharedValue(per_row, self.owner, self.meetings, expanded)
+
+    def _with_rows(self) -> Any:
+        if self.name in _ELEMENTWISE or self.name == "scaled_dot_product_attention":
+            ndim = self.row_data[0].ndim
+            if any(x.ndim != ndim for x in self.row_data) or any(
+                isinstance(x, Tensor) and x.ndim > ndim for x in self.leaves
+            ):
+                raise _unsupported(self.first, f"{self.name} with rows of fewer dimensions")
+            return self.call(lambda x: self._lined_up(x, ndim) if isinstance(x, SharedValue) else x)
+        if self.name in _JOINING:
+            ndim = self.row_data[0].ndim
+            dim = self._joining_dimension()
+            if dim % (ndim + (self.name == "stack")) == self._row_dimension():
+                raise _unsupported(self.first, f"{self.name} along the rows")
+            return self.call(lambda x: self._lined_up(x, ndim) if isinstance(x, SharedValue) else x)
+        if self.name in _ROWWISE or self._looks_up():
+            return self._row_by_row()
+        raise _unsupported(self.first, self.name)
+
+    def _looks_up(self) -> bool:
+        """``table[ids]`` with the rows' own indices."""
+        return self.name == "__getitem__" and len(self.leaves) == 2 and not self.row_data[0].dtype.is_floating_point
+
+    def _joining_dimension(self) -> int:
+        args, kwargs = tree_unflatten(self.leaves, self.spec)
+        return int(kwargs.get("dim", kwargs.get("axis", args[1] if len(args) > 1 else 0)))
+
+    def _layout(self) -> str:
+        """Where the rows are in the data that the shared values meet."""
+        layouts = {layout_of([x.shape], self.rows) for x in self.row_data}
+        if len(layouts) != 1 or None in layouts:
+            shapes = [tuple(x.shape) for x in self.row_data]
+            raise _unsupported(self.first, f"{self.name} with tensors of shapes {shapes} for {self.rows} rows")
+        return str(layouts.pop())
+
+    def _row_dimension(self) -> int:
+        return 1 if self._layout() == "second" else 0
+
+    def _lined_up(self, x: SharedValue, ndim: int) -> Tensor:
+        """``per_row`` with its rows where the data has them, and ``ndim`` dimensions."""
+        layout, B, missing = self._layout(), self.rows, ndim - x.ndim
+        place = 1 if layout == "second" else 0  # the dimension of the rows in the data
+        if missing > place:  # [B, 1, ..., *shape], and [1, B, 1, ..., *shape]
+            return (
+                x.per_row.reshape(*[1] * place, B, *[1] * (missing - 1 - place), *x.shape)
+                if layout != "merged"
+                else (self._repeated(x.per_row.reshape(B, *[1] * (missing - 1), *x.shape)))
+            )
+        if missing < 0:
+            raise _unsupported(x, f"{self.name} with rows of fewer dimensions")
+        own = place - missing  # the dimension of x that meets the rows
+        entries = self.row_data[0].shape[place]
+        if x.shape[own] == 1:
+            value = x.per_row.squeeze(own + 1).movedim(0, own)
+        elif x.expanded is not None and own == 0 and layout == "rows":
+            value = x.expanded
+        elif x.shape[own] == B and layout != "merged":
+            value = x.per_row.diagonal(0, 0, own + 1).movedim(-1, own)
+        elif x.shape[own] == entries and layout == "merged":
+            return x.per_row.unflatten(1, (B, -1)).diagonal(0, 0, 1).movedim(-1, 0).flatten(0, 1)
+        else:
+            raise _unsupported(x, f"{self.name} with {B} rows")
+        value = value if layout != "merged" else self._repeated(value)
+        return value.reshape(*[1] * missing, *value.shape)
+
+    def _repeated(self, value: Tensor) -> Tensor:
+        """``[B, ...]`` to ``[B k, ...]``: each row's for its k entries."""
+        k = self.row_data[0].shape[0] // self.rows
+        return value.unsqueeze(1).expand(self.rows, k, *value.shape[1:]).flatten(0, 1)
+
+    def _row_by_row(self) -> Any:
+        """A function of a weight, applied to each row with the row's own copy of the weight."""
+        layout, B = self._layout(), self.rows
+        place = 1 if layout == "second" else 0
+        if self.name == "einsum":
+            self._check_einsum()
+        if self.name in ("matmul", "__matmul__", "__rmatmul__") and any(x.ndim < 2 for x in self.row_data):
+            raise _unsupported(self.first, f"{self.name} with a vector of rows")
+        if self.name in ("matmul", "__matmul__") and self.leaves[0] is self.first and self.row_data[0].ndim < 3:
+            raise _unsupported(self.first, f"{self.name} from the left, which adds rows up")
+        moved = [id(x) for x in self.row_data]
+
+        def one_row(*values: Tensor) -> Tensor:
+            of_row = iter(values)
+            return self.call(
+                lambda x: next(of_row) if isinstance(x, SharedValue)
+                else _entry(next(of_row)) if id(x) in moved
+                else x
+            )  # fmt: skip
+
+        def _entry(x: Tensor) -> Tensor:
+            return x if layout == "merged" else x.unsqueeze(place)
+
+        def rows_in_front(x: Tensor) -> Tensor:
+            if isinstance(x, SharedValue):
+                return x.per_row
+            return x.unflatten(0, (B, -1)) if layout == "merged" else x.movedim(place, 0)
+
+        inputs = [rows_in_front(x) for x in self.leaves if isinstance(x, SharedValue) or id(x) in moved]
+        out = torch.func.vmap(one_row, randomness="same")(*inputs)
+        return out.flatten(0, 1) if layout == "merged" else out.squeeze(place + 1).movedim(0, place)
+
+    def _check_einsum(self) -> None:
+        """Rows are the first letter of the data and of the result, and no letter of the shared values."""
+        equation = next(x for x in self.leaves if isinstance(x, str)).replace(" ", "")
+        terms, _, result = equation.partition("->")
+        operands = [x for x in self.leaves if isinstance(x, Tensor)]
+        letters = terms.split(",")
+        mine = {t[0] for t, x in zip(letters, operands, strict=True) if not isinstance(x, SharedValue) and t}
+        theirs = {c for t, x in zip(letters, operands, strict=True) if isinstance(x, SharedValue) for c in t}
+        if "." in equation or not result or mine != {result[0]} or result[0] in theirs:
+            raise _unsupported(self.first, f"einsum('{equation}')")
+
+
+def share(tensor: Tensor, rows: int, record: Callable[[Tensor], Tensor], owner: str, meetings: Meetings) -> SharedValue:
+    """A tensor that is the same for all rows as a shared value; ``record`` taps ``[B, *shape]``."""
+    return SharedValue(record(tensor.expand(rows, *tensor.shape)), owner, meetings)
