@@ -315,6 +315,47 @@ class Twice(nn.Module):
         return self.head(self.block(self.block(self.token(ids_BT))))
 
 
+class ScaledBlock(Unit):
+    """A layer scale as in vision transformers, and a gate in a list; optionally recomputed in backward."""
+
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        self.norm, self.lin, self.recompute = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), recompute
+        self.gamma = nn.Parameter(torch.full((WIDTH,), 0.5))
+        self.gates = nn.ParameterList([nn.Parameter(torch.zeros(1, 1, WIDTH)), nn.Parameter(torch.ones(WIDTH, WIDTH))])
+
+    def branch(self, x_BTD: Tensor) -> Tensor:
+        hidden = self.lin(self.norm(x_BTD)) + self.gates[0]
+        return (torch.tanh(hidden) @ self.gates[1]) * self.gamma
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        branch = checkpoint(self.branch, x_BTD, use_reentrant=False) if self.recompute else self.branch(x_BTD)
+        return x_BTD + branch
+
+
+class Bare(nn.Module):
+    """A class token, positions without a batch (a table and a bare parameter), a bias table over pairs of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(POSITIONS, WIDTH)
+        self.start, self.pairs = nn.Parameter(torch.zeros(1, 1, WIDTH)), nn.Embedding(2 * POSITIONS + 1, 1)
+        self.positions = nn.Parameter(torch.zeros(1, POSITIONS + 1, WIDTH))
+        self.blocks = nn.ModuleList(ScaledBlock(recompute) for recompute in (False, True))
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        length = ids_BT.shape[1]
+        x_BTD = self.token(ids_BT) + self.position(torch.arange(length))
+        x_BTD = torch.cat([self.start.expand(len(ids_BT), -1, -1), x_BTD], dim=1) + self.positions[:, : length + 1]
+        steps = torch.arange(length + 1)
+        bias = self.pairs(steps[:, None] - steps + length).squeeze(-1)
+        x_BTD = torch.softmax(x_BTD @ x_BTD.mT + bias, -1) @ x_BTD
+        for block in self.blocks:
+            x_BTD = block(x_BTD)
+        return self.head(x_BTD[:, 1:])
+
+
 class Shared(nn.Module):
     """One weight in several modules: two tables and two heads, two Linears, two norms."""
 
@@ -506,6 +547,7 @@ CASES = {
     "reused": Case(build=Reused),
     "unit called twice": Case(build=Twice),
     "shared weights": Case(build=Shared),
+    "bare parameters": Case(build=Bare),
     "fewer rows than ranks": Case(build=Narrow, row_losses=square_losses),
     "routed": Case(build=Routed, one_at_a_time=True),
     "branches": Case(build=Branches, row_losses=square_losses, input_shape=(WIDTH,)),
