@@ -74,7 +74,11 @@ def clip_weights(norm_B: Tensor, bound: float, clip_function: str, stability: fl
     """The weights of one of the clip functions by its name in the configuration."""
     if clip_function == "abadi":
         return abadi_weights(norm_B, bound)
-    return automatic_weights(norm_B, bound, stability) if clip_function == "automatic" else normalized_weights(norm_B, bound)
+    return (
+        automatic_weights(norm_B, bound, stability)
+        if clip_function == "automatic"
+        else normalized_weights(norm_B, bound)
+    )
 
 
 def round_down(x: Tensor, dtype: torch.dtype) -> Tensor:

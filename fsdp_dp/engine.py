@@ -110,8 +110,10 @@ class PrivacyEngine:
     **Formal guarantee.** With ``numerics="certified"``, every release is ``sum_i w_i G_i + sigma R xi`` over the rows
     of one logical batch, divided by ``expected_batch_size``, where every ``|w_i G_i| <= R`` as rounded, ``xi`` is
     standard normal on a public lattice, drawn once per release from a key that is never stored, and R is
-    ``max_grad_norm``: in groups, every group's part of ``w_i G_i`` is within its R_k, ``sqrt(sum R_k^2) <= R``. Adding or removing one row moves the sum by at most R. `epsilon` composes the releases as
-    sampled by `loader`.
+    ``max_grad_norm``. In groups, w_i is a weight for each group, whose part of ``w_i G_i`` is within its own R_k, and
+    ``sqrt(sum R_k^2) <= R``. Adding or removing one row moves the sum by at most R. With ``adaptive_bounds``, sigma_g in
+    place of sigma, and counts beside the sum, cost what sigma alone would (see `adaptive_bounds`). `epsilon` composes
+    the releases as sampled by `loader`.
 
     Attributes:
         privacy: the configuration.

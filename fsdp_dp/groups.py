@@ -59,7 +59,9 @@ def clipping_groups(
     members: dict[str, list[Place]] = {}
     for place, group in zip(places, _group_names(places, clipping), strict=True):
         members.setdefault(group, []).append(place)
-    chosen = _bounds({name: sum(p.numel for p in of_group) for name, of_group in members.items()}, bounds, max_grad_norm)
+    chosen = _bounds(
+        {name: sum(p.numel for p in of_group) for name, of_group in members.items()}, bounds, max_grad_norm
+    )
     last = {name: max(places.index(p) for p in of_group) for name, of_group in members.items()}
     return [
         Group(name=name, bound=chosen[name], parameters=tuple(p.name for p in members[name]))
@@ -107,13 +109,15 @@ def _given_bounds(names: Sequence[str], bounds: Mapping[str, float], max_grad_no
     if set(names) != set(bounds):
         missing, unknown = sorted(set(names) - set(bounds)), sorted(set(bounds) - set(names))
         raise ValueError(
-            f"group_bounds: found none for {missing[:5]}" if missing else f"group_bounds: no group is named {unknown[:5]}"
+            f"group_bounds: found none for {missing[:5]}"
+            if missing
+            else f"group_bounds: no group is named {unknown[:5]}"
         )
     total = math.sqrt(sum(bound**2 for bound in bounds.values()))
     if not math.isclose(total, max_grad_norm, rel_tol=1e-9):
         raise ValueError(
-            f"group_bounds: together sqrt(sum of squares) = {total:.10g}, but max_grad_norm={max_grad_norm:g} is the bound of "
-            f"the whole, which the noise is made for. Set max_grad_norm={total:.10g}, or scale the bounds"
+            f"group_bounds: together sqrt(sum of squares) = {total:.10g}, but max_grad_norm={max_grad_norm:g} is the bound "
+            f"of the whole, which the noise is made for. Set max_grad_norm={total:.10g}, or scale the bounds"
         )
     return {name: float(bounds[name]) for name in names}
 
@@ -142,7 +146,9 @@ def blocks_of_units(unit_of: Mapping[str, int]) -> dict[str, str]:
         path = name.split(".")[:-1]
         paths[unit] = _common_start(paths.get(unit, path), path)
     names = {unit: ".".join(path) or "root" for unit, path in paths.items()}
-    unique = {unit: name if list(names.values()).count(name) == 1 else f"{name} ({unit})" for unit, name in names.items()}
+    unique = {
+        unit: name if list(names.values()).count(name) == 1 else f"{name} ({unit})" for unit, name in names.items()
+    }
     return {name: unique[unit] for name, unit in unit_of.items()}
 
 
