@@ -246,6 +246,7 @@ class PrivacyEngine:
         """
         self._window.open()
         self._gate.clear()
+        self.model.zero_accumulators()
         for parameter in self.model.parameters:
             parameter.accumulator.zero_()
         self._forget_first_microbatch()
@@ -636,13 +637,15 @@ class PrivacyEngine:
         if all(grad is None for grad in record.grads):
             return
         module, names = self.layers[layer], self._attributes[self.layers[layer]]
-        record = self.model.localize(layer, record)
+        record, complete = self.model.localize(layer, module, record)
         layout = self._layouts.of(layer, record, microbatch.rows)
         self._note_dtypes(microbatch, record.grads)
         with exact_arithmetic(self.model.device):
-            for attribute, gradient in per_sample_gradients(module, record.arranged(layout), frozenset(names)).items():
-                of_rows = gradient.regroup(microbatch.rows) if layout == "merged" else gradient
-                microbatch.uses.setdefault(names[attribute], []).append(of_rows.settle())
+            found = per_sample_gradients(module, record.arranged(layout), frozenset(names))
+            if layout == "merged":
+                found = {attribute: gradient.regroup(microbatch.rows) for attribute, gradient in found.items()}
+            for attribute, gradient in complete(found).items():
+                microbatch.uses.setdefault(names[attribute], []).append(gradient.settle())
 
     def _finish_backward(self) -> None:
         microbatch = self._current
