@@ -141,6 +141,8 @@ class PrivacyEngine:
             max_grad_norm=privacy.max_grad_norm,
         )
         self._plan = ClippingPlan(self.model, self.groups)
+        if self._plan.streams:
+            self.model.dedicate_groups()
         self.gradient_noise_multiplier, self._count_noise = split_noise(
             self.noise_multiplier, len(self.groups), privacy.adaptive_bounds
         )
@@ -271,8 +273,7 @@ class PrivacyEngine:
         """
         self._window.open()
         self._gate.clear()
-        for parameter in self.model.parameters:
-            parameter.accumulator.zero_()
+        self.model.zero_accumulators()
         self._forget_first_microbatch()
         self._intake.discard()
         self._excess.zero_()
@@ -705,13 +706,13 @@ class PrivacyEngine:
         names, gradients = self._attributes[module], dict[str, PerSampleGradient]()
         with exact_arithmetic(self.model.device):
             if any(grad is not None for grad in record.grads):
-                record = self.model.localize(layer, record)
+                record, complete = self.model.localize(layer, module, record)
                 layout = self._layouts.of(layer, record, microbatch.rows)
                 self._note_dtypes(microbatch, record.grads)
                 gradients = per_sample_gradients(module, record.arranged(layout), frozenset(names))
                 if layout == "merged":
                     gradients = {name: gradient.regroup(microbatch.rows) for name, gradient in gradients.items()}
-                gradients = {name: gradient.settle() for name, gradient in gradients.items()}
+                gradients = {name: gradient.settle() for name, gradient in complete(gradients).items()}
             for attribute, name in names.items():
                 for taker in microbatch.takers:
                     taker.report(name, gradients.get(attribute))
