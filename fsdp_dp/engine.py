@@ -43,7 +43,7 @@ from fsdp_dp.coverage import (
 )
 from fsdp_dp.errors import BudgetExceededError, NoEpsilonWarning, PrivacyError, UnsupportedModelError
 from fsdp_dp.gradients import Materialized, NormTerms, PerSampleGradient
-from fsdp_dp.groups import Place, blocks_of_modules, blocks_of_units, clipping_groups
+from fsdp_dp.groups import Place, blocks_of_units, clipping_groups
 from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
 from fsdp_dp.kernels.release import Segment, privatize_all_
@@ -399,16 +399,10 @@ class PrivacyEngine:
         attributes: dict[nn.Module, list[str]] = {}
         for module, attribute in self.model.names:
             attributes.setdefault(module, []).append(attribute)
-        sites = [(m, self.model.names[m, a]) for m in self.model.root.modules() for a in attributes.get(m, [])]
-        first_site = {name: module for module, name in reversed(sites)}
+        sites = [self.model.names[m, a] for m in self.model.root.modules() for a in attributes.get(m, [])]
         parameters = {p.name: p for p in self.model.parameters}
-        if self.model.unit_count > 1:
-            block_of = blocks_of_units({p.name: p.unit for p in self.model.parameters})
-        else:
-            blocks = blocks_of_modules(self.model.root)
-            block_of = {name: blocks[module] for name, module in first_site.items()}
-        order = dict.fromkeys(name for _, name in sites)
-        return [Place(name=name, block=block_of[name], numel=parameters[name].numel) for name in order]
+        block_of = blocks_of_units({p.name: p.unit for p in self.model.parameters})
+        return [Place(name=n, block=block_of[n], numel=parameters[n].numel) for n in dict.fromkeys(sites)]
 
     def _set_bounds(self, bounds: Sequence[float]) -> None:
         """Bounds of the groups for the logical batches from here on, and what follows from them."""
