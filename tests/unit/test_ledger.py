@@ -206,12 +206,12 @@ def test_an_extended_run_is_accounted_as_a_whole(path, capsys):
     for released in range(0, 100, 10):
         ledger.reserve(released)
     ledger.close(100)
-    extended = begin(path, replace(PRIVACY, steps=150, target_delta=1e-6, accountant="rdp"))
+    extended = begin(path, replace(PRIVACY, steps=150, target_delta=1e-6))
     extended.reserve(100)
     assert extended.standing.extended and extended.standing.limit == 150
     assert main(["show", str(path.parent)]) == 0
     shown = capsys.readouterr().out
-    whole = epsilon(noise_multiplier=1.0, sample_rate=0.01, steps=150, delta=1e-6, accountant="rdp").upper
+    whole = epsilon(noise_multiplier=1.0, sample_rate=0.01, steps=150, delta=1e-6).upper
     assert f"epsilon <= {whole:.6g} for the whole budget" in shown
     assert "odometer" in shown and UNDETECTED in shown
 
