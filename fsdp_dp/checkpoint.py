@@ -168,8 +168,8 @@ class Checkpoints:
         counts = saved or self._engine.state_dict()
         if standing is not None:
             counts |= {
-                "steps": max(counts["steps"], standing.counted),
-                "epochs": max(counts["epochs"], standing.epochs if standing.mechanism["sampling"] == "shuffle" else 0),
+                "steps": max(counts["steps"], standing.session_start),
+                "epochs": max(counts["epochs"], standing.earlier_epochs),
                 "seeded": counts["seeded"] or standing.seeded,
             }
         if saved is not None or counts["steps"]:

@@ -20,6 +20,9 @@ FORMAT = 1
 # Options that may differ when a run goes on: they change neither a release nor how rows are drawn for it.
 NOT_MECHANISM = frozenset({"seed", "steps", "target_epsilon", "target_delta", "accountant", "loss_reduction"})
 
+# Those of the others that the accountant reads.
+ACCOUNTED = ("noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "max_batch_size")
+
 
 class LedgerError(PrivacyError):
     """The ledger is damaged, belongs to another run, or is held by another process."""
@@ -66,7 +69,16 @@ class Standing:
     @property
     def epochs(self) -> int:
         """Epochs touched, with shuffling: every process starts a new one."""
-        return self.earlier_epochs - (self.session_start - self.counted) // self.releases_per_epoch
+        return self._epochs(self.counted)
+
+    def _epochs(self, release: int) -> int:
+        return self.earlier_epochs - (self.session_start - release) // self.releases_per_epoch
+
+    def accounted(self, release: int) -> int:
+        """Releases as the accountant counts them when the present process has made `release`: whole epochs if shuffled."""
+        if self.mechanism["sampling"] != "shuffle" or release < self.session_start:
+            return release
+        return self._epochs(release) * self.releases_per_epoch
 
     @property
     def limit(self) -> float:
@@ -80,10 +92,9 @@ class Standing:
 
     def epsilon(self, releases: int | None = None) -> accounting.EpsilonBounds:
         """Bounds at the run's delta, of what is counted or of `releases`."""
-        privacy = PrivacyConfig(**self.mechanism, **self.options)
-        steps = self.counted if releases is None else releases
-        if self.mechanism["sampling"] == "shuffle" and releases is None:
-            steps = self.epochs * self.releases_per_epoch
+        sampled = {name: value for name, value in self.mechanism.items() if name in ACCOUNTED}
+        privacy = PrivacyConfig(**sampled, **self.options)
+        steps = self.accounted(self.counted if releases is None else releases)
         return accounting.epsilon_for(privacy, self.mechanism["noise_multiplier"], steps, privacy.target_delta)
 
 
@@ -142,7 +153,7 @@ def _after_resume(standing: Standing, record: Mapping[str, Any]) -> Standing:
         lease=record["lease"],
         released=counted,
         session_start=counted,
-        earlier_epochs=ended.epochs,
+        earlier_epochs=ended.epochs if ended.mechanism["sampling"] == "shuffle" else 0,
         running=True,
         lost=standing.lost + counted - standing.released,
         sessions=standing.sessions + 1,

@@ -17,7 +17,7 @@ INDEX = "__init__"  # `fsdp_dp` itself: the public names
 
 # Lowest first. A module imports from its own row and from the rows above it.
 ORDER = (
-    ("config", "errors", "accounting", "standing", "ledger"),  # no torch
+    ("config", "errors", "accounting", "second_opinion", "standing", "ledger"),  # no torch
     (
         "numerics",
         "chacha",
