@@ -89,9 +89,8 @@ def run(plan: Plan) -> int:
             try:
                 return work(plan, world, stop)
             except Exception as error:
-                mine = explained(error)
-                first = fellows.first_failure(mine)
-                if first.endswith(mine):
+                first = fellows.first_failure(explained(error))
+                if first is None:
                     raise
                 end(f"another rank failed first; {first}", EXIT_FAILED)
 

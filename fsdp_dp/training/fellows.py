@@ -7,6 +7,7 @@ once a second, for its main thread may wait in a collective that nobody will joi
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -24,12 +25,20 @@ class Fellows:
     def __init__(self, store: Store, rank: int) -> None:
         self._store, self._rank = store, rank
 
-    def first_failure(self, message: str) -> str:
-        """Tell the others that this rank fails with `message`; what failed first, which may be another rank."""
+    def first_failure(self, message: str) -> str | None:
+        """Tell the others that this rank fails with `message`; another rank's message if that one failed first.
+
+        The first stays for a moment, so that the others can look: the store may be in this very process.
+        """
+        mine = f"rank {self._rank}: {message}"
         try:
-            return self._store.compare_set(_KEY, "", f"rank {self._rank}: {message}").decode(errors="replace")
-        except RuntimeError:  # the store was on a rank that is gone
-            return f"rank {self._rank}: {message}"
+            first = self._store.compare_set(_KEY, "", mine).decode(errors="replace")
+        except RuntimeError:  # the store was in a process that is gone
+            return None
+        if first != mine:
+            return first
+        time.sleep(2 * SECONDS_BETWEEN_LOOKS)
+        return None
 
     @contextmanager
     def watched(self, end: Callable[[str], None]) -> Iterator[None]:
