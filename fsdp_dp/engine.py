@@ -67,8 +67,8 @@ from fsdp_dp.taps import (
 from fsdp_dp.watch import FirstForward, buffer_versions
 
 _MECHANISM = (
-    "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "clipping", "group_bounds",
-    "clip_function", "clip_stability", "adaptive_bounds", "numerics",
+    "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "max_batch_size", "clipping",
+    "group_bounds", "clip_function", "clip_stability", "adaptive_bounds", "numerics",
 )  # fmt: skip
 _SEED_WARNING = "seed fixed: no privacy guarantee. Leave seed=None outside tests"
 
