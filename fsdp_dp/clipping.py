@@ -13,6 +13,11 @@ from torch import Tensor
 from fsdp_dp.gradients import NormTerms
 
 
+LARGEST_RATIO = 2.0**60
+"""A row longer than this many times its bound counts as non-finite, so that quotients of weights stay in float32's range:
+`kernels.weighted_outer` multiplies what it has summed by them, and one that vanished would take other rows with it."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowWeights:
     """``weight_B`` multiplies the recorded gradients; ``keep_B`` says which rows take part; ``norm_B`` is reported."""
@@ -70,8 +75,8 @@ def row_weights(
     **Formal guarantee.** With ``numerics="certified"``, ``|weight_i * G_i| <= bound`` as summed, for every row.
     """
     norm_B = NORMS[numerics](terms) * loss_factor
-    # The reported norm is of the same order whatever `numerics` is; its finiteness decides, before any min or max.
-    keep_B = torch.isfinite(norm_B) & mask_B
+    # The reported norm is of the same order whatever `numerics` is; it decides what is kept, before any min or max.
+    keep_B = (norm_B <= LARGEST_RATIO * bound) & mask_B  # False for NaN and infinity
     weight_B = torch.where(keep_B, abadi_weights(norm_B, bound) * loss_factor, 0.0)
     return RowWeights(
         weight_B=round_down(weight_B, dtype),

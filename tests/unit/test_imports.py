@@ -24,6 +24,7 @@ ORDER = (
         "noise",
         "sampling",
         "records",
+        "planner",
         "gradients",
         "kernels",
         "layers",
