@@ -8,7 +8,7 @@ and by the last weight at the end. Rows of weight zero (masked, not finite) are 
 Rounding: products of bfloat16 or float16 numbers are exact, a row's own ``T`` positions are added as any product adds
 them, and what stands in the accumulator is multiplied at most ``B`` times after, each time by a quotient that was rounded:
 ``2 B + 2`` roundings in float32 (`gradients._product_rounding` charges them). Quotients neither overflow nor vanish:
-weights differ by `clipping.LARGEST_RATIO` at most.
+`clipping.MAX_WEIGHT` and `clipping.LONGEST_ROW` see to it.
 
 Shape suffixes as in `gradients`.
 """
