@@ -38,7 +38,7 @@ ORDER = (
     ("engine", "summary"),
     ("wrapper", "checkpoint"),
     (INDEX,),
-    ("models", "data", "training", "train"),
+    ("models", "data", "training", "train", "benchmark"),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
 
