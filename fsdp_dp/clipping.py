@@ -52,7 +52,7 @@ def abadi_weights(norm_B: Tensor, bound: float) -> Tensor:
 MAX_WEIGHT = 2.0**40
 """Rows shorter than the bound by more than this are scaled up by no more."""
 
-LONGEST_ROW = 2.0**60
+LONGEST_ROW = 2.0**80
 """A row longer than this many times its bound counts as non-finite. With MAX_WEIGHT it keeps quotients of two weights well
 within float32: `kernels.weighted_outer` multiplies its sums by them, and one that vanished would take other rows along."""
 

@@ -92,7 +92,7 @@ def _tiles(T: int, device: torch.device) -> Tiles:
     return Tiles(rows=128, columns=128, depth=64, warps=8, stages=6 if deep else 3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "D", "P0", "P1", "P2"])
 def _sum_tiles(
     a, g0, g1, g2, sums, pairs, D, P0, P1, P2,
     LAYERS: tl.constexpr, CHUNKED: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
@@ -167,7 +167,7 @@ def _total(x):
     return tl.sum(tl.sum(x, 1), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T", "D", "P0", "P1", "P2", "pairs"])
 def _finish(
     sums, terms, B, T, D, P0, P1, P2, pairs,
     LAYERS: tl.constexpr, TILE: tl.constexpr, U: tl.constexpr, BLOCK: tl.constexpr,

@@ -42,7 +42,7 @@ def _descriptor(x: Tensor, depth: int, width: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["B", "T", "P"])
 def _weighted_outer(
     g, a, weight, out, B, T, P, D, rows, slice_stride, row_stride,
     DTYPE: gl.constexpr, DEPTH: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,

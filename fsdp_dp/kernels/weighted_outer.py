@@ -75,7 +75,7 @@ def _tiles(P: int, D: int, device: torch.device) -> Tiles:
     return Tiles(rows=128, columns=256, depth=64, warps=8, stages=4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T", "P"])
 def _weighted_outer(
     g, a, weight, out, B, T, P, D, rows, slice_stride, row_stride,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

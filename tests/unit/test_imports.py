@@ -25,6 +25,7 @@ ORDER = (
         "sampling",
         "records",
         "planner",
+        "side_stream",
         "gradients",
         "kernels",
         "layers",
