@@ -722,6 +722,7 @@ class PrivacyEngine:
                 self.model.finish_accumulate()
                 self._account_rows(microbatch)
         self.model.after_backward()
+        microbatch.norms = None  # it holds every record until the garbage collector finds it
         microbatch.done, self._poisoned = True, None
         self._intake.finished()
         self._window.open()

@@ -24,6 +24,8 @@ ORDER = (
         "noise",
         "sampling",
         "records",
+        "planner",
+        "side_stream",
         "gradients",
         "kernels",
         "layers",
@@ -37,7 +39,7 @@ ORDER = (
     ("engine", "summary"),
     ("wrapper", "checkpoint", "export"),
     (INDEX,),
-    ("models", "data", "training", "train"),
+    ("models", "data", "training", "train", "benchmark"),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
 
