@@ -39,7 +39,7 @@ ORDER = (
     ("engine", "summary"),
     ("wrapper", "checkpoint", "export"),
     (INDEX,),
-    ("models", "data", "training", "train", "benchmark"),
+    ("models", "data", "training", "train", "launch", "benchmark"),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
 
