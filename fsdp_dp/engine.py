@@ -477,6 +477,7 @@ class PrivacyEngine:
             self._current = self._next_microbatch(args, kwargs)
         assert self._current is not None
         self._window.close()
+        self._taps.of_forward.clear()
         self._in_forward = True
         if not rehearsal and not self._checked and not self._pending:
             self._forget_first_microbatch()
@@ -688,6 +689,8 @@ class PrivacyEngine:
         if not microbatch.recording:
             microbatch.recording = True
             at_end_of_backward(self._finish_backward)
+            for report in self._taps.unreached():  # or their groups would wait for the end, longer than on other ranks
+                report(NO_CALL, (), (None,))
 
     @staticmethod
     def _note_dtypes(microbatch: _Microbatch, grads: Sequence[Tensor | None]) -> None:
