@@ -34,8 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fsdp_dp import AdaptiveBounds, PrivacyConfig, make_private
 from fsdp_dp.data.packing import pack, split_row
@@ -53,7 +52,7 @@ CELLS = (
     *itertools.product(("abadi", "automatic", "normalized"), GROUPINGS),
     *itertools.product(("adaptive",), ("flat", "layer")),
 )
-FIGURE = ROOT / "docs" / "figures" / "study_clipping.png"
+FIGURE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "study_clipping.png"
 
 
 class Split(NamedTuple):
