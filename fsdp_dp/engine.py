@@ -145,11 +145,11 @@ class PrivacyEngine:
         self.nonfinite_rows = torch.zeros((), dtype=torch.int64, device=self.model.device)
 
         self._window = FreezeWindow(handles, self._refusals_poison)
-        self._taps = Taps(self.layers, keeps, self._start_record, self._share_output)
+        self._taps = Taps(self.layers, keeps, self._start_record, self._share_output, lambda: self._meetings.rows)
         self._shared_parameters = SharedParameters(bare, self._is_sharing, self._share_parameter)
         self._meetings = Meetings()
         self._same_for_all_rows: set[str] = set()
-        self._layouts = RowLayouts()
+        self._layouts = RowLayouts(self.layers)
         self._watch: FirstForward | None = None
         self._watched: set[tuple[bool, ...]] = set()
         self._buffer_versions: dict[str, tuple[int, int]] = {}
@@ -553,7 +553,11 @@ class PrivacyEngine:
 
     def _has_equal_rows(self, inputs: Sequence[Tensor]) -> bool:
         rows = self._meetings.rows
-        return rows > 1 and all(x.ndim > 1 and x.shape[0] == rows and bool((x == x[:1]).all()) for x in inputs)
+        return (
+            rows > 1
+            and bool(inputs)
+            and all(x.ndim > 1 and x.shape[0] == rows and bool((x == x[:1]).all()) for x in inputs)
+        )
 
     def _sharing(self, owner: str) -> Callable[[Tensor], SharedValue]:
         rows = self._meetings.rows
@@ -640,7 +644,9 @@ class PrivacyEngine:
         layout = self._layouts.of(layer, record, microbatch.rows)
         self._note_dtypes(microbatch, record.grads)
         with exact_arithmetic(self.model.device):
-            for attribute, gradient in per_sample_gradients(module, record.arranged(layout), frozenset(names)).items():
+            for attribute, gradient in per_sample_gradients(
+                module, record.arranged(layout, microbatch.rows), frozenset(names)
+            ).items():
                 of_rows = gradient.regroup(microbatch.rows) if layout == "merged" else gradient
                 microbatch.uses.setdefault(names[attribute], []).append(of_rows.settle())
 

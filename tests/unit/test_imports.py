@@ -26,6 +26,7 @@ ORDER = (
         "records",
         "gradients",
         "patches",
+        "leaf_calls",
         "kernels",
         "layers",
         "clipping",
