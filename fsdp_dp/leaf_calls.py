@@ -15,9 +15,11 @@ import functools
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fsdp_dp.errors import UnsupportedModelError
@@ -28,22 +30,48 @@ from fsdp_dp.records import Record
 Gradients = dict[str, Tensor]
 
 
-class _Shell(nn.Module):
-    """Calls a module's forward without its hooks, those of FSDP and of the taps included."""
+@contextlib.contextmanager
+def _owning(module: nn.Module, own: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let the module find ``own`` wherever it looks for what it owns; FSDP1 puts views beside the registry."""
+    tables: tuple[dict[str, Any], ...] = (vars(module), module._parameters, module._buffers)
+    before = [(table, n, table[n]) for table in tables for n in own if n in table]
+    try:
+        for table, n, _ in before:
+            table[n] = own[n]
+        yield
+    finally:
+        for table, n, x in before:
+            table[n] = x
 
-    def __init__(self, inner: nn.Module) -> None:
+
+class _NothingElse(TorchFunctionMode):
+    """Refuses tensors that share memory with what the module owns: a forward that got them behind the registry."""
+
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.inner = inner
+        self._module = module
+        self._memory = {_memory(x) for x in _own_tensors(module).values()} - {None, 0}
 
-    def forward(self, *args: object, **kwargs: object) -> object:
-        return self.inner.forward(*args, **kwargs)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(isinstance(x, Tensor) and _memory(x) in self._memory for x in tree_leaves((args, kwargs))):
+            raise UnsupportedModelError(
+                f"{type(self._module).__name__} uses a parameter in forward that it does not read from its own attribute (a "
+                "list or a view made in __init__?), so that part of its gradient would be lost; read it from self"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _memory(x: Tensor) -> int | None:
+    with torch._C.DisableTorchFunction(), contextlib.suppress(RuntimeError, NotImplementedError):
+        return x.untyped_storage().data_ptr()
+    return None
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.detach().to(accumulate_dtype(x.dtype)) if x.is_floating_point() else x.detach()
 
 
-def _own_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers as the module has them now, whole.
 
     Raises:
@@ -54,8 +82,8 @@ def _own_tensors(module: nn.Module, name: str) -> dict[str, Tensor]:
     for attribute, x in found.items():
         if isinstance(x, Tensor) and (hasattr(x, "placements") or (x.numel() and not x.untyped_storage().size())):
             raise UnsupportedModelError(
-                f"'{attribute}' of {name} is sharded where its gradient is computed, in backward: under tensor parallelism "
-                "use a layer with a rule; otherwise return tensors from the FSDP unit, so that it gathers its weights"
+                f"'{attribute}' of {type(module).__name__} is sharded in backward, where its gradient is made: under tensor "
+                "parallelism use a layer with a rule; otherwise return tensors from the FSDP unit, so that it gathers weights"
             )
     return {attribute: x for attribute, x in found.items() if isinstance(x, Tensor)}
 
@@ -82,7 +110,7 @@ class LeafCall:
     @staticmethod
     def of(module: nn.Module, record: Record, wanted: frozenset[str], of_rows: Sequence[bool]) -> LeafCall:
         """``of_rows`` says which inputs hold something of each row."""
-        own = {n: _wide(x) for n, x in _own_tensors(module, type(module).__name__).items()}
+        own = {n: _wide(x) for n, x in _own_tensors(module).items()}
         shared = record.call.shared
         inputs = [
             _by_row(x, record) if rows and not is_shared else x
@@ -124,13 +152,20 @@ class LeafCall:
         others = {n: x for n, x in everything.items() if n != name}
         return dataclasses.replace(self, wanted={name: everything[name]}, others=others)
 
-    def together(self, x: Tensor) -> Tensor:
+    def _together(self, x: Tensor) -> Tensor:
         """Outputs ``[B, ...]`` as the module gives them for all rows."""
         if self.record.call.gives_shared:
             return x
         if self.record.layout == "second":
             return x.squeeze(2).movedim(0, 1)
         return x.flatten(0, 1) if x.ndim > 1 else x
+
+    def outputs(self) -> list[Tensor]:
+        """All that the module gives, from each row alone, and from nothing that is hidden from the differentiation."""
+        apart = self.kept()
+        with _NothingElse(self.module):
+            parts = [apart.gradients(rows)[1] for rows in apart.chunks()]
+        return [self._together(torch.cat(x)) for x in zip(*parts, strict=True)]
 
     def gradients(self, rows: slice) -> tuple[Gradients, tuple[Tensor, ...]]:
         """Gradients ``[b, *shape]`` of some rows, and all floating-point outputs ``[b, ...]``."""
@@ -181,8 +216,8 @@ class LeafCall:
 
     def _outputs(self, wanted: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         args, kwargs = self.record.call.arguments(inputs)
-        own = {f"inner.{n}": x for n, x in (*self.others.items(), *wanted.items())}
-        output = torch.func.functional_call(_Shell(self.module), own, args, kwargs, tie_weights=False)
+        with _owning(self.module, {**self.others, **wanted}):
+            output = self.module.forward(*args, **kwargs)  # not through its hooks, FSDP's and the taps' among them
         return tuple(x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point())
 
 

@@ -432,7 +432,7 @@ class RootMeanSquare(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Parameters of three dimensions and of one element, a frozen one, a buffer, keywords, two outputs in a dict, one of them unused at times."""
+    """Parameters of three dimensions and of one element, a frozen one, a buffer, keywords, an output unused at times."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

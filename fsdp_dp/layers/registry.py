@@ -173,9 +173,6 @@ _REFUSED: dict[tuple[type[nn.Module], ...], str] = {
     (nn.modules.conv._ConvTransposeNd,): (
         "is a transposed convolution, which has no rule; use nn.Upsample and a convolution, or nn.PixelShuffle"
     ),
-    (nn.modules.lazy.LazyModuleMixin,): (
-        "has no parameters yet; run the model once on an example before make_private"
-    ),
 }  # fmt: skip
 
 
