@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from fsdp_dp.attention import Projection
 from fsdp_dp.errors import UnsupportedModelError
-from fsdp_dp.shared_values import METADATA, SharedValue, function_name, is_marked, mark_rows
+from fsdp_dp.marks import mark, mark_rows, marks_of
+from fsdp_dp.shared_values import METADATA, SharedValue, function_name
 from fsdp_dp.taps import raw_attribute
 
 Site = tuple[nn.Module, str]
@@ -59,9 +60,9 @@ class FirstForward(TorchFunctionMode):
             if not isinstance(tensor, SharedValue):
                 self._check_use(tensor, func)
         result = func(*args, **kwargs)
-        if any(map(is_marked, tensors)):
-            for tensor in _tensors((result,), {}):
-                mark_rows(tensor)
+        marks = marks_of(function_name(func), args, kwargs, tensors)
+        for tensor in _tensors((result,), {}) if marks else ():
+            mark(tensor, marks)
         return result
 
     def _check_use(self, tensor: Tensor, func: Callable[..., Any]) -> None:

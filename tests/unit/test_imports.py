@@ -33,6 +33,7 @@ ORDER = (
         "clipping",
         "groups",
         "adaptive_bounds",
+        "marks",
         "shared_values",
     ),  # pure
     ("taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),
