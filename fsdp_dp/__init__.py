@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fsdp_dp.config import AdaptiveBounds, PrivacyConfig
 
 if TYPE_CHECKING:
+    from fsdp_dp.batch_norm import replace_batch_norm
     from fsdp_dp.engine import PrivacyEngine, make_private
     from fsdp_dp.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
     from fsdp_dp.wrapper import FullyShardedDataParallel
@@ -26,6 +27,7 @@ _HOME = {
     "NoEpsilonWarning": "fsdp_dp.errors",
     "PrivacyError": "fsdp_dp.errors",
     "UnsupportedModelError": "fsdp_dp.errors",
+    "replace_batch_norm": "fsdp_dp.batch_norm",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "PrivacyError",
     "UnsupportedModelError",
     "make_private",
+    "replace_batch_norm",
 ]
 
 

@@ -31,6 +31,7 @@ class Projection(nn.Module):
     """
 
     owner: nn.MultiheadAttention
+    documented_as = "MultiheadAttention"
 
     def __init__(self, owner: nn.MultiheadAttention, part: str) -> None:
         super().__init__()
@@ -54,6 +55,7 @@ class Projection(nn.Module):
 
 @layer_rule(Projection)
 def projection(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """Projections as Linears, packed or separate; masks, dropout, sequence or batch first. Not add_bias_kv, add_zero_attn."""
     assert isinstance(module, Projection)
     out = linear(module, a, g, wanted)
     if "weight" in wanted and module.packed:

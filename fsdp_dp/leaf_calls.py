@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from fsdp_dp.by_row import by_row
 from fsdp_dp.errors import UnsupportedModelError
 from fsdp_dp.gradients import MAX_SCRATCH_ELEMENTS, Materialized, NormTerms
 from fsdp_dp.numerics import accumulate_dtype, gamma
@@ -172,10 +172,8 @@ class LeafCall:
         inputs = tuple(x[rows] if dim == 0 else x for x, dim in zip(self.inputs, self.in_dims, strict=True))
         grads = tuple(g[rows] for g in self.grads)
         if self.module not in _NOT_BY_VMAP:
-            by_row = torch.func.vmap(self._of_row, in_dims=(self.in_dims, 0), randomness="error")
-            with contextlib.suppress(RuntimeError, NotImplementedError), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "There is a performance drop because", UserWarning)
-                return by_row(inputs, grads)  # type: ignore[no-any-return]
+            with contextlib.suppress(RuntimeError, NotImplementedError):
+                return by_row(self._of_row, in_dims=(self.in_dims, 0))(inputs, grads)  # type: ignore[no-any-return]
         found = self._one_by_one(inputs, grads)
         _NOT_BY_VMAP.add(self.module)
         return found

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fsdp_dp.gradients import (
     MAX_SCRATCH_ELEMENTS,
-    STORE_AT_MOST,
     Materialized,
     NormTerms,
     OuterProduct,
@@ -35,6 +34,7 @@ from fsdp_dp.numerics import (
     product_roundoff,
     underflow,
 )
+from fsdp_dp.planner import STORE_AT_MOST
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,9 +145,9 @@ class PatchProduct:
         )
 
     def _rounding(self, terms: int) -> float:
-        """Of `OuterProduct.weighted_sum`: the scaled factor is rounded, or split in two, and products are summed."""
-        split = 1.01 * SPLIT_ROUNDOFF if on_tensor_cores(self.a) else 0.0
-        return split + 1.01 * gamma(terms + 4, product_roundoff(self.a))
+        """Of `OuterProduct.weighted_sum`, in either of its ways, with so many products summed."""
+        scaling = SPLIT_ROUNDOFF + gamma(2 * len(self.a) + 4, torch.float32) if on_tensor_cores(self.a) else 0.0
+        return 1.01 * (scaling + gamma(terms + 4, product_roundoff(self.a)))
 
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
         G, _, D, P = self._sizes

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from fsdp_dp.by_row import by_row
 from fsdp_dp.errors import UnsupportedModelError
 from fsdp_dp.marks import is_marked
 from fsdp_dp.records import layout_of
@@ -195,7 +196,7 @@ class _Use:
             return tuple(flat)
 
         found: list[Any] = []
-        flat = torch.func.vmap(one_row, randomness="same")(*(x.per_row for x in self.shared))
+        flat = by_row(one_row, randomness="same")(*(x.per_row for x in self.shared))
         return tree_unflatten([SharedValue(x, self.owner, self.meetings) for x in flat], found[0])
 
     def _expanded(self) -> SharedValue | None:
@@ -214,7 +215,7 @@ class _Use:
             return None
         front = x.per_row.reshape(self.rows, *own[1:])
         if self.name == "repeat":
-            return self._of_expanded(torch.func.vmap(lambda v: v.repeat(*sizes[1:]))(front) if sizes[1:] else front)
+            return self._of_expanded(by_row(lambda v: v.repeat(*sizes[1:]))(front) if sizes[1:] else front)
         return self._of_expanded(front.expand(self.rows, *sizes[1:]))
 
     def _of_expanded(self, expanded: Tensor) -> SharedValue:
@@ -319,7 +320,7 @@ class _Use:
             return x.unflatten(0, (B, -1)) if layout == "merged" else x.movedim(place, 0)
 
         inputs = [rows_in_front(x) for x in self.leaves if isinstance(x, SharedValue) or id(x) in moved]
-        out = torch.func.vmap(one_row, randomness="same")(*inputs)
+        out = by_row(one_row, randomness="same")(*inputs)
         return out.flatten(0, 1) if layout == "merged" else out.squeeze(place + 1).movedim(0, place)
 
     def _check_einsum(self) -> None:
