@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -183,7 +183,7 @@ class LeafCall:
             outputs = self._outputs(wanted, inputs)
             return tuple(x for x, g in zip(outputs, self.record.grads, strict=True) if g is not None), outputs
 
-        found, pull, outputs = torch.func.vjp(used, self.wanted, has_aux=True)
+        found, pull, outputs = torch.func.vjp(used, self.wanted, has_aux=True)  # type: ignore[misc]
         (gradients,) = pull(tuple(g.to(x.dtype) for g, x in zip(grads, found, strict=True)))
         return gradients, outputs
 
@@ -250,6 +250,8 @@ class Recomputed:
     What is summed is what was measured: a row that comes out longer the second time (kernels that add in any order) is
     scaled back to the length that it had.
     """
+
+    method: ClassVar[str] = "recompute"
 
     call: LeafCall
     name: str

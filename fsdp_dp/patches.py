@@ -22,6 +22,7 @@ from fsdp_dp.gradients import (
     Materialized,
     NormTerms,
     OuterProduct,
+    PerSampleGradient,
     _norm_sq,
     _token_norms,
 )
@@ -34,7 +35,7 @@ from fsdp_dp.numerics import (
     product_roundoff,
     underflow,
 )
-from fsdp_dp.planner import STORE_AT_MOST
+from fsdp_dp.planner import STORE_AT_MOST, Method
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,9 +97,13 @@ class PatchProduct:
         return G, self.g[0, 0].numel(), self.a.shape[1] // G * math.prod(self.geometry.kernel), self.g.shape[1] // G
 
     @property
-    def uses_gram(self) -> bool:
-        _, T, D, P = self._sizes
-        return T * (D + P) < D * P
+    def method(self) -> Method:
+        """How the rows are measured; what is kept is smaller than the factors of the product, so `planner` does not fit."""
+        G, T, D, P = self._sizes
+        kept = sum(x[0].numel() * x.element_size() for x in (self.a, self.g))
+        if T * (D + P) < D * P:
+            return "gram"
+        return "store" if G * D * P * self.dtype.itemsize <= STORE_AT_MOST * kept else "instantiate"
 
     def _pieces(self, rows: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Patches ``[b G, T', D]`` and output gradients ``[b G, T', P]`` of some rows, a few output lines at a time."""
@@ -115,8 +120,9 @@ class PatchProduct:
         return (slice(start, start + step) for start in range(0, len(self.a), step))
 
     def norm_terms(self) -> NormTerms:
-        norms = self._gram_norms if self.uses_gram else self._instantiated_norms
-        parts = [norms(rows).stack() for rows in self._rows(with_gradient=not self.uses_gram)]
+        uses_gram = self.method == "gram"
+        norms = self._gram_norms if uses_gram else self._instantiated_norms
+        parts = [norms(rows).stack() for rows in self._rows(with_gradient=not uses_gram)]
         return NormTerms.unstack(torch.cat(parts, 1))
 
     def _gram_norms(self, rows: slice) -> NormTerms:
@@ -171,9 +177,5 @@ class PatchProduct:
     def regroup(self, rows: int) -> Materialized:
         return Materialized(self.dense()).regroup(rows)
 
-    def settle(self) -> PatchProduct | Materialized:
-        G, _, D, P = self._sizes
-        factors = sum(x[0].numel() * x.element_size() for x in (self.a, self.g))
-        if self.uses_gram or G * D * P * self.dtype.itemsize > STORE_AT_MOST * factors:
-            return self
-        return Materialized(self.dense())
+    def settle(self) -> PerSampleGradient:
+        return Materialized(self.dense()) if self.method == "store" else self

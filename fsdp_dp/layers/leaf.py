@@ -53,7 +53,9 @@ def leaf(module: nn.Module, record: Record, wanted: frozenset[str]) -> dict[str,
             terms[n].append(Materialized(gradients[n]).norm_terms().stack())
     out: dict[str, PerSampleGradient] = {n: Materialized(_at_least_2d(torch.cat(G))) for n, G in stored.items()}
     kept = call.kept() if large else call
-    return out | {n: Recomputed(kept.only(n), n, NormTerms.unstack(torch.cat(terms[n], 1))) for n in large}
+    for n in large:
+        out[n] = Recomputed(kept.only(n), n, NormTerms.unstack(torch.cat(terms[n], 1)))
+    return out
 
 
 def _at_least_2d(G: Tensor) -> Tensor:
