@@ -58,6 +58,7 @@ class Fsdp2Model(TensorParallel):
                 name=name,
                 index=index,
                 parameter=p,
+                numel=p.numel(),
                 region=region(p.shape, placed[name].cuts),
                 split=name in self.tensor_cuts,
                 unit=units[shardings[name].group],

@@ -233,6 +233,7 @@ class TensorParallelModel(TensorParallel):
                 name=name,
                 index=index,
                 parameter=p,
+                numel=p.numel(),
                 region=region(p.shape, [cut for cut in [cuts[name]] if cut is not None]),
                 split=name in self.tensor_cuts,
                 unit=unit_of[name],

@@ -57,6 +57,7 @@ class WholeModel(ShardedModel):
                 name=name,
                 index=index,
                 parameter=p,
+                numel=p.numel(),
                 region=Region(start=0, count=p.numel()),
                 split=False,
                 unit=unit_of[name],

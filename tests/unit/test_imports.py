@@ -17,24 +17,29 @@ INDEX = "__init__"  # `fsdp_dp` itself: the public names
 
 # Lowest first. A module imports from its own row and from the rows above it.
 ORDER = (
-    ("config", "errors", "accounting"),  # no torch
+    ("config", "errors", "accounting", "second_opinion", "standing", "ledger"),  # no torch
     (
         "numerics",
         "chacha",
         "noise",
         "sampling",
         "records",
+        "planner",
+        "side_stream",
         "gradients",
         "kernels",
         "layers",
         "clipping",
+        "groups",
+        "adaptive_bounds",
         "shared_values",
     ),  # pure
     ("taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),
+    ("clipped_sum",),
     ("engine", "summary"),
-    ("wrapper", "checkpoint"),
+    ("wrapper", "checkpoint", "export"),
     (INDEX,),
-    ("models", "data", "training", "train"),
+    ("models", "data", "training", "train", "benchmark"),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
 
@@ -193,7 +198,7 @@ def test_other_names_are_not_reported(tmp_path: Path, path: str, source: str) ->
     assert fsdp1_private_uses(tree_with(tmp_path, path, source)) == []
 
 
-@pytest.mark.parametrize("module", ["fsdp_dp", "fsdp_dp.accounting", "fsdp_dp.config"])
+@pytest.mark.parametrize("module", ["fsdp_dp", "fsdp_dp.accounting", "fsdp_dp.config", "fsdp_dp.ledger"])
 def test_import_loads_no_torch(module: str) -> None:
     assert not loads_torch(f"import {module}")
 
