@@ -488,6 +488,7 @@ class PrivacyEngine:
                 kwargs,
                 self.model.device,
                 frozenset(id(p.parameter) for p in self.model.parameters),
+                self.model.data_rank,
             )
         modes = tuple(m.training for m in module.modules())
         if modes not in self._watched or self._buffers_moved():
@@ -605,6 +606,8 @@ class PrivacyEngine:
         """
         if any(isinstance(x, SharedValue) for x in inputs):
             return self._sharing(layer)
+        if any(isinstance(x, DTensor) for x in inputs):
+            return None  # under tensor parallelism every input needs the batch, or its layout is refused
         if self._meetings.learning and not any(map(is_marked, inputs)) and not self._has_equal_rows(inputs):
             self._same_for_all_rows.add(layer)
         return self._sharing(layer) if layer in self._same_for_all_rows else None
