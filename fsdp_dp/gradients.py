@@ -188,9 +188,7 @@ class OuterProduct:
         """How the rows are measured (see `planner`)."""
         a, g = self.a_BTD, self.g_BTP
         narrower = min(a.element_size(), g.element_size())
-        return planner.method(
-            *a.shape[1:], g.shape[2], narrower, self.dtype.itemsize, fused=fused.usable(a, g)
-        )
+        return planner.method(*a.shape[1:], g.shape[2], narrower, self.dtype.itemsize, fused=fused.usable(a, g))
 
     @property
     def uses_gram(self) -> bool:
@@ -271,11 +269,8 @@ def _product_rounding(S_B: Tensor, a_BTD: Tensor) -> Tensor:
 
     The kernel rounds 2 B + 2 times more in float32 instead of splitting: its weights are quotients of rows' weights.
     """
-    if on_tensor_cores(a_BTD):
-        split = 1.01 * SPLIT_ROUNDOFF + 1.01 * gamma(2 * len(a_BTD) + 4, torch.float32)
-    else:
-        split = 0.0
-    return (split + 1.01 * gamma(a_BTD.shape[1] + 4, product_roundoff(a_BTD))) * S_B
+    weighting = SPLIT_ROUNDOFF + gamma(2 * len(a_BTD) + 4, torch.float32) if on_tensor_cores(a_BTD) else 0.0
+    return (1.01 * weighting + 1.01 * gamma(a_BTD.shape[1] + 4, product_roundoff(a_BTD))) * S_B
 
 
 def _instantiated_norms(a_BTD: Tensor, g_BTP: Tensor) -> NormTerms:

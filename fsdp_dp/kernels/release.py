@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fsdp_dp import kernels, noise
@@ -35,9 +36,42 @@ class Segment:
     columns: tuple[int, int, int] | None = None
 
 
+class Verdict:
+    """Whether a release on a GPU was exact: known once the device has come to it, asked for without making it wait.
+
+    Until then nothing is lost: the gradients of a release that was not are zeros.
+    """
+
+    def __init__(self, inexact: Tensor | None = None) -> None:
+        self._flag: Tensor | None = None
+        if inexact is not None and inexact.is_cuda:
+            self._flag = torch.empty(1, dtype=inexact.dtype, pin_memory=True)
+            self._flag.copy_(inexact, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        elif inexact is not None:
+            self._flag = inexact
+
+    def check(self) -> None:
+        """Wait for the answer.
+
+        Raises:
+            FloatingPointError: an element was not an exact number of lattice units.
+        """
+        if self._flag is None:
+            return
+        if hasattr(self, "_copied"):
+            self._copied.synchronize()
+        if int(self._flag):
+            raise FloatingPointError(
+                "release: an element is not an exact number of lattice units; the clipped sum holds NaN. Nothing was "
+                "released: the gradients are zeros"
+            )
+
+
 def privatize_all_(
     segments: Sequence[Segment], *, key: bytes, release: int, lattice: noise.Lattice, noise_std: float, divisor: float
-) -> None:
+) -> Verdict:
     """Write each segment's noised sum, divided by `divisor`, into its `out`, and zeros into its accumulator.
 
     Args:
@@ -51,7 +85,8 @@ def privatize_all_(
     Raises:
         ValueError: a tensor, or `noise_std`, is not as described.
         OverflowError: the release, a parameter index or an element does not fit its counter.
-        FloatingPointError: a result is not an exact number of lattice units; nothing may be released.
+        FloatingPointError: a result is not an exact number of lattice units; nothing may be released. On a GPU that is
+            what the `Verdict` raises, and gradients are zeros.
 
     **Formal guarantee.** That of `noise.Lattice` with the normals of `noise.standard_normal`, on every element.
     """
@@ -59,13 +94,13 @@ def privatize_all_(
     if segments and noise_std > 0 and kernels.available(segments[0].out.device):
         from fsdp_dp.kernels import chacha_normal as implementation
 
-        implementation.privatize_all_(
-            segments, key=key, release=release, lattice=lattice, noise_std=noise_std, divisor=divisor
+        return Verdict(
+            implementation.privatize_all_(
+                segments, key=key, release=release, lattice=lattice, noise_std=noise_std, divisor=divisor
+            )
         )
-    else:
-        privatize_all_in_torch_(
-            segments, key=key, release=release, lattice=lattice, noise_std=noise_std, divisor=divisor
-        )
+    privatize_all_in_torch_(segments, key=key, release=release, lattice=lattice, noise_std=noise_std, divisor=divisor)
+    return Verdict()
 
 
 def privatize_all_in_torch_(
