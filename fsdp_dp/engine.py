@@ -868,8 +868,16 @@ class PrivacyEngine:
             self._first_microbatch = None
 
     def _private_gradients(self) -> dict[str, Tensor]:
-        """``(sum_i w_i G_i + sigma R xi) / expected_batch_size`` of every local shard, flat; the sums are used up."""
-        out = {p.name: torch.empty_like(p.accumulator, dtype=p.parameter.dtype) for p in self.model.parameters}
+        """``(sum_i w_i G_i + sigma R xi) / expected_batch_size`` of every local shard, flat, in place of the sums.
+
+        The sums' memory goes with the gradients: whoever keeps one of these never sees an un-noised sum in it later.
+        """
+        out = {
+            p.name: p.accumulator.view(-1)
+            if p.accumulator.dtype == p.parameter.dtype
+            else torch.empty_like(p.accumulator, dtype=p.parameter.dtype)
+            for p in self.model.parameters
+        }
         segments = [
             Segment(
                 accumulator=p.accumulator,
@@ -889,6 +897,7 @@ class PrivacyEngine:
             noise_std=self.gradient_noise_multiplier * self.max_grad_norm,
             divisor=self.privacy.expected_batch_size,
         )
+        self.model.give_accumulators_away()
         return out
 
     def _discard_pending(self) -> None:

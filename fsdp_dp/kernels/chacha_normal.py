@@ -79,11 +79,11 @@ def privatize_all_(
     inexact = torch.zeros(1, dtype=torch.int32, device=segments[0].out.device)
     launches = []
     for kind in dict.fromkeys(map(_kind, segments)):
-        accumulator_dtype, out_dtype, columns = kind
+        accumulator_dtype, out_dtype, columns, in_place = kind
         table, programs, count = _table(head, [segment for segment in segments if _kind(segment) == kind])
         launches.append((table, programs, count, _DTYPES[out_dtype], columns))
         _privatize[(programs,)](
-            table, inexact, count, ACCUMULATOR=_DTYPES[accumulator_dtype], OUT=_DTYPES[out_dtype], COLUMNS=columns,
+            table, inexact, count, ACCUMULATOR=_DTYPES[accumulator_dtype], OUT=_DTYPES[out_dtype], COLUMNS=columns, CLEAR=not in_place,
             CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS,
         )  # fmt: skip
     for table, programs, count, out_dtype, columns in launches:
@@ -117,9 +117,9 @@ def keystream(key: bytes, nonce: chacha.Nonce, first_block: int, blocks: int, de
     return words
 
 
-def _kind(segment: Segment) -> tuple[torch.dtype, torch.dtype, bool]:
+def _kind(segment: Segment) -> tuple[torch.dtype, torch.dtype, bool, bool]:
     """What the kernel is compiled for."""
-    return segment.accumulator.dtype, segment.out.dtype, segment.columns is not None
+    return segment.accumulator.dtype, segment.out.dtype, segment.columns is not None, segment.in_place
 
 
 def _check(segment: Segment, release: int, device: torch.device) -> None:
@@ -164,7 +164,7 @@ def _table(head: Sequence[int], segments: Sequence[Segment]) -> tuple[Tensor, in
 @triton.jit(do_not_specialize=["segments"])
 def _privatize(
     table, inexact, segments,
-    ACCUMULATOR: tl.constexpr, OUT: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, OUT: tl.constexpr, COLUMNS: tl.constexpr, CLEAR: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """One program: `CHUNKS` chunks of the segment that `_find` gives, from accumulator to gradient."""
     row = _find(table, segments)
@@ -192,7 +192,8 @@ def _privatize(
             total += tl.floor(tl.fma(cosine if half == 0 else sine, units_of_noise, 0.5))
             wrong = wrong | tl.where(tl.abs(total) <= _EXACT, 0, 1)
             _store(out + place, total * scale, inside, OUT)
-            tl.store(accumulator + place, tl.zeros([LANES * CHUNKS], ACCUMULATOR), mask=inside)
+            if CLEAR:
+                tl.store(accumulator + place, tl.zeros([LANES * CHUNKS], ACCUMULATOR), mask=inside)
     tl.store(inexact, 1, mask=tl.max(wrong) != 0)
 
 

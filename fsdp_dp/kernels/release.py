@@ -21,7 +21,8 @@ class Segment:
 
     Attributes:
         accumulator: clipped sum, flat and contiguous, float32 or float64.
-        out: where its private gradient is written: as many elements, flat and contiguous, any floating dtype.
+        out: where its private gradient is written: as many elements, flat and contiguous, any floating dtype. It may be
+            the accumulator itself.
         parameter: canonical index of the parameter, part of the noise nonce.
         start, count: the run of global elements that the shard is, or lies in.
         columns: (width, offset, size) if the shard is columns `offset .. offset + size` of the run seen as rows of
@@ -34,6 +35,10 @@ class Segment:
     start: int
     count: int
     columns: tuple[int, int, int] | None = None
+
+    @property
+    def in_place(self) -> bool:
+        return self.out.data_ptr() == self.accumulator.data_ptr()
 
 
 class Verdict:
@@ -72,7 +77,7 @@ class Verdict:
 def privatize_all_(
     segments: Sequence[Segment], *, key: bytes, release: int, lattice: noise.Lattice, noise_std: float, divisor: float
 ) -> Verdict:
-    """Write each segment's noised sum, divided by `divisor`, into its `out`, and zeros into its accumulator.
+    """Write each segment's noised sum, divided by `divisor`, into its `out`, and zeros into an accumulator beside it.
 
     Args:
         segments: on one device, none overlapping another.
@@ -120,7 +125,8 @@ def privatize_all_in_torch_(
             )
             total = lattice.privatize(total, select(run, segment.columns), noise_std)
         segment.out.copy_(total / divisor)
-        segment.accumulator.zero_()
+        if not segment.in_place:
+            segment.accumulator.zero_()
 
 
 def select(run: Tensor, columns: tuple[int, int, int] | None) -> Tensor:
