@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -118,7 +118,10 @@ class ClippedSum:
         rows = self._weigh(index, self._norm_terms())
         for unit, names in self._plan.parts[index].items():
             of_unit = {name: self._gradients.pop(name) for name in names if name in self._gradients}
-            self._sums[unit] |= weighted_sums(of_unit, rows.weight_B, rows.keep_B)
+            # A unit that is summed as a whole, and is the next to be reduced, needs no room besides its bucket.
+            alone = self._units[:1] == [unit] and self._unsummed[unit] == len(names)
+            places = self._plan.model.places(unit) if alone else {}
+            self._sums[unit] |= weighted_sums(of_unit, rows.weight_B, rows.keep_B, places)
             self._unsummed[unit] -= len(names)
             self._reduce_ready_units()
 

@@ -46,7 +46,7 @@ from fsdp_dp.gradients import Materialized, NormTerms, PerSampleGradient
 from fsdp_dp.groups import Place, blocks_of_units, clipping_groups
 from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
-from fsdp_dp.kernels.release import Segment, privatize_all_
+from fsdp_dp.kernels.release import Segment, Verdict, privatize_all_
 from fsdp_dp.layers import keeps, per_sample_gradients
 from fsdp_dp.numerics import UN_NOISED_MARGIN, accumulate_dtype, exact_arithmetic
 from fsdp_dp.optimizer_gate import OptimizerGate
@@ -54,6 +54,7 @@ from fsdp_dp.records import NO_CALL, Call, Record
 from fsdp_dp.sampling import LogicalBatchLoader
 from fsdp_dp.sharding import open_model
 from fsdp_dp.shared_values import Meetings, SharedValue, is_marked
+from fsdp_dp.side_stream import to_device
 from fsdp_dp.summary import describe
 from fsdp_dp.taps import (
     FreezeWindow,
@@ -169,6 +170,7 @@ class PrivacyEngine:
         self._released_epochs: set[tuple[int, int]] = set()
         self._earlier_epochs = 0
         self._norm_B: Tensor | None = None
+        self._last_release = Verdict()
         self.nonfinite_rows = torch.zeros((), dtype=torch.int64, device=self.model.device)
 
         self._window = FreezeWindow(handles, self._refusals_poison)
@@ -289,6 +291,7 @@ class PrivacyEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: counts and the mechanism. Nothing secret, and nothing un-noised."""
+        self._last_release.check()
         mechanism = {k: v for k, v in dataclasses.asdict(self.privacy).items() if k != "seed"}
         return {
             **mechanism,
@@ -518,7 +521,7 @@ class PrivacyEngine:
             )
         mask, from_loader = self._intake.next_mask(rows, pending=self._pending > 0)
         vouched = from_loader or self.privacy.sampling == "external_poisson"
-        microbatch = _Microbatch(rows, mask.to(self.model.device, torch.bool), vouched)
+        microbatch = _Microbatch(rows, to_device(mask.to(torch.bool), self.model.device), vouched)
         microbatch.sums = ClippedSum(self._plan, rows, lambda group, terms: self._weigh(microbatch, group, terms))
         return microbatch
 
@@ -814,6 +817,7 @@ class PrivacyEngine:
             )
 
     def _check_before_release(self) -> None:
+        self._last_release.check()
         self._raise_if_poisoned()
         if self._gate.waiting:
             raise PrivacyError("privatize: a released gradient already waits for its optimizer.step()")
@@ -869,8 +873,16 @@ class PrivacyEngine:
             self._first_microbatch = None
 
     def _private_gradients(self) -> dict[str, Tensor]:
-        """``(sum_i w_i G_i + sigma R xi) / expected_batch_size`` of every local shard, flat; the sums are used up."""
-        out = {p.name: torch.empty_like(p.accumulator, dtype=p.parameter.dtype) for p in self.model.parameters}
+        """``(sum_i w_i G_i + sigma R xi) / expected_batch_size`` of every local shard, flat, in place of the sums.
+
+        The sums' memory goes with the gradients: whoever keeps one of these never sees an un-noised sum in it later.
+        """
+        out = {
+            p.name: p.accumulator.view(-1)
+            if p.accumulator.dtype == p.parameter.dtype
+            else torch.empty_like(p.accumulator, dtype=p.parameter.dtype)
+            for p in self.model.parameters
+        }
         segments = [
             Segment(
                 accumulator=p.accumulator,
@@ -882,7 +894,7 @@ class PrivacyEngine:
             )
             for p in self.model.parameters
         ]
-        privatize_all_(
+        self._last_release = privatize_all_(
             segments,
             key=self._noise_key,
             release=self.steps,
@@ -890,6 +902,7 @@ class PrivacyEngine:
             noise_std=self.gradient_noise_multiplier * self.max_grad_norm,
             divisor=self.privacy.expected_batch_size,
         )
+        self.model.give_accumulators_away()
         return out
 
     def _discard_pending(self) -> None:

@@ -188,9 +188,7 @@ class OuterProduct:
         """How the rows are measured (see `planner`)."""
         a, g = self.a_BTD, self.g_BTP
         narrower = min(a.element_size(), g.element_size())
-        return planner.method(
-            *a.shape[1:], g.shape[2], narrower, self.dtype.itemsize, fused=fused.usable(a, g)
-        )
+        return planner.method(*a.shape[1:], g.shape[2], narrower, self.dtype.itemsize, fused=fused.usable(a, g))
 
     @property
     def uses_gram(self) -> bool:
@@ -271,11 +269,8 @@ def _product_rounding(S_B: Tensor, a_BTD: Tensor) -> Tensor:
 
     The kernel rounds 2 B + 2 times more in float32 instead of splitting: its weights are quotients of rows' weights.
     """
-    if on_tensor_cores(a_BTD):
-        split = 1.01 * SPLIT_ROUNDOFF + 1.01 * gamma(2 * len(a_BTD) + 4, torch.float32)
-    else:
-        split = 0.0
-    return (split + 1.01 * gamma(a_BTD.shape[1] + 4, product_roundoff(a_BTD))) * S_B
+    weighting = SPLIT_ROUNDOFF + gamma(2 * len(a_BTD) + 4, torch.float32) if on_tensor_cores(a_BTD) else 0.0
+    return (1.01 * weighting + 1.01 * gamma(a_BTD.shape[1] + 4, product_roundoff(a_BTD))) * S_B
 
 
 def _instantiated_norms(a_BTD: Tensor, g_BTP: Tensor) -> NormTerms:
@@ -472,12 +467,29 @@ def total_norm_terms(gradients: Sequence[PerSampleGradient], rows: int, device: 
     return functools.reduce(NormTerms.__add__, map(_stored_norm_terms, stored.values()), total)
 
 
-def weighted_sums(gradients: Mapping[str, PerSampleGradient], weight_B: Tensor, keep_B: Tensor) -> dict[str, Tensor]:
-    """``weighted_sum`` of each; small stored gradients together, in one product."""
+def weighted_sums(
+    gradients: Mapping[str, PerSampleGradient],
+    weight_B: Tensor,
+    keep_B: Tensor,
+    into: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """``weighted_sum`` of each; small stored gradients together, in one product.
+
+    Sums that a kernel makes are written to their place ``into``, if there is one (see `fused.weighted_outer`).
+    """
+    into = into or {}
+    effective_B = _kept(weight_B, keep_B)
     small = {n: g.value for n, g in gradients.items() if isinstance(g, Materialized) and g.value[0].numel() <= SMALL}
-    sums = {n: g.weighted_sum(weight_B, keep_B) for n, g in gradients.items() if n not in small}
+    sums = {n: _weighted_sum(g, effective_B, keep_B, into.get(n)) for n, g in gradients.items() if n not in small}
     if small:
         joint = Materialized(torch.cat([x.flatten(1) for x in small.values()], 1)).weighted_sum(weight_B, keep_B)
         pieces = joint.split([x[0].numel() for x in small.values()])
         sums |= {n: piece.view(x.shape[1:]) for (n, x), piece in zip(small.items(), pieces, strict=True)}
     return sums
+
+
+def _weighted_sum(gradient: PerSampleGradient, effective_B: Tensor, keep_B: Tensor, place: Tensor | None) -> Tensor:
+    """``effective_B`` is zero for rows that are not kept, which is all that the kernel asks about them."""
+    if isinstance(gradient, OuterProduct) and fused.usable(gradient.a_BTD, gradient.g_BTP):
+        return fused.weighted_outer(gradient.a_BTD, gradient.g_BTP, effective_B, place)
+    return gradient.weighted_sum(effective_B, keep_B)
