@@ -7,6 +7,7 @@ optimizer. `Case` pairs a model with its rows; `CASES` names all of them, so tha
 Legend: N rows of a logical batch, B rows of a microbatch, T positions, D channels, V vocabulary.
 """
 
+import fnmatch
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,68 @@ def clipped_sum(gradients: Iterator[Gradients], max_grad_norm: float) -> Gradien
         for name, g in of_row.items():
             total[name] = total.get(name, torch.zeros_like(g)) + factor * g
     return total
+
+
+CLIP_FACTORS: dict[str, Callable[[float, float], float]] = {
+    "abadi": lambda n, bound: min(1.0, bound / max(n, 1e-300)),
+    "automatic": lambda n, bound: bound / (n + 0.01),
+    "normalized": lambda n, bound: bound / n if n > 0 else 0.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Clipping in groups: how parameters are put together, how the bound is divided, how a row is scaled to it.
+
+    ``blocks`` says which submodules are blocks, for "block"; a dict of patterns is written as a tuple of pairs.
+    """
+
+    clipping: str | tuple[tuple[str, str], ...] = "flat"
+    bounds: str = "uniform"
+    clip_function: str = "abadi"
+
+    def members(self, model: nn.Module, is_block: Callable[[nn.Module, nn.Module], bool]) -> list[list[str]]:
+        """The names of each group's parameters."""
+        groups: dict[str, list[str]] = {}
+        for name in trainable(model):
+            groups.setdefault(self._key(name, model, is_block), []).append(name)
+        return list(groups.values())
+
+    def _key(self, name: str, model: nn.Module, is_block: Callable[[nn.Module, nn.Module], bool]) -> str:
+        if not isinstance(self.clipping, str):
+            return next(group for pattern, group in self.clipping if fnmatch.fnmatch(name, pattern))
+        path = name.split(".")[:-1]
+        if self.clipping == "block":
+            inside = [
+                i for i in range(1, len(path) + 1)
+                if is_block(model.get_submodule(".".join(path[: i - 1])), model.get_submodule(".".join(path[:i])))
+            ]  # fmt: skip
+            return ".".join(path[: inside[0]]) if inside else ""
+        return {"flat": "", "layer": ".".join(path), "parameter": name}[self.clipping]
+
+    def clipped_sum(
+        self, rows: Iterator[Gradients], members: list[list[str]], max_grad_norm: float, numel: dict[str, int]
+    ) -> Gradients:
+        """`sum_i` of every row's gradient, each group scaled to its own bound."""
+        total: Gradients = {}
+        sizes = [sum(numel[n] for n in names) if self.bounds == "dimension" else 1 for names in members]
+        for of_row in rows:
+            for names, size in zip(members, sizes, strict=True):
+                bound = max_grad_norm * (size / sum(sizes)) ** 0.5
+                factor = CLIP_FACTORS[self.clip_function](norm({n: of_row[n] for n in names}), bound)
+                for n in names:
+                    total[n] = total.get(n, torch.zeros_like(of_row[n])) + factor * of_row[n]
+        return total
+
+
+def is_unit(parent: nn.Module, module: nn.Module) -> bool:
+    """Blocks as the sharded tests have them."""
+    return isinstance(module, Unit)
+
+
+def is_listed(parent: nn.Module, module: nn.Module) -> bool:
+    """Blocks of a model that is not sharded."""
+    return isinstance(parent, nn.ModuleList)
 
 
 def relative_error(found: Gradients, expected: Gradients) -> float:
@@ -584,16 +647,26 @@ def median_norm(name: str) -> float:
 
 
 @functools.cache
-def trained(name: str, *, steps: int, optimizer: str, expected_batch_size: int) -> Gradients:
+def trained(
+    name: str,
+    *,
+    steps: int,
+    optimizer: str,
+    expected_batch_size: int,
+    groups: Groups | None = None,
+    is_block: Callable[[nn.Module, nn.Module], bool] = is_unit,
+) -> Gradients:
     """How far `steps` releases without noise move every parameter, clipped at the median norm."""
     case = CASES[name]
     model, (inputs, targets) = case.model(), case.batch()
+    groups = Groups() if groups is None else groups
+    members, numel = groups.members(model, is_block), {n: p.numel() for n, p in trainable(model).items()}
     start = {n: p.detach().clone() for n, p in trainable(model).items()}
     stepper = OPTIMIZERS[optimizer](model.parameters())
     for step in range(steps):
         numbers = rows_of_step(case.rows, step)
         gradients = row_gradients(model, (inputs[numbers], targets[numbers]), case.row_losses)
-        total = clipped_sum(gradients, median_norm(name))
+        total = groups.clipped_sum(gradients, members, median_norm(name), numel)
         for n, p in trainable(model).items():
             p.grad = total[n] / expected_batch_size
         stepper.step()

@@ -28,9 +28,12 @@ ORDER = (
         "kernels",
         "layers",
         "clipping",
+        "groups",
+        "adaptive_bounds",
         "shared_values",
     ),  # pure
     ("taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),
+    ("clipped_sum",),
     ("engine", "summary"),
     ("wrapper", "checkpoint"),
     (INDEX,),
