@@ -48,6 +48,7 @@ from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
 from fsdp_dp.kernels.release import Segment, privatize_all_
 from fsdp_dp.layers import keeps, per_sample_gradients
+from fsdp_dp.methods import Measured
 from fsdp_dp.numerics import UN_NOISED_MARGIN, accumulate_dtype, exact_arithmetic
 from fsdp_dp.optimizer_gate import OptimizerGate
 from fsdp_dp.records import NO_CALL, Call, Record
@@ -123,6 +124,7 @@ class PrivacyEngine:
         steps: releases so far.
         seeded: some of them drew their noise from a fixed seed, so that there is no guarantee.
         nonfinite_rows: int64 scalar, rows of this rank zeroed because their gradient was not finite. Not private.
+        measured: parameter -> how its gradients were measured, in the first microbatch. Not private.
     """
 
     def __init__(self, model: nn.Module, privacy: PrivacyConfig, optimizer: Optimizer | None = None) -> None:
@@ -167,6 +169,7 @@ class PrivacyEngine:
         self._released_epochs: set[tuple[int, int]] = set()
         self._earlier_epochs = 0
         self._norm_B: Tensor | None = None
+        self.measured: dict[str, Measured] = {}
         self.nonfinite_rows = torch.zeros((), dtype=torch.int64, device=self.model.device)
 
         self._window = FreezeWindow(handles, self._refusals_poison)
@@ -721,7 +724,10 @@ class PrivacyEngine:
         assert microbatch is not None
         with exact_arithmetic(self.model.device):
             if microbatch.norms is not None and self._first_microbatch is not None:
-                self._first_microbatch.measured(microbatch.norms.finish())
+                measured = microbatch.norms.finish()
+                self._first_microbatch.measured({name: m.terms.norm_sq for name, m in measured.items()})
+                if not microbatch.rehearsal:
+                    self.measured = measured
             if microbatch.sums is not None:
                 microbatch.sums.finish()
                 self.model.finish_accumulate()

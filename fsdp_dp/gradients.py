@@ -88,7 +88,17 @@ class NormTerms:
 
 
 class PerSampleGradient(Protocol):
-    """The gradient of one parameter for every row of a microbatch, in whatever form is cheapest."""
+    """The gradient of one parameter for every row of a microbatch, in whatever form is cheapest.
+
+    ``method`` says for people how the norm is found, ``norm_cost`` in how many products as large as the one that makes
+    the parameter's own gradient.
+    """
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def norm_cost(self) -> float: ...
 
     def norm_terms(self) -> NormTerms: ...
 
@@ -142,6 +152,8 @@ class Materialized:
     """``G_i`` stored as computed, ``value`` ``[B, *shape]`` float32 or float64. What is summed is what was measured."""
 
     value: Tensor
+    method = "store"
+    norm_cost = 0.0
 
     def norm_terms(self) -> NormTerms:
         return _stored_norm_terms([self.value])
@@ -184,6 +196,14 @@ class OuterProduct:
         T, D, P = *self.a_BTD.shape[1:], self.g_BTP.shape[2]
         return T * (D + P) < D * P
 
+    @property
+    def method(self) -> str:
+        return "gram" if self.uses_gram else "instantiate"
+
+    @property
+    def norm_cost(self) -> float:
+        return outer_norm_cost(self.a_BTD.shape[1], self.a_BTD.shape[2], self.g_BTP.shape[2])
+
     def settle(self) -> PerSampleGradient:
         """``G_i`` itself where it is what the norm needs and takes little more room than its factors, else unchanged."""
         factors = sum(x[0].numel() * x.element_size() for x in (self.a_BTD, self.g_BTP))
@@ -213,6 +233,11 @@ class OuterProduct:
     def regroup(self, rows: int) -> OuterProduct:
         a, g = (x.reshape(rows, -1, x.shape[2]) for x in (self.a_BTD, self.g_BTP))
         return OuterProduct(a, g)
+
+
+def outer_norm_cost(T: int, D: int, P: int) -> float:
+    """Of two Gram matrices, or of the gradient itself where that is cheaper, in products of T x D and T x P."""
+    return min(1.0, T * (D + P) / (D * P))
 
 
 def _token_norms(a_BTD: Tensor, g_BTP: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,6 +322,8 @@ class IndexedRows:
     index_BT: Tensor
     value_BTP: Tensor
     vocabulary: int
+    method = "rows"
+    norm_cost = 0.0
 
     @staticmethod
     def compress(index_BT: Tensor, g_BTP: Tensor, vocabulary: int) -> IndexedRows:
@@ -343,6 +370,14 @@ class TiedSum:
 
     outer: OuterProduct
     rows: IndexedRows
+
+    @property
+    def method(self) -> str:
+        return f"{self.outer.method} and {self.rows.method}"
+
+    @property
+    def norm_cost(self) -> float:
+        return self.outer.norm_cost + self.rows.index_BT.shape[1] / self.rows.vocabulary
 
     def norm_terms(self) -> NormTerms:
         """``|X + Y|^2 = |X|^2 + |Y|^2 + 2 <X, Y>``; leaving out the last term breaks the bound (DESIGN section 4)."""

@@ -16,7 +16,17 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tests.generated.parts import KINDS, NORMS, WIDTH
-from tests.oracle import POSITIONS, VOCABULARY, Case, Unit, square_losses, token_losses
+from tests.oracle import (
+    POSITIONS,
+    VOCABULARY,
+    Case,
+    Groups,
+    Unit,
+    is_listed,
+    is_unit,
+    square_losses,
+    token_losses,
+)
 
 RECOMPUTE = ("none", "around", "inside", "selective")
 SAVED = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
@@ -53,9 +63,20 @@ class Architecture:
     loss_reduction: str
     steps: int
     root_only: bool
+    clipping: str
+    clip_function: str
 
     def __str__(self) -> str:
         return "\n    ".join([repr(self), *map(repr, self.parts)])
+
+    @property
+    def groups(self) -> Groups:
+        return Groups(clipping=self.clipping, clip_function=self.clip_function)
+
+    def is_block(self, parent: nn.Module, module: nn.Module) -> bool:
+        """FSDP's units, where there is more than one."""
+        units = not self.root_only and any(part.unit for part in self.parts)
+        return is_unit(parent, module) if units else is_listed(parent, module)
 
     def case(self) -> Case:
         """For the oracle."""
@@ -76,21 +97,29 @@ def draw(seed: int) -> Architecture:
     positions = ["none", "expanded table", "bare table", "bare parameter"]
     trainable = pick.choice(["all", "all", "all", "some", "some", "biases", "head and norms"])
     rows = pick.randint(3, 8)
+    class_token = pick.random() < 0.3
+    # Windows of 2 positions are not told apart from 2 rows behind their positions: such a microbatch is refused.
+    microbatch = pick.choice([1, 3, 4] if class_token else [1, 2, 3, 4])
     return Architecture(
         seed=seed,
         inputs=inputs,
         positions=pick.choice(positions),
-        class_token=pick.random() < 0.3,
+        class_token=class_token,
         parts=tuple(_draw_part(pick) for _ in range(pick.randint(1, 4))),
         head=pick.choice(["plain", "tied", "nested"] if inputs == "ids" else ["plain", "nested"]),
         trainable=trainable,
         dtype=pick.choice(["float64", "float64", "float64", "float32", "bf16"]),
         rows=rows,
-        microbatch=pick.randint(1, 4),
+        microbatch=microbatch,
         empty_last=pick.random() < 0.25,
         loss_reduction=pick.choice(["mean", "sum"]),
         steps=pick.choice([1, 1, 2]),
         root_only=pick.random() < 0.2,
+        # Whether a unit with nothing to train is a block is no matter of these tests.
+        clipping=pick.choice(
+            ["flat", "flat", "block", "layer", "parameter"] if trainable == "all" else ["flat", "layer"]
+        ),
+        clip_function=pick.choice(["abadi", "abadi", "automatic"]),
     )
 
 
@@ -185,4 +214,6 @@ class Generated(nn.Module):
                 h_BTD = _called(part, module)(h_BTD)
         h_BTD = h_BTD[:, 1:] if self.of.class_token else h_BTD
         logits = self.head(self.norm(h_BTD))
-        return {"logits": logits, "more": (h_BTD.mean(1), [logits[:, 0].tanh()])} if self.of.head == "nested" else logits
+        return (
+            {"logits": logits, "more": (h_BTD.mean(1), [logits[:, 0].tanh()])} if self.of.head == "nested" else logits
+        )

@@ -198,6 +198,33 @@ class Gated(nn.Module):
         return x_BTD + self.out(F.silu(gate) * self.value(h) + gate.detach() * 0.1 + gate.square() * 0.01)
 
 
+class Convolution(nn.Module):
+    """Along the positions, in groups, and a norm over groups of channels."""
+
+    def __init__(self, norm: str, bias: bool, hidden: int) -> None:
+        super().__init__()
+        self.norm, self.out = nn.GroupNorm(2, WIDTH), nn.Conv1d(WIDTH, WIDTH, 1, bias=bias)
+        groups, mode = (3, "circular") if norm == "rms" else (1, "zeros")
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=groups, bias=bias, padding_mode=mode)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BDT = x_BTD.transpose(1, 2)
+        return (x_BDT + self.out(torch.tanh(self.norm(self.conv(x_BDT))))).transpose(1, 2)
+
+
+class Image(nn.Module):
+    """A row as an image of one channel."""
+
+    def __init__(self, norm: str, bias: bool, hidden: int) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(1, hidden, 3, padding="same", bias=bias), nn.Conv2d(hidden, 1, (1, 3), (1, 2))
+        self.norm, self.mix = nn.GroupNorm(1, hidden), nn.Linear((WIDTH - 1) // 2, WIDTH, bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        h = F.gelu(self.norm(self.conv(x_BTD[:, None])))
+        return x_BTD + self.mix(self.out(h).squeeze(1))
+
+
 KINDS: dict[str, type[nn.Module]] = {
     "mlp": Mlp,
     "in place": InPlace,
@@ -213,4 +240,6 @@ KINDS: dict[str, type[nn.Module]] = {
     "bare mask": BareMask,
     "unused": Unused,
     "gated": Gated,
+    "convolution": Convolution,
+    "image": Image,
 }

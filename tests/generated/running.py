@@ -19,7 +19,6 @@ from tests.generated.architectures import Architecture, draw
 from tests.oracle import (
     OPTIMIZERS,
     Gradients,
-    clipped_sum,
     norm,
     relative_error,
     row_gradients,
@@ -43,7 +42,12 @@ class Generation:
     def run(self) -> Gradients:
         of = draw(self.seed)
         dtype = torch.float64 if of.dtype == "float64" else torch.float32
-        privacy = privacy_config(max_grad_norm=self.bound, loss_reduction=of.loss_reduction)
+        privacy = privacy_config(
+            max_grad_norm=self.bound,
+            loss_reduction=of.loss_reduction,
+            clipping=of.clipping,
+            clip_function=of.clip_function,
+        )
         try:
             model, engine = BACKENDS[backend_name(of, self.backend)](of.case().model(dtype), privacy)
             return self._train(of, model, engine)
@@ -103,13 +107,13 @@ def expected_move(seed: int) -> Gradients:
     of = draw(seed)
     case = of.case()
     model, (inputs, targets) = case.model(), case.batch()
+    members, numel = of.groups.members(model, of.is_block), {n: p.numel() for n, p in trainable(model).items()}
     start = {n: p.detach().clone() for n, p in trainable(model).items()}
     stepper = OPTIMIZERS["sgd"](model.parameters())
     for step in range(of.steps):
         numbers = rows_of_step(of.rows, step)
-        total = clipped_sum(
-            row_gradients(model, (inputs[numbers], targets[numbers]), case.row_losses), bound_of(seed)
-        )
+        gradients = row_gradients(model, (inputs[numbers], targets[numbers]), case.row_losses)
+        total = of.groups.clipped_sum(gradients, members, bound_of(seed), numel)
         for n, p in trainable(model).items():
             p.grad = total[n] / EXPECTED_BATCH_SIZE
         stepper.step()

@@ -31,6 +31,7 @@ ORDER = (
         "clipping",
         "groups",
         "adaptive_bounds",
+        "methods",
         "shared_values",
     ),  # pure
     ("taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),
