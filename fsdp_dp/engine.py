@@ -65,7 +65,7 @@ from fsdp_dp.taps import (
     recomputing,
     with_boundary,
 )
-from fsdp_dp.watch import FirstForward, buffer_versions
+from fsdp_dp.watch import FirstForward, Uncompiled, buffer_versions
 
 _MECHANISM = (
     "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "clipping", "group_bounds",
@@ -179,6 +179,7 @@ class PrivacyEngine:
         self._same_for_all_rows: set[str] = set()
         self._layouts = RowLayouts()
         self._watch: FirstForward | None = None
+        self._uncompiled = Uncompiled()
         self._watched: set[tuple[bool, ...]] = set()
         self._buffer_versions: dict[str, tuple[int, int]] = {}
         self._first_microbatch: FirstMicrobatch | None = None
@@ -280,6 +281,7 @@ class PrivacyEngine:
         self._intake.discard()
         self._excess.zero_()
         self._current, self._pending, self._poisoned, self._in_forward = None, 0, None, False
+        self._uncompiled.stop()
 
     def privatize(self) -> None:
         """Release now: every managed ``.grad`` becomes its private gradient, which the next step uses as it is."""
@@ -499,6 +501,7 @@ class PrivacyEngine:
             )
         modes = tuple(m.training for m in module.modules())
         if modes not in self._watched or self._buffers_moved():
+            self._uncompiled.start()
             self._watch = FirstForward(module, self.model.names, self._taps.running, (args, kwargs))
             self._watch.__enter__()
         self._meetings.rows, self._meetings.learning = self._current.rows, self._watch is not None
@@ -539,6 +542,7 @@ class PrivacyEngine:
             watch.__exit__(None, None, None)
         if output is None:
             self._window.open()
+            self._uncompiled.stop()
             self._poisoned = "a forward raised an exception"
             return None
         if watch is not None:
@@ -736,6 +740,7 @@ class PrivacyEngine:
         microbatch.done, self._poisoned = True, None
         self._intake.finished()
         self._window.open()
+        self._uncompiled.stop()
 
     def _weigh(self, microbatch: _Microbatch, group: int, terms: NormTerms) -> RowWeights:
         """Clip weights of a group's rows, from their norms."""
@@ -858,6 +863,7 @@ class PrivacyEngine:
         first.loss.stop()
         rehearsal = _Microbatch(first.rows, torch.ones(first.rows, dtype=torch.bool), False, norms=MeasuredNorms())
         self._current = rehearsal
+        self._uncompiled.start()
         try:
             first.run_exchanged()
             told = first.compare(rehearsal.narrowest)

@@ -86,6 +86,11 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` leaves ``function`` out of its graphs, where it would run once, or keep buffers that are reused."""
+    return torch.compiler.disable(function, reason="fsdp_dp records what layers were given")  # type: ignore[no-any-return]
+
+
 class Taps:
     """Taps on a set of layers. ``start`` is asked for a report function at every call of a layer.
 
@@ -109,9 +114,11 @@ class Taps:
         self.running: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
         self._hook_ids: dict[str, int] = {}
+        enter = as_written(self._enter)
         for name, layer in layers.items():
-            self._handles.append(layer.register_forward_pre_hook(self._enter, prepend=True))
-            leave = layer.register_forward_hook(self._leave(name), prepend=True, with_kwargs=True, always_call=True)
+            self._handles.append(layer.register_forward_pre_hook(enter, prepend=True))
+            hook = as_written(self._leave(name))
+            leave = layer.register_forward_hook(hook, prepend=True, with_kwargs=True, always_call=True)
             self._handles.append(leave)
             self._hook_ids[name] = leave.id
 
@@ -208,7 +215,7 @@ def _shared_attribute(
     def delete(module: nn.Module) -> None:
         del module.__dict__[attribute]
 
-    return property(read, write, delete)
+    return property(as_written(read), write, delete)
 
 
 def raw_attribute(module: nn.Module, attribute: str) -> Any:
