@@ -369,6 +369,11 @@ class PrivacyEngine:
         """Whether all rows released so far were sampled as the accountant assumes, so that `epsilon` holds."""
         return self._vouched
 
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether the check before the first release saw that no row's gradient depends on another (see `independence`)."""
+        return self._checked
+
     # ------------------------------------------------------------------------------------------------- attachment
 
     def _agree_on_noise_multiplier(self) -> float:

@@ -37,9 +37,9 @@ ORDER = (
     ("taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),
     ("clipped_sum",),
     ("engine", "summary"),
-    ("wrapper", "checkpoint"),
+    ("wrapper", "checkpoint", "verdict"),
     (INDEX,),
-    ("models", "data", "training", "train"),
+    ("models", "data", "training", "train", "check"),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
 
