@@ -175,11 +175,11 @@ class PrivacyEngine:
         self.nonfinite_rows = torch.zeros((), dtype=torch.int64, device=self.model.device)
 
         self._window = FreezeWindow(handles, self._refusals_poison)
-        self._taps = Taps(self.layers, keeps, self._start_record, self._share_output)
+        self._taps = Taps(self.layers, keeps, self._start_record, self._share_output, lambda: self._meetings.rows)
         self._shared_parameters = SharedParameters(bare, self._is_sharing, self._share_parameter)
         self._meetings = Meetings()
         self._same_for_all_rows: set[str] = set()
-        self._layouts = RowLayouts()
+        self._layouts = RowLayouts(self.layers)
         self._watch: FirstForward | None = None
         self._uncompiled = Uncompiled()
         self._watched: set[tuple[bool, ...]] = set()
@@ -623,7 +623,9 @@ class PrivacyEngine:
 
     def _has_equal_rows(self, inputs: Sequence[Tensor]) -> bool:
         rows = self._meetings.rows
-        return rows > 1 and all(x.ndim > 1 and x.shape[0] == rows and bool((x == x[:1]).all()) for x in inputs)
+        if rows < 2 or not inputs:
+            return False
+        return all(x.ndim > 1 and x.shape[0] == rows and bool((x == x[:1]).all()) for x in inputs)
 
     def _sharing(self, owner: str) -> Callable[[Tensor], SharedValue]:
         rows = self._meetings.rows
@@ -715,7 +717,7 @@ class PrivacyEngine:
                 record, complete = self.model.localize(layer, module, record)
                 layout = self._layouts.of(layer, record, microbatch.rows)
                 self._note_dtypes(microbatch, record.grads)
-                gradients = per_sample_gradients(module, record.arranged(layout), frozenset(names))
+                gradients = per_sample_gradients(module, record.arranged(layout, microbatch.rows), frozenset(names))
                 if layout == "merged":
                     gradients = {name: gradient.regroup(microbatch.rows) for name, gradient in gradients.items()}
                 gradients = {name: gradient.settle() for name, gradient in complete(gradients).items()}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from fsdp_dp.attention import Projection
 from fsdp_dp.errors import UnsupportedModelError
 from fsdp_dp.shared_values import METADATA, SharedValue, function_name, is_marked, mark_rows
 from fsdp_dp.taps import raw_attribute
@@ -66,7 +67,9 @@ class FirstForward(TorchFunctionMode):
 
     def _check_use(self, tensor: Tensor, func: Callable[..., Any]) -> None:
         owners = [(module, name) for (module, attribute), name in self._sites.items() if _is(module, attribute, tensor)]
-        if not owners or (self._running and any(module is self._running[-1] for module, _ in owners)):
+        running = self._running[-1] if self._running else None
+        running = running.owner if isinstance(running, Projection) else running
+        if not owners or any(module is running for module, _ in owners):
             return
         if _called_from_torch_distributed():
             return
