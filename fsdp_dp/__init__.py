@@ -14,6 +14,7 @@ from fsdp_dp.config import AdaptiveBounds, PrivacyConfig
 if TYPE_CHECKING:
     from fsdp_dp.engine import PrivacyEngine, make_private
     from fsdp_dp.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
+    from fsdp_dp.verdict import check_private
     from fsdp_dp.wrapper import FullyShardedDataParallel
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 _HOME = {
     "PrivacyEngine": "fsdp_dp.engine",
     "make_private": "fsdp_dp.engine",
+    "check_private": "fsdp_dp.verdict",
     "FullyShardedDataParallel": "fsdp_dp.wrapper",
     "BudgetExceededError": "fsdp_dp.errors",
     "NoEpsilonWarning": "fsdp_dp.errors",
@@ -37,6 +39,7 @@ __all__ = [
     "PrivacyEngine",
     "PrivacyError",
     "UnsupportedModelError",
+    "check_private",
     "make_private",
 ]
 

@@ -25,6 +25,7 @@ from fsdp_dp.gradients import (
     OuterProduct,
     _norm_sq,
     _token_norms,
+    outer_norm_cost,
 )
 from fsdp_dp.numerics import (
     SPLIT_ROUNDOFF,
@@ -99,6 +100,14 @@ class PatchProduct:
     def uses_gram(self) -> bool:
         _, T, D, P = self._sizes
         return T * (D + P) < D * P
+
+    @property
+    def method(self) -> str:
+        return "gram of patches" if self.uses_gram else "instantiate from patches"
+
+    @property
+    def norm_cost(self) -> float:
+        return outer_norm_cost(*self._sizes[1:])
 
     def _pieces(self, rows: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Patches ``[b G, T', D]`` and output gradients ``[b G, T', P]`` of some rows, a few output lines at a time."""
