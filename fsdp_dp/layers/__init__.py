@@ -4,7 +4,7 @@ A rule is a function ``rule(module, a, g, wanted) -> {parameter name: PerSampleG
 works while FSDP has them resharded. Adding a layer is one file: write the rule, decorate it with `layer_rule`.
 """
 
-from fsdp_dp.layers import embedding, linear, normalization
+from fsdp_dp.layers import convolution, embedding, linear, normalization
 from fsdp_dp.layers.registry import (
     Rule,
     has_rule,
@@ -19,6 +19,7 @@ from fsdp_dp.layers.registry import (
 
 __all__ = [
     "Rule",
+    "convolution",
     "embedding",
     "has_rule",
     "keeps",

@@ -25,6 +25,7 @@ ORDER = (
         "sampling",
         "records",
         "gradients",
+        "patches",
         "kernels",
         "layers",
         "clipping",
