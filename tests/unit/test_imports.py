@@ -29,6 +29,7 @@ ORDER = (
         "kernels",
         "layers",
         "clipping",
+        "losses",
         "shared_values",
     ),  # pure
     ("taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),
