@@ -115,8 +115,8 @@ def _averages_over_labels(args: tuple[Any, ...], kwargs: dict[str, Any], rows: i
 
 def _refuse_average(grad: Tensor) -> None:
     raise UnsupportedModelError(
-        "The model computes its loss as a mean over all labels of the batch, so the number of labels in one row changes the "
-        f"gradients of others. {_CONSTANT_DIVISOR}"
+        "The model computes its loss as a mean over all labels of the batch, which couples rows: how many labels one row has "
+        f"changes the gradients of others. {_CONSTANT_DIVISOR}"
     )
 
 
