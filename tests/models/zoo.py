@@ -80,6 +80,20 @@ def images(size: int = 8) -> Batch:
     return {"pixel_values": pixels, "labels": torch.arange(N) % 3}
 
 
+def pixels() -> Batch:
+    return {"pixel_values": images()["pixel_values"]}
+
+
+def speech() -> Batch:
+    """Spectrograms, and a decoder's tokens."""
+    features = torch.randn(N, 5, 16, generator=random(), dtype=torch.float64)
+    return {"input_features": features, **{name: translation()[name] for name in ("labels", "decoder_input_ids")}}
+
+
+def sound() -> Batch:
+    return {"input_values": torch.randn(N, 64, generator=random(), dtype=torch.float64), "labels": torch.arange(N) % 3}
+
+
 # ------------------------------------------------------------------------------------------------------------- losses
 
 
@@ -147,8 +161,142 @@ def with_its_own_loss(architecture: str, config: dict[str, Any], batch: Any, *, 
     )  # fmt: skip
 
 
+WIDE_GROUPED = GROUPED | {"query_pre_attn_scalar": 6}  # Gemma 2 and 3
+SEQ2SEQ = TOKENS | {
+    "d_model": 12, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 20, "decoder_ffn_dim": 20, "max_position_embeddings": 16, "dropout": 0.0,
+    "decoder_start_token_id": 2,
+}  # fmt: skip
+WAV2VEC2 = SIZES | {
+    "conv_dim": [6, 6], "conv_stride": [3, 2], "conv_kernel": [5, 3], "num_feat_extract_layers": 2, "feat_extract_norm": "layer",
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_labels": 3, "hidden_dropout": 0.0,
+    "activation_dropout": 0.0, "attention_dropout": 0.0, "feat_proj_dropout": 0.0, "final_dropout": 0.0, "layerdrop": 0.0,
+    "mask_time_prob": 0.0,
+}  # fmt: skip
+DISENTANGLED = ENCODER | {
+    "num_labels": 3, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "pooler_dropout": 0.0,
+    "pooler_hidden_size": 12,
+}  # fmt: skip
+
+
+def lm(architecture: str, config: dict[str, Any], **options: Any) -> Subject:
+    return subject(architecture, config, language, next_token_losses, **options)
+
+
+def mlm(architecture: str, config: dict[str, Any], **options: Any) -> Subject:
+    return subject(architecture, config, masked_language, token_losses, **options)
+
+
 MODELS: dict[str, Subject] = {
-    "GPT-2": subject("GPT2LMHeadModel", GPT2, language, next_token_losses),
-    "GPT-NeoX": subject("GPTNeoXForCausalLM", TEXT | {"hidden_dropout": 0.0}, language, next_token_losses),
-    "BERT": subject("BertForMaskedLM", ENCODER, masked_language, token_losses),
+    "GPT-2": lm("GPT2LMHeadModel", GPT2),
+    "GPT-NeoX": lm("GPTNeoXForCausalLM", TEXT | {"hidden_dropout": 0.0}),
+    "GPT-J": lm("GPTJForCausalLM", GPT2 | {"rotary_dim": 4}),
+    "OPT": lm("OPTForCausalLM", TEXT | {"ffn_dim": 20, "word_embed_proj_dim": 12, "dropout": 0.0}),
+    "Bloom": lm(
+        "BloomForCausalLM",
+        TOKENS | {"hidden_size": 12, "n_layer": 2, "n_head": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    ),
+    "Llama": lm("LlamaForCausalLM", GROUPED, tolerance=FLOAT32),
+    "Mistral": lm("MistralForCausalLM", GROUPED | {"sliding_window": 4}, tolerance=FLOAT32),
+    "Qwen2": lm("Qwen2ForCausalLM", GROUPED, tolerance=FLOAT32),
+    "Qwen3": lm("Qwen3ForCausalLM", GROUPED, tolerance=FLOAT32),
+    "Gemma": lm("GemmaForCausalLM", GROUPED, tolerance=FLOAT32),
+    "Gemma 3": lm("Gemma3ForCausalLM", WIDE_GROUPED, tolerance=FLOAT32),
+    "Phi-3": lm("Phi3ForCausalLM", TEXT | {"num_key_value_heads": 1}, tolerance=FLOAT32),
+    "OLMo 2": lm("Olmo2ForCausalLM", TEXT | {"num_key_value_heads": 1}, tolerance=FLOAT32),
+    "BERT": mlm("BertForMaskedLM", ENCODER),
+    "BERT, classes": subject("BertForSequenceClassification", ENCODER | {"num_labels": 3}, classes, class_losses),
+    "RoBERTa": mlm("RobertaForMaskedLM", ENCODER),
+    "DistilBERT": mlm(
+        "DistilBertForMaskedLM",
+        TOKENS
+        | {
+            "dim": 12,
+            "n_layers": 2,
+            "n_heads": 2,
+            "hidden_dim": 20,
+            "max_position_embeddings": 16,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+        },
+    ),
+    "ALBERT": mlm("AlbertForMaskedLM", ENCODER | {"embedding_size": 8}),
+    "ELECTRA": mlm("ElectraForMaskedLM", ENCODER | {"embedding_size": 8}),
+    "ModernBERT": mlm(
+        "ModernBertForMaskedLM", ENCODER | {"mlp_dropout": 0.0, "embedding_dropout": 0.0}, tolerance=FLOAT32
+    ),
+    "DeBERTa": subject("DebertaForSequenceClassification", DISENTANGLED, classes, class_losses),
+    "DeBERTa-v2": subject(
+        "DebertaV2ForSequenceClassification",
+        DISENTANGLED | {"position_buckets": 4, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
+        classes,
+        class_losses,
+    ),
+    "T5": subject("T5ForConditionalGeneration", T5, translation, token_losses, tolerance=FLOAT32),
+    "Flan-T5": subject(
+        "T5ForConditionalGeneration",
+        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+        translation,
+        token_losses,
+        tolerance=FLOAT32,
+    ),
+    "BART": subject("BartForConditionalGeneration", SEQ2SEQ, translation, token_losses),
+    "Whisper": subject(
+        "WhisperForConditionalGeneration",
+        SEQ2SEQ | {"num_mel_bins": 5, "max_source_positions": 8, "max_target_positions": 16},
+        speech,
+        token_losses,
+    ),
+    "ViT": subject("ViTForImageClassification", IMAGE, images, class_losses),
+    "DeiT": subject("DeiTForImageClassification", IMAGE, images, class_losses),
+    "BEiT": subject(
+        "BeitForImageClassification",
+        IMAGE | {"layer_scale_init_value": 0.1, "use_relative_position_bias": True, "drop_path_rate": 0.0},
+        images,
+        class_losses,
+    ),
+    "DINOv2": subject(
+        "Dinov2ForImageClassification", IMAGE | {"mlp_ratio": 2, "drop_path_rate": 0.0}, images, class_losses
+    ),
+    "Swin": subject(
+        "SwinForImageClassification",
+        NO_DROPOUT
+        | {
+            "image_size": 16,
+            "patch_size": 2,
+            "embed_dim": 6,
+            "depths": [2, 2],
+            "num_heads": [2, 2],
+            "window_size": 4,
+            "drop_path_rate": 0.0,
+            "num_labels": 3,
+        },
+        functools.partial(images, 16),
+        class_losses,
+    ),
+    "ConvNeXt": subject(
+        "ConvNextForImageClassification",
+        {
+            "hidden_sizes": [6, 8],
+            "depths": [1, 1],
+            "num_stages": 2,
+            "image_size": 16,
+            "patch_size": 2,
+            "drop_path_rate": 0.0,
+            "num_labels": 3,
+        },
+        functools.partial(images, 16),
+        class_losses,
+    ),
+    "CLIP text": subject("CLIPTextModel", TEXT, tokens, pooled_losses),
+    "CLIP vision": subject("CLIPVisionModel", SIZES | {"image_size": 8, "patch_size": 4}, pixels, pooled_losses),
+    "SigLIP vision": subject("SiglipVisionModel", SIZES | {"image_size": 8, "patch_size": 4}, pixels, pooled_losses),
+    "Wav2Vec2": subject("Wav2Vec2ForSequenceClassification", WAV2VEC2, sound, class_losses),
+    "Mamba": lm(
+        "MambaForCausalLM", TOKENS | {"hidden_size": 12, "num_hidden_layers": 2, "state_size": 4}, tolerance=FLOAT32
+    ),
 }
+
+
+def subject_named(name: str) -> Subject:
+    return MODELS[name]
