@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fsdp_dp.config import PrivacyConfig
+from fsdp_dp.config import AdaptiveBounds, PrivacyConfig
 
 if TYPE_CHECKING:
     from fsdp_dp.engine import PrivacyEngine, make_private
@@ -31,6 +31,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdaptiveBounds",
     "BudgetExceededError",
     "FullyShardedDataParallel",
     "NoEpsilonWarning",

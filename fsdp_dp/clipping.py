@@ -49,6 +49,38 @@ def abadi_weights(norm_B: Tensor, bound: float) -> Tensor:
     return torch.where(norm_B > bound, bound / norm_B * down, 1.0)
 
 
+MAX_WEIGHT = 2.0**63
+"""Rows shorter than the bound by more than this are scaled up by no more: a weight must stay a finite float32."""
+
+
+def automatic_weights(norm_B: Tensor, bound: float, stability: float) -> Tensor:
+    """``bound / (norm + stability)`` (AUTO-S: Bu, Wang, Zha, Karypis, arXiv 2206.07136, eq. 4), float64.
+
+    **Formal guarantee.** ``weight_i * norm_i < bound`` for every row with a finite norm, after rounding down.
+    """
+    down = 1 - 2.0**-50
+    return (bound / (norm_B + stability) * down).clamp(max=MAX_WEIGHT)
+
+
+def normalized_weights(norm_B: Tensor, bound: float) -> Tensor:
+    """``bound / norm`` (AUTO-V, ibid.), 0 for a row without a gradient, float64.
+
+    **Formal guarantee.** ``weight_i * norm_i <= bound`` for every row with a finite norm, after rounding down.
+    """
+    return torch.where(norm_B > 0, automatic_weights(norm_B, bound, 0.0), 0.0)
+
+
+def clip_weights(norm_B: Tensor, bound: float, clip_function: str, stability: float) -> Tensor:
+    """The weights of one of the clip functions by its name in the configuration."""
+    if clip_function == "abadi":
+        return abadi_weights(norm_B, bound)
+    return (
+        automatic_weights(norm_B, bound, stability)
+        if clip_function == "automatic"
+        else normalized_weights(norm_B, bound)
+    )
+
+
 def round_down(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The largest value of ``dtype`` that is at most ``x`` (``x >= 0``)."""
     rounded = x.to(dtype)
@@ -57,7 +89,15 @@ def round_down(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def row_weights(
-    terms: NormTerms, mask_B: Tensor, *, bound: float, loss_factor: float, numerics: str, dtype: torch.dtype
+    terms: NormTerms,
+    mask_B: Tensor,
+    *,
+    bound: float,
+    loss_factor: float,
+    numerics: str,
+    dtype: torch.dtype,
+    clip_function: str = "abadi",
+    stability: float = 0.0,
 ) -> RowWeights:
     """Weights for the recorded gradients of one microbatch.
 
@@ -66,13 +106,14 @@ def row_weights(
         mask_B: bool ``[B]``, False for padding.
         bound: sensitivity left for a row, in units of the row's own gradient.
         dtype: format of the weighted sum (float32 or float64).
+        clip_function: "abadi", "automatic" (with ``stability``) or "normalized".
 
     **Formal guarantee.** With ``numerics="certified"``, ``|weight_i * G_i| <= bound`` as summed, for every row.
     """
     norm_B = NORMS[numerics](terms) * loss_factor
     # The reported norm is of the same order whatever `numerics` is; its finiteness decides, before any min or max.
     keep_B = torch.isfinite(norm_B) & mask_B
-    weight_B = torch.where(keep_B, abadi_weights(norm_B, bound) * loss_factor, 0.0)
+    weight_B = torch.where(keep_B, clip_weights(norm_B, bound, clip_function, stability) * loss_factor, 0.0)
     return RowWeights(
         weight_B=round_down(weight_B, dtype),
         keep_B=keep_B,

@@ -7,17 +7,45 @@ a bad value before any process group starts.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal, get_args
 
 Sampling = Literal["poisson", "external_poisson", "shuffle"]
-Clipping = Literal["flat"]
-ClipFunction = Literal["abadi"]
+Clipping = Literal["flat", "block", "layer", "parameter"]
+GroupBounds = Literal["uniform", "dimension"]
+ClipFunction = Literal["abadi", "automatic", "normalized"]
 Numerics = Literal["certified", "nominal"]
 LossReduction = Literal["mean", "sum"]
 AccountantName = Literal["prv", "pld", "rdp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveBounds:
+    """Clipping bounds that follow a quantile of the norms, found privately (Andrew et al., arXiv 1905.03871; for several
+    groups He et al., arXiv 2212.01539).
+
+    - `target_quantile`: the share of rows that should not be clipped.
+    - `learning_rate`: eta of the geometric update `R <- R exp(-eta (share - target_quantile))`, once a release.
+    - `budget_fraction`: the share of the release's privacy that the estimate takes. The noise of the gradients grows by
+      `1 / sqrt(1 - budget_fraction)` for it, so that epsilon stays that of `noise_multiplier`.
+    - `floor`: no bound falls below this times its first value. Public; it must not be chosen from the data.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    target_quantile: float = 0.5
+    learning_rate: float = 0.2
+    budget_fraction: float = 0.01
+    floor: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name in ("target_quantile", "budget_fraction"):
+            require_number(f"adaptive_bounds.{name}", getattr(self, name), above=0.0, below=1.0)
+        require_number("adaptive_bounds.learning_rate", self.learning_rate, above=0.0, at_most=1.0)
+        require_number("adaptive_bounds.floor", self.floor, above=0.0, at_most=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +64,14 @@ class PrivacyConfig:
     - `steps`: the number of releases that the run commits to; None leaves it open.
     - `sampling`: "poisson" draws through the engine's loader; "external_poisson" is the user's word that batches are
       drawn so; "shuffle" visits each row at most once an epoch and is accounted without amplification.
-    - `clipping`, `clip_function`: which parameters share a bound, and how a row is scaled to it.
+    - `clipping`: which parameters share a bound: all of them ("flat"), those of an FSDP unit ("block"), of a layer, each
+      its own ("parameter"), or a mapping from patterns of parameter names (`*` as in file names, the first that fits
+      counts) to names of groups.
+    - `group_bounds`: K groups have bounds R_k with `sqrt(sum R_k^2) = max_grad_norm`: all equal ("uniform"), proportional
+      to the square root of the group's elements ("dimension"), or a mapping from groups to bounds.
+    - `clip_function`: how a row is scaled to its bound: "abadi" `min(1, R/n)`, "automatic" `R/(n + clip_stability)`
+      (AUTO-S, arXiv 2206.07136), "normalized" `R/n`.
+    - `adaptive_bounds`: let the bounds follow the norms, privately; `max_grad_norm` is then where they start.
     - `numerics`: "certified" bounds each contribution as rounded; "nominal" is the field's practice, for comparison.
     - `loss_reduction`: how the loss reduces the rows of the local microbatch.
     - `accountant`: "prv", "pld" (needs dp-accounting) or "rdp" (needs opacus; looser).
@@ -57,8 +92,11 @@ class PrivacyConfig:
     target_epsilon: float | None = None
     steps: int | None = None
     sampling: Sampling = "poisson"
-    clipping: Clipping = "flat"
+    clipping: Clipping | Mapping[str, str] = "flat"
+    group_bounds: GroupBounds | Mapping[str, float] = "uniform"
     clip_function: ClipFunction = "abadi"
+    clip_stability: float = 0.01
+    adaptive_bounds: AdaptiveBounds | None = None
     numerics: Numerics = "certified"
     loss_reduction: LossReduction = "mean"
     accountant: AccountantName = "prv"
@@ -73,6 +111,7 @@ class PrivacyConfig:
         if self.seed is not None:
             require_integer("seed", self.seed, at_least=0)
         self._check_choices()
+        self._check_groups()
         self._check_batch_fits()
         self._check_noise_or_budget()
         self._check_delta()
@@ -82,13 +121,49 @@ class PrivacyConfig:
         """The expected fraction of the data set in one logical batch."""
         return self.expected_batch_size / self.dataset_size
 
+    @property
+    def clipping_in_words(self) -> str:
+        """What one row's gradient is held to, for reports."""
+        words = f"norm of a row's gradient over all parameters at most R = {self.max_grad_norm:g}"
+        if self.clipping != "flat":
+            groups = self.clipping if isinstance(self.clipping, str) else "group of names"
+            bounds = self.group_bounds if isinstance(self.group_bounds, str) else "given"
+            words += f"; each {groups} to a bound of its own ({bounds}), squares adding up to R^2"
+        if self.adaptive_bounds is not None:
+            share = self.adaptive_bounds.budget_fraction
+            words += f"; bounds adapt privately, for which {share:.0%} of each release's privacy is spent"
+        return words if self.clip_function == "abadi" else f"{words}; {self.clip_function} clip function"
+
     def _check_choices(self) -> None:
         require_choice("sampling", self.sampling, get_args(Sampling))
-        require_choice("clipping", self.clipping, get_args(Clipping))
         require_choice("clip_function", self.clip_function, get_args(ClipFunction))
         require_choice("numerics", self.numerics, get_args(Numerics))
         require_choice("loss_reduction", self.loss_reduction, get_args(LossReduction))
         require_choice("accountant", self.accountant, get_args(AccountantName))
+
+    def _check_groups(self) -> None:
+        if isinstance(self.clipping, Mapping):
+            if not self.clipping or not all(isinstance(x, str) for pair in self.clipping.items() for x in pair):
+                raise ValueError(
+                    "clipping must be a word, or a mapping from patterns of parameter names to names of groups, found "
+                    f"{self.clipping!r}. For example {{'*.attention.*': 'attention', '*': 'rest'}}"
+                )
+        else:
+            require_choice("clipping", self.clipping, get_args(Clipping))
+        if isinstance(self.group_bounds, Mapping):
+            for group, bound in self.group_bounds.items():
+                require_number(f"group_bounds[{group!r}]", bound, above=0.0)
+        else:
+            require_choice("group_bounds", self.group_bounds, get_args(GroupBounds))
+        require_number("clip_stability", self.clip_stability, above=0.0)
+        if self.adaptive_bounds is not None:
+            if not isinstance(self.adaptive_bounds, AdaptiveBounds):
+                raise ValueError(f"adaptive_bounds must be an AdaptiveBounds, found {_shown(self.adaptive_bounds)}.")
+            if self.clip_function != "abadi":
+                raise ValueError(
+                    f"adaptive_bounds needs clip_function='abadi', found '{self.clip_function}', which scales every row to "
+                    "the bound, so that no share of unclipped rows can be aimed at."
+                )
 
     def _check_batch_fits(self) -> None:
         if self.expected_batch_size > self.dataset_size:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
-from fsdp_dp.layers import has_rule, refusal, unknown_parameters
+from fsdp_dp.layers import has_rule, layouts, refusal, unknown_parameters
 from fsdp_dp.records import Layout, Record, fits, layout_of
 from fsdp_dp.sharding.base import ShardedModel, canonical_name
 from fsdp_dp.taps import Bare
@@ -109,7 +109,8 @@ class RowLayouts:
     expert that no token chose) must have the batch in front.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._layers = layers
         self._seen: dict[str, set[Layout]] = {}
         self.verified = False
 
@@ -121,7 +122,7 @@ class RowLayouts:
         fitting = [layout for layout in seen if fits(layout, shapes, rows)]
         if len(fitting) == 1:
             return fitting[0]
-        guess = layout_of(shapes, rows)
+        guess = layout_of(shapes, rows, layouts(self._layers[layer]))
         if guess is None or (self.verified and guess != "rows") or len(fitting) > 1:
             raise UnsupportedModelError(
                 f"Layer '{layer}': its {'input' if inputs else 'output'} has shape {tuple(shapes[0])} and its output "

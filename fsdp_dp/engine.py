@@ -13,6 +13,7 @@ An exception in between poisons it: it can only be discarded.
 from __future__ import annotations
 
 import dataclasses
+import math
 import struct
 import warnings
 from collections import Counter
@@ -27,7 +28,9 @@ from torch.optim.optimizer import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from fsdp_dp import accounting, noise
-from fsdp_dp.clipping import row_weights
+from fsdp_dp.adaptive_bounds import next_bounds, split_noise
+from fsdp_dp.clipped_sum import ClippedSum, ClippingPlan, MeasuredNorms
+from fsdp_dp.clipping import RowWeights, row_weights
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.coverage import (
     RowLayouts,
@@ -39,7 +42,8 @@ from fsdp_dp.coverage import (
     unmark_attached,
 )
 from fsdp_dp.errors import BudgetExceededError, NoEpsilonWarning, PrivacyError, UnsupportedModelError
-from fsdp_dp.gradients import Materialized, NormTerms, PerSampleGradient, combine, total_norm_terms, weighted_sums
+from fsdp_dp.gradients import Materialized, NormTerms, PerSampleGradient
+from fsdp_dp.groups import Place, blocks_of_modules, blocks_of_units, clipping_groups
 from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
 from fsdp_dp.kernels.release import Segment, privatize_all_
@@ -63,8 +67,8 @@ from fsdp_dp.taps import (
 from fsdp_dp.watch import ConstantDivisor, FirstForward, buffer_versions
 
 _MECHANISM = (
-    "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "clipping", "clip_function",
-    "numerics",
+    "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "clipping", "group_bounds",
+    "clip_function", "clip_stability", "adaptive_bounds", "numerics",
 )  # fmt: skip
 _SEED_WARNING = "seed fixed: no privacy guarantee. Leave seed=None outside tests"
 
@@ -73,20 +77,31 @@ _SEED_WARNING = "seed fixed: no privacy guarantee. Leave seed=None outside tests
 class _Microbatch:
     """One forward and its backward.
 
-    ``uses`` collects the per-sample gradients of each parameter, one for each use in the forward. A ``rehearsal``
-    (see `independence`) is measured and never summed. ``taps`` counts the calls of each layer.
+    ``sums`` is given the per-sample gradients, ``norms`` the norm of every parameter where that is asked for. A
+    rehearsal (see `independence`) has the latter alone: it is measured and never summed. ``taps`` counts the calls of each
+    layer; ``norm_sq_B`` adds up over clipping groups, ``dropped_B`` says which rows had no finite norm in some group.
     """
 
     rows: int
     mask_B: Tensor
     vouched: bool
-    rehearsal: bool = False
+    sums: ClippedSum | None = None
+    norms: MeasuredNorms | None = None
+    norm_sq_B: Tensor | None = None
+    dropped_B: Tensor | None = None
     narrowest: torch.dtype = torch.float64
-    uses: dict[str, list[PerSampleGradient]] = dataclasses.field(default_factory=dict)
     taps: Counter[str] = dataclasses.field(default_factory=Counter)
     entered: bool = False
     recording: bool = False
     done: bool = False
+
+    @property
+    def rehearsal(self) -> bool:
+        return self.sums is None
+
+    @property
+    def takers(self) -> list[ClippedSum | MeasuredNorms]:
+        return [taker for taker in (self.norms, self.sums) if taker is not None]
 
 
 class PrivacyEngine:
@@ -95,12 +110,16 @@ class PrivacyEngine:
     **Formal guarantee.** With ``numerics="certified"``, every release is ``sum_i w_i G_i + sigma R xi`` over the rows
     of one logical batch, divided by ``expected_batch_size``, where every ``|w_i G_i| <= R`` as rounded, ``xi`` is
     standard normal on a public lattice, drawn once per release from a key that is never stored, and R is
-    ``max_grad_norm``. Adding or removing one row moves the sum by at most R. `epsilon` composes the releases as
-    sampled by `loader`.
+    ``max_grad_norm``. In groups, w_i is a weight for each group, whose part of ``w_i G_i`` is within its own R_k, and
+    ``sqrt(sum R_k^2) <= R``. Adding or removing one row moves the sum by at most R. With ``adaptive_bounds``, sigma_g in
+    place of sigma, and counts beside the sum, cost what sigma alone would (see `adaptive_bounds`). `epsilon` composes
+    the releases as sampled by `loader`.
 
     Attributes:
         privacy: the configuration.
-        noise_multiplier: sigma, given or calibrated.
+        noise_multiplier: sigma, given or calibrated; what is accounted.
+        groups: the clipping groups.
+        bounds: the bound of each group, R_k; ``max_grad_norm`` is R, of all together.
         steps: releases so far.
         seeded: some of them drew their noise from a fixed seed, so that there is no guarantee.
         nonfinite_rows: int64 scalar, rows of this rank zeroed because their gradient was not finite. Not private.
@@ -115,12 +134,18 @@ class PrivacyEngine:
         self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.dtype = self.model.parameters[0].accumulator.dtype
         self.noise_multiplier = self._agree_on_noise_multiplier()
-        self._lattice = noise.Lattice.for_release(
+        self.groups = clipping_groups(
+            self._places(),
+            clipping=privacy.clipping,
+            bounds=privacy.group_bounds,
             max_grad_norm=privacy.max_grad_norm,
-            noise_multiplier=self.noise_multiplier,
-            expected_batch_size=privacy.expected_batch_size,
         )
-        self.row_bound = self._sensitivity_left_for_a_row()
+        self._plan = ClippingPlan(self.model, self.groups)
+        self.gradient_noise_multiplier, self._count_noise = split_noise(
+            self.noise_multiplier, len(self.groups), privacy.adaptive_bounds
+        )
+        self._set_bounds([group.bound for group in self.groups])
+        self._excess = torch.zeros(len(self.groups), dtype=torch.float64, device=self.model.device)
         self.steps = 0
         self.seeded = privacy.seed is not None
         self._new_keys()
@@ -145,11 +170,11 @@ class PrivacyEngine:
         self.nonfinite_rows = torch.zeros((), dtype=torch.int64, device=self.model.device)
 
         self._window = FreezeWindow(handles, self._refusals_poison)
-        self._taps = Taps(self.layers, keeps, self._start_record, self._share_output)
+        self._taps = Taps(self.layers, keeps, self._start_record, self._share_output, lambda: self._meetings.rows)
         self._shared_parameters = SharedParameters(bare, self._is_sharing, self._share_parameter)
         self._meetings = Meetings()
         self._same_for_all_rows: set[str] = set()
-        self._layouts = RowLayouts()
+        self._layouts = RowLayouts(self.layers)
         self._watch: FirstForward | None = None
         self._divisor = ConstantDivisor()
         self._watched: set[tuple[bool, ...]] = set()
@@ -251,6 +276,7 @@ class PrivacyEngine:
             parameter.accumulator.zero_()
         self._forget_first_microbatch()
         self._intake.discard()
+        self._excess.zero_()
         self._current, self._pending, self._poisoned, self._in_forward = None, 0, None, False
 
     def privatize(self) -> None:
@@ -271,6 +297,7 @@ class PrivacyEngine:
             "noise_multiplier": self.noise_multiplier,
             "vouched": self._vouched,
             "seeded": self.seeded,
+            "bounds": list(self.bounds),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -301,6 +328,7 @@ class PrivacyEngine:
         self.steps = max(self.steps, int(state["steps"]))
         self._vouched = self._vouched and bool(state["vouched"])
         self.seeded = self.seeded or bool(state["seeded"])
+        self._set_bounds(state["bounds"])
         self._new_keys()
 
     def detach(self) -> None:
@@ -364,12 +392,41 @@ class PrivacyEngine:
             if self.steps:
                 self._master_key = noise.derive_key(self._master_key, f"after release {self.steps}")
         self._noise_key = noise.derive_key(self._master_key, "noise")
+        self._bounds_key = noise.derive_key(self._master_key, "adaptive bounds")
+
+    def _places(self) -> list[Place]:
+        """The managed parameters in the order in which the model registers them, with their blocks."""
+        attributes: dict[nn.Module, list[str]] = {}
+        for module, attribute in self.model.names:
+            attributes.setdefault(module, []).append(attribute)
+        sites = [(m, self.model.names[m, a]) for m in self.model.root.modules() for a in attributes.get(m, [])]
+        first_site = {name: module for module, name in reversed(sites)}
+        parameters = {p.name: p for p in self.model.parameters}
+        if self.model.unit_count > 1:
+            block_of = blocks_of_units({p.name: p.unit for p in self.model.parameters})
+        else:
+            blocks = blocks_of_modules(self.model.root)
+            block_of = {name: blocks[module] for name, module in first_site.items()}
+        order = dict.fromkeys(name for _, name in sites)
+        return [Place(name=name, block=block_of[name], numel=parameters[name].numel) for name in order]
+
+    def _set_bounds(self, bounds: Sequence[float]) -> None:
+        """Bounds of the groups for the logical batches from here on, and what follows from them."""
+        self.bounds = tuple(float(bound) for bound in bounds)
+        # Up by a hair, since the R_k^2 of several groups add up to R^2 only up to rounding.
+        self.max_grad_norm = self.bounds[0] if len(bounds) == 1 else math.hypot(*bounds) * (1 + 2.0**-48)
+        self._lattice = noise.Lattice.for_release(
+            max_grad_norm=self.max_grad_norm,
+            noise_multiplier=self.gradient_noise_multiplier,
+            expected_batch_size=self.privacy.expected_batch_size,
+        )
+        self.row_bound = self._sensitivity_left_for_a_row()
 
     def _sensitivity_left_for_a_row(self) -> float:
         """``max_grad_norm`` less what rounding of sums and the noise lattice may add (rules 2 to 4)."""
-        bound = self.privacy.max_grad_norm
+        bound = self.max_grad_norm
         if self.privacy.numerics == "certified":
-            bound -= self.privacy.max_grad_norm * UN_NOISED_MARGIN[self.dtype]
+            bound -= self.max_grad_norm * UN_NOISED_MARGIN[self.dtype]
         if self.noise_multiplier > 0:
             bound -= self._lattice.sensitivity_charge(self.model.global_numel)
         if bound <= 0:
@@ -430,6 +487,7 @@ class PrivacyEngine:
         self._in_forward = True
         if not rehearsal and not self._checked and not self._pending:
             self._forget_first_microbatch()
+            self._current.norms = MeasuredNorms()
             self._first_microbatch = FirstMicrobatch(
                 module,
                 self._current.rows,
@@ -466,7 +524,9 @@ class PrivacyEngine:
             )
         mask, from_loader = self._intake.next_mask(rows, pending=self._pending > 0)
         vouched = from_loader or self.privacy.sampling == "external_poisson"
-        return _Microbatch(rows, mask.to(self.model.device, torch.bool), vouched)
+        microbatch = _Microbatch(rows, mask.to(self.model.device, torch.bool), vouched)
+        microbatch.sums = ClippedSum(self._plan, rows, lambda group, terms: self._weigh(microbatch, group, terms))
+        return microbatch
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self._in_forward or recomputing():
@@ -531,6 +591,9 @@ class PrivacyEngine:
         self._require_forward(layer)
         assert microbatch is not None
         microbatch.taps[layer] += 1
+        for name in self._attributes[self.layers[layer]].values():
+            for taker in microbatch.takers:
+                taker.expect(name)
         return lambda call, inputs, grads: self._record(microbatch, layer, Record(call, inputs, grads))
 
     def _require_forward(self, layer: str) -> None:
@@ -555,7 +618,9 @@ class PrivacyEngine:
 
     def _has_equal_rows(self, inputs: Sequence[Tensor]) -> bool:
         rows = self._meetings.rows
-        return rows > 1 and all(x.ndim > 1 and x.shape[0] == rows and bool((x == x[:1]).all()) for x in inputs)
+        if rows < 2 or not inputs:
+            return False
+        return all(x.ndim > 1 and x.shape[0] == rows and bool((x == x[:1]).all()) for x in inputs)
 
     def _sharing(self, owner: str) -> Callable[[Tensor], SharedValue]:
         rows = self._meetings.rows
@@ -579,6 +644,8 @@ class PrivacyEngine:
             self._require_forward(name)
             assert microbatch is not None
             microbatch.taps[name] += 1
+            for taker in microbatch.takers:
+                taker.expect(name)
             report = self._shared_report(microbatch, name)
         with torch._C.DisableTorchFunction():  # no use of the parameter that the watch should look at
             expanded = parameter.detach().expand(self._meetings.rows, *parameter.shape)
@@ -588,11 +655,14 @@ class PrivacyEngine:
     def _shared_report(self, microbatch: _Microbatch, name: str) -> Report:
         def report(call: Call, inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
             self._start_recording(microbatch)
-            if grads[0] is not None:
-                self._note_dtypes(microbatch, grads)
-                g_B = grads[0].reshape(microbatch.rows, *(grads[0].shape[1:] or (1,)))
-                gradient = Materialized(g_B.to(accumulate_dtype(g_B.dtype)))
-                microbatch.uses.setdefault(name, []).append(gradient)
+            gradient = None
+            with exact_arithmetic(self.model.device):
+                if grads[0] is not None:
+                    self._note_dtypes(microbatch, grads)
+                    g_B = grads[0].reshape(microbatch.rows, *(grads[0].shape[1:] or (1,)))
+                    gradient = Materialized(g_B.to(accumulate_dtype(g_B.dtype)))
+                for taker in microbatch.takers:
+                    taker.report(name, gradient)
 
         return report
 
@@ -635,60 +705,63 @@ class PrivacyEngine:
 
     def _record(self, microbatch: _Microbatch, layer: str, record: Record) -> None:
         self._start_recording(microbatch)
-        if all(grad is None for grad in record.grads):
-            return
-        module, names = self.layers[layer], self._attributes[self.layers[layer]]
-        record = self.model.localize(layer, record)
-        layout = self._layouts.of(layer, record, microbatch.rows)
-        self._note_dtypes(microbatch, record.grads)
+        module = self.layers[layer]
+        names, gradients = self._attributes[module], dict[str, PerSampleGradient]()
         with exact_arithmetic(self.model.device):
-            for attribute, gradient in per_sample_gradients(module, record.arranged(layout), frozenset(names)).items():
-                of_rows = gradient.regroup(microbatch.rows) if layout == "merged" else gradient
-                microbatch.uses.setdefault(names[attribute], []).append(of_rows.settle())
+            if any(grad is not None for grad in record.grads):
+                record = self.model.localize(layer, record)
+                layout = self._layouts.of(layer, record, microbatch.rows)
+                self._note_dtypes(microbatch, record.grads)
+                gradients = per_sample_gradients(module, record.arranged(layout, microbatch.rows), frozenset(names))
+                if layout == "merged":
+                    gradients = {name: gradient.regroup(microbatch.rows) for name, gradient in gradients.items()}
+                gradients = {name: gradient.settle() for name, gradient in gradients.items()}
+            for attribute, name in names.items():
+                for taker in microbatch.takers:
+                    taker.report(name, gradients.get(attribute))
 
     def _finish_backward(self) -> None:
         microbatch = self._current
         assert microbatch is not None
         with exact_arithmetic(self.model.device):
-            gradients = {name: combine(uses) for name, uses in microbatch.uses.items()}
-            microbatch.uses.clear()
-            first = self._first_microbatch
-            if first is not None and (microbatch.rehearsal or not self._pending):
-                first.measured({name: gradient.norm_terms().norm_sq for name, gradient in gradients.items()})
-            if not microbatch.rehearsal:
-                self._clip_and_accumulate(microbatch, gradients, self._norm_terms(gradients, microbatch.rows))
+            if microbatch.norms is not None and self._first_microbatch is not None:
+                self._first_microbatch.measured(microbatch.norms.finish())
+            if microbatch.sums is not None:
+                microbatch.sums.finish()
+                self.model.finish_accumulate()
+                self._account_rows(microbatch)
         self.model.after_backward()
         microbatch.done, self._poisoned = True, None
         self._intake.finished()
         self._window.open()
 
-    def _norm_terms(self, gradients: dict[str, PerSampleGradient], rows: int) -> NormTerms:
-        """Squared norms over all parameters of a row, and over all ranks that hold a part of its gradient."""
-        split, whole = (
-            [gradient for name, gradient in gradients.items() if self._parameters[name].split is is_split]
-            for is_split in (True, False)
-        )
-        device = self.model.device
-        return self.model.sum_split_norms(total_norm_terms(split, rows, device), total_norm_terms(whole, rows, device))
-
-    def _clip_and_accumulate(
-        self, microbatch: _Microbatch, gradients: dict[str, PerSampleGradient], terms: NormTerms
-    ) -> None:
+    def _weigh(self, microbatch: _Microbatch, group: int, terms: NormTerms) -> RowWeights:
+        """Clip weights of a group's rows, from their norms."""
+        bound = self.bounds[group] * (self.row_bound / self.max_grad_norm)
         rows = row_weights(
             terms,
             microbatch.mask_B,
-            bound=self.row_bound,
+            bound=bound,
             loss_factor=microbatch.rows if self.privacy.loss_reduction == "mean" else 1,
             numerics=self.privacy.numerics,
             dtype=self.dtype,
+            clip_function=self.privacy.clip_function,
+            stability=self.privacy.clip_stability,
         )
-        self._norm_B = rows.norm_B
-        self.nonfinite_rows += (microbatch.mask_B & ~rows.keep_B).sum()
-        for unit in reversed(range(self.model.unit_count)):
-            names = [name for name in gradients if self._parameters[name].unit == unit]
-            of_unit = {name: gradients.pop(name) for name in names}
-            self.model.start_accumulate(unit, weighted_sums(of_unit, rows.weight_B, rows.keep_B))
-        self.model.finish_accumulate()
+        dropped_B, norm_sq_B = ~rows.keep_B, rows.norm_B.square()
+        if self.privacy.adaptive_bounds is not None:
+            within_B = torch.where(rows.keep_B & (rows.norm_B <= bound), 0.5, -0.5)
+            self._excess[group] += torch.where(microbatch.mask_B, within_B, 0.0).sum()
+        if microbatch.norm_sq_B is not None and microbatch.dropped_B is not None:
+            dropped_B, norm_sq_B = dropped_B | microbatch.dropped_B, norm_sq_B + microbatch.norm_sq_B
+        microbatch.dropped_B, microbatch.norm_sq_B = dropped_B, norm_sq_B
+        return rows
+
+    def _account_rows(self, microbatch: _Microbatch) -> None:
+        """What a finished microbatch leaves behind besides its sum."""
+        assert microbatch.norm_sq_B is not None and microbatch.dropped_B is not None
+        self._norm_B = microbatch.norm_sq_B.sqrt()
+        self.nonfinite_rows += (microbatch.mask_B & microbatch.dropped_B).sum()
         self._pending += 1
         self._vouched &= microbatch.vouched
 
@@ -712,10 +785,25 @@ class PrivacyEngine:
                 parameter.parameter.grad = None
             raise
         self._pending = 0
+        self._adapt_bounds()
         self._intake.released()
         self._warn_unless_vouched()
         grads = {name: p.parameter.grad for name, p in self._parameters.items()}
         self._gate.published({name: grad for name, grad in grads.items() if grad is not None})
+
+    def _adapt_bounds(self) -> None:
+        """Move the bounds by the noised shares of rows within them: a part of the release that was just made."""
+        options, groups = self.privacy.adaptive_bounds, len(self.groups)
+        if options is None:
+            return
+        excess = self.model.sum_over_data(self._excess).tolist()
+        normals = noise.standard_normal(self._bounds_key, release=self.steps, parameter=0, start=0, count=groups)
+        first = [group.bound for group in self.groups]
+        counts = [self._count_noise * x for x in normals.tolist()]
+        bounds = next_bounds(self.bounds, first, excess, counts, self.privacy.expected_batch_size, options)
+        packed = self.model.agree(struct.pack(f"<{groups}d", *bounds))  # to the last digit
+        self._set_bounds(struct.unpack(f"<{groups}d", packed))
+        self._excess.zero_()
 
     def _warn_unless_vouched(self) -> None:
         if not self._vouched and not self._warned:
@@ -766,7 +854,7 @@ class PrivacyEngine:
                 "the first release; call loss.backward() instead of torch.autograd.backward"
             )
         first.loss.stop()
-        rehearsal = _Microbatch(first.rows, torch.ones(first.rows, dtype=torch.bool), False, rehearsal=True)
+        rehearsal = _Microbatch(first.rows, torch.ones(first.rows, dtype=torch.bool), False, norms=MeasuredNorms())
         self._current = rehearsal
         try:
             first.run_exchanged()
@@ -802,7 +890,7 @@ class PrivacyEngine:
             key=self._noise_key,
             release=self.steps,
             lattice=self._lattice,
-            noise_std=self.noise_multiplier * self.privacy.max_grad_norm,
+            noise_std=self.gradient_noise_multiplier * self.max_grad_norm,
             divisor=self.privacy.expected_batch_size,
         )
         return out

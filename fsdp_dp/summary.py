@@ -29,12 +29,27 @@ def _mechanism(engine: PrivacyEngine) -> list[str]:
         f"  sampling         {p.sampling}, rate {p.sample_rate:.3g} = {p.expected_batch_size} of {p.dataset_size} rows",
         f"  clipping         {p.clipping}, {p.clip_function}, {p.numerics} numerics; a row is clipped to "
         f"{engine.row_bound:.8g}",
+        *_groups(engine),
         f"  accountant       {p.accountant}, delta {p.target_delta:g}",
     ]
     if not engine.vouched:
         lines.append("  epsilon          none: rows did not come from engine.loader")
     if engine.seeded:
         lines.append("  seed fixed: no privacy guarantee")
+    return lines
+
+
+def _groups(engine: PrivacyEngine) -> list[str]:
+    lines = []
+    if len(engine.groups) > 1:
+        low, high = min(engine.bounds), max(engine.bounds)
+        each = f"{low:.4g} each" if high - low < 1e-9 * high else f"{low:.4g} to {high:.4g}"
+        lines.append(f"                   in {len(engine.groups)} groups, bounds {each}")
+    if engine.privacy.adaptive_bounds is not None:
+        lines.append(
+            f"                   adaptive: now {engine.max_grad_norm:.4g} in all; gradients get noise multiplier "
+            f"{engine.gradient_noise_multiplier:.6g} so that the noised counts cost no epsilon"
+        )
     return lines
 
 

@@ -7,6 +7,7 @@ optimizer. `Case` pairs a model with its rows; `CASES` names all of them, so tha
 Legend: N rows of a logical batch, B rows of a microbatch, T positions, D channels, V vocabulary.
 """
 
+import fnmatch
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,68 @@ def clipped_sum(gradients: Iterator[Gradients], max_grad_norm: float) -> Gradien
         for name, g in of_row.items():
             total[name] = total.get(name, torch.zeros_like(g)) + factor * g
     return total
+
+
+CLIP_FACTORS: dict[str, Callable[[float, float], float]] = {
+    "abadi": lambda n, bound: min(1.0, bound / max(n, 1e-300)),
+    "automatic": lambda n, bound: bound / (n + 0.01),
+    "normalized": lambda n, bound: bound / n if n > 0 else 0.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Clipping in groups: how parameters are put together, how the bound is divided, how a row is scaled to it.
+
+    ``blocks`` says which submodules are blocks, for "block"; a dict of patterns is written as a tuple of pairs.
+    """
+
+    clipping: str | tuple[tuple[str, str], ...] = "flat"
+    bounds: str = "uniform"
+    clip_function: str = "abadi"
+
+    def members(self, model: nn.Module, is_block: Callable[[nn.Module, nn.Module], bool]) -> list[list[str]]:
+        """The names of each group's parameters."""
+        groups: dict[str, list[str]] = {}
+        for name in trainable(model):
+            groups.setdefault(self._key(name, model, is_block), []).append(name)
+        return list(groups.values())
+
+    def _key(self, name: str, model: nn.Module, is_block: Callable[[nn.Module, nn.Module], bool]) -> str:
+        if not isinstance(self.clipping, str):
+            return next(group for pattern, group in self.clipping if fnmatch.fnmatch(name, pattern))
+        path = name.split(".")[:-1]
+        if self.clipping == "block":
+            inside = [
+                i for i in range(1, len(path) + 1)
+                if is_block(model.get_submodule(".".join(path[: i - 1])), model.get_submodule(".".join(path[:i])))
+            ]  # fmt: skip
+            return ".".join(path[: inside[0]]) if inside else ""
+        return {"flat": "", "layer": ".".join(path), "parameter": name}[self.clipping]
+
+    def clipped_sum(
+        self, rows: Iterator[Gradients], members: list[list[str]], max_grad_norm: float, numel: dict[str, int]
+    ) -> Gradients:
+        """`sum_i` of every row's gradient, each group scaled to its own bound."""
+        total: Gradients = {}
+        sizes = [sum(numel[n] for n in names) if self.bounds == "dimension" else 1 for names in members]
+        for of_row in rows:
+            for names, size in zip(members, sizes, strict=True):
+                bound = max_grad_norm * (size / sum(sizes)) ** 0.5
+                factor = CLIP_FACTORS[self.clip_function](norm({n: of_row[n] for n in names}), bound)
+                for n in names:
+                    total[n] = total.get(n, torch.zeros_like(of_row[n])) + factor * of_row[n]
+        return total
+
+
+def is_unit(parent: nn.Module, module: nn.Module) -> bool:
+    """Blocks as the sharded tests have them."""
+    return isinstance(module, Unit)
+
+
+def is_listed(parent: nn.Module, module: nn.Module) -> bool:
+    """Blocks of a model that is not sharded."""
+    return isinstance(parent, nn.ModuleList)
 
 
 def relative_error(found: Gradients, expected: Gradients) -> float:
@@ -356,6 +419,100 @@ class Bare(nn.Module):
         return self.head(x_BTD[:, 1:])
 
 
+class RootMeanSquare(nn.Module):
+    """As Llama's: a norm of its own, in float32 or wider."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+class Mixture(nn.Module):
+    """Parameters of three dimensions and of one element, a frozen one, a buffer, keywords, an output unused at times."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.experts, self.gain = nn.Parameter(torch.randn(3, width, width) / 2), nn.Parameter(torch.tensor([0.5]))
+        self.frozen = nn.Parameter(torch.ones(width), requires_grad=False)
+        self.register_buffer("ramp", torch.linspace(0, 1, width))
+
+    def forward(self, x_BTD: Tensor, *, gate: Tensor, table: Tensor, scale: float = 1.0) -> dict[str, Any]:
+        y = torch.einsum("btd,edk,bte->btk", x_BTD, self.experts, gate.softmax(-1)) * scale
+        return {"main": y + self.gain * self.ramp * self.frozen + table, "rest": [y.sin()]}
+
+
+class Sorted(nn.Module):
+    """What it does depends on the data, so it is run row by row; and a subclass of Linear with a forward of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width) / 2)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y = torch.zeros_like(x_BTD)
+        rows, positions = torch.where(x_BTD[..., 0] > 0)
+        if len(rows):
+            y = y.index_put((rows, positions), x_BTD[rows, positions] @ self.weight)
+        return y
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x).tanh()
+
+
+class Named(nn.Linear):
+    """Computes what its base computes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+        self.label = "named"
+
+
+class Positions(nn.Module):
+    """A table that is given no tensor, and gives no rows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(POSITIONS, width) / 2)
+
+    def forward(self, length: int) -> Tensor:
+        return self.table[:length]
+
+
+class LeafBlock(Unit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mixture, self.router = RootMeanSquare(WIDTH), Mixture(WIDTH), nn.Linear(WIDTH, 3)
+        self.sorted, self.doubled, self.named = Sorted(WIDTH), Doubled(WIDTH, WIDTH), Named(WIDTH)
+        self.positions = Positions(WIDTH)
+
+    def forward(self, x_BTD: Tensor, cheap: bool) -> Tensor:
+        h = self.norm(x_BTD) + self.positions(x_BTD.shape[1])
+        table = torch.linspace(-1, 1, WIDTH, dtype=h.dtype).expand(h.shape[1], WIDTH)
+        mixed = self.mixture(h, gate=self.router(h), table=table, scale=0.7)
+        h = mixed["main"] if cheap else mixed["main"] * mixed["rest"][0]
+        return x_BTD + self.sorted(h) + self.named(self.doubled(self.norm(h)))
+
+
+class Leaves(nn.Module):
+    """Modules without children and without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.blocks = nn.Embedding(VOCABULARY, WIDTH), nn.ModuleList(LeafBlock() for _ in range(2))
+        self.wide = Doubled(WIDTH, 61)
+        self.head = nn.Linear(61, VOCABULARY)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        x_BTD = self.blocks[1](self.blocks[0](self.token(ids_BT), cheap=True), cheap=False)
+        return self.head(x_BTD.flatten(1).unflatten(1, (-1, WIDTH)) @ x_BTD.mT @ self.wide(x_BTD))
+
+
 class Shared(nn.Module):
     """One weight in several modules: two tables and two heads, two Linears, two norms."""
 
@@ -548,6 +705,7 @@ CASES = {
     "unit called twice": Case(build=Twice),
     "shared weights": Case(build=Shared),
     "bare parameters": Case(build=Bare),
+    "leaf modules": Case(build=Leaves),
     "fewer rows than ranks": Case(build=Narrow, row_losses=square_losses),
     "routed": Case(build=Routed, one_at_a_time=True),
     "branches": Case(build=Branches, row_losses=square_losses, input_shape=(WIDTH,)),
@@ -584,16 +742,26 @@ def median_norm(name: str) -> float:
 
 
 @functools.cache
-def trained(name: str, *, steps: int, optimizer: str, expected_batch_size: int) -> Gradients:
+def trained(
+    name: str,
+    *,
+    steps: int,
+    optimizer: str,
+    expected_batch_size: int,
+    groups: Groups | None = None,
+    is_block: Callable[[nn.Module, nn.Module], bool] = is_unit,
+) -> Gradients:
     """How far `steps` releases without noise move every parameter, clipped at the median norm."""
     case = CASES[name]
     model, (inputs, targets) = case.model(), case.batch()
+    groups = Groups() if groups is None else groups
+    members, numel = groups.members(model, is_block), {n: p.numel() for n, p in trainable(model).items()}
     start = {n: p.detach().clone() for n, p in trainable(model).items()}
     stepper = OPTIMIZERS[optimizer](model.parameters())
     for step in range(steps):
         numbers = rows_of_step(case.rows, step)
         gradients = row_gradients(model, (inputs[numbers], targets[numbers]), case.row_losses)
-        total = clipped_sum(gradients, median_norm(name))
+        total = groups.clipped_sum(gradients, members, median_norm(name), numel)
         for n, p in trainable(model).items():
             p.grad = total[n] / expected_batch_size
         stepper.step()

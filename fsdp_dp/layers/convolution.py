@@ -11,7 +11,7 @@ from fsdp_dp.numerics import accumulate_dtype
 from fsdp_dp.patches import Geometry, PatchProduct
 
 
-@layer_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+@layer_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, layouts=("rows", "merged"))
 def convolution(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
     assert isinstance(module, nn.modules.conv._ConvNd)
     if a.ndim != len(module.kernel_size) + 2:

@@ -43,7 +43,7 @@ def _scale_and_shift(x: Tensor, g: Tensor, dims: int, wanted: frozenset[str]) ->
     return out
 
 
-@layer_rule(nn.GroupNorm)
+@layer_rule(nn.GroupNorm, layouts=("rows", "merged"))
 def group_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
     assert isinstance(module, nn.GroupNorm)
     dtype = accumulate_dtype(a.dtype)
@@ -58,7 +58,9 @@ def _keeps_no_statistics(module: nn.Module) -> str | None:
     return None
 
 
-@layer_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, check=_keeps_no_statistics)
+@layer_rule(
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, check=_keeps_no_statistics, layouts=("rows", "merged")
+)
 def instance_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
     assert isinstance(module, nn.modules.instancenorm._InstanceNorm)
     dtype = accumulate_dtype(a.dtype)

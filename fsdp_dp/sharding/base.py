@@ -53,6 +53,7 @@ class ManagedParameter:
         name: canonical name, without wrapper prefixes.
         index: position among the sorted names of all managed parameters; part of the noise nonce.
         parameter: the object that the optimizer holds (a local shard, or a DTensor).
+        numel: elements of the global parameter.
         region: where the local shard sits in the global parameter.
         split: this row-gradient is split over tensor-parallel ranks, so its squared norms are summed over them.
         unit: index of the FSDP unit whose collective carries it.
@@ -62,6 +63,7 @@ class ManagedParameter:
     name: str
     index: int
     parameter: nn.Parameter
+    numel: int
     region: Region
     split: bool
     unit: int
@@ -128,6 +130,13 @@ class ShardedModel(abc.ABC):
         """Norms over all of a row's gradient. Here a rank holds whole layers, so its norms are already complete."""
         return split + whole
 
+    def sum_over_data(self, x: Tensor) -> Tensor:
+        """The sum of a small tensor over the data-parallel ranks."""
+        if self.data_group is not None:
+            x = x.clone()
+            dist.all_reduce(x, group=self.data_group)
+        return x
+
     def agree(self, payload: bytes) -> bytes:
         """Rank 0's bytes, on every rank."""
         for group in self.groups:
@@ -155,7 +164,7 @@ def trainable_names(root: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     """
     sites: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for module_name, module in root.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter.requires_grad:
                 full = canonical_name(f"{module_name}.{attribute}" if module_name else attribute)
                 sites.setdefault(id(parameter), []).append((full, module, attribute))

@@ -58,6 +58,7 @@ class Fsdp1Model(ShardedModel):
                 name=entry.name,
                 index=index,
                 parameter=entry.parameter,
+                numel=entry.numel,
                 region=entry.region,
                 split=False,
                 unit=self._units.index(entry.unit),

@@ -63,6 +63,7 @@ class Fsdp2Model(ShardedModel):
                 name=name,
                 index=index,
                 parameter=dtensors[name],
+                numel=dtensors[name].numel(),
                 region=_region(dtensors[name]),
                 split=_tensor_parallel_dim(dtensors[name]) is not None,
                 unit=unit_of[name],

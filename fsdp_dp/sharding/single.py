@@ -45,6 +45,7 @@ def _managed(name: str, index: int, module: nn.Module, attribute: str) -> Manage
         name=name,
         index=index,
         parameter=p,
+        numel=p.numel(),
         region=Region(start=0, count=p.numel()),
         split=False,
         unit=0,

@@ -60,8 +60,14 @@ def privacy_config(config: TrainConfig, dataset_size: int) -> PrivacyConfig | No
         return None
     options = asdict(config.privacy)
     del options["mechanism"]
+    clipping = config.clipping
     return PrivacyConfig(
         **options,
+        clipping=clipping.groups,
+        group_bounds=clipping.bounds,
+        clip_function=clipping.clip_function,  # type: ignore[arg-type]
+        clip_stability=clipping.stability,
+        adaptive_bounds=clipping.adaptive_bounds,
         expected_batch_size=config.batch_size,
         dataset_size=dataset_size,
         steps=config.steps,

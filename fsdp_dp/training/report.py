@@ -92,7 +92,6 @@ def guarantee(outcome: Outcome) -> str:
         "poisson": f"Poisson: each row is in a step's batch independently, with probability {privacy.sample_rate:.6g}",
         "shuffle": "each row at most once an epoch, in shuffled order; accounted without amplification by sampling",
     }
-    bound = f"{privacy.max_grad_norm:g}"
     return "\n".join(
         [
             "## What is guaranteed",
@@ -103,7 +102,7 @@ def guarantee(outcome: Outcome) -> str:
                 ("unit of privacy", outcome.corpus.unit),
                 ("adjacency", f"{'zeroing out' if privacy.sampling == 'shuffle' else 'adding or removing'} one row"),
                 ("mechanism", "DP-SGD: clipped gradients of rows are summed and noised, once a step"),
-                ("clipping", f"norm of a row's gradient over all parameters at most R = {bound}"),
+                ("clipping", privacy.clipping_in_words),
                 ("noise", f"Gaussian on a lattice, standard deviation σ · R, σ = {outcome.noise_multiplier:.6g}"),
                 ("divisor", f"the expected batch size, {privacy.expected_batch_size}"),
                 ("sampling", sampling[privacy.sampling]),

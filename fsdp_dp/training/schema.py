@@ -6,10 +6,18 @@ as it is written on the command line, what was found, and what is allowed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args
 
-from fsdp_dp.config import AccountantName, Numerics, require_choice, require_integer, require_number
+from fsdp_dp.config import (
+    AccountantName,
+    AdaptiveBounds,
+    ClipFunction,
+    Numerics,
+    require_choice,
+    require_integer,
+    require_number,
+)
 from fsdp_dp.data.config import DataConfig
 from fsdp_dp.models.config import GPTConfig
 
@@ -86,6 +94,38 @@ class PrivacyOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClippingOptions:
+    """How `privacy.max_grad_norm` is divided and kept to: see `fsdp_dp.PrivacyConfig`, whose names are in brackets.
+
+    `groups` (`clipping`) and `bounds` (`group_bounds`) are words or mappings; `PrivacyConfig` checks them.
+    """
+
+    groups: Any = "flat"
+    bounds: Any = "uniform"
+    clip_function: str = "abadi"
+    stability: float = 0.01
+    adaptive: Any = None
+
+    @property
+    def adaptive_bounds(self) -> AdaptiveBounds | None:
+        """`adaptive` checked."""
+        if self.adaptive is None:
+            return None
+        known = [f.name for f in fields(AdaptiveBounds)]
+        if not isinstance(self.adaptive, dict) or not set(self.adaptive) <= set(known):
+            raise ValueError(
+                f"clipping.adaptive must be null or a mapping of {', '.join(known)}, found {self.adaptive}."
+            )
+        return AdaptiveBounds(**self.adaptive)
+
+    def __post_init__(self) -> None:
+        if self.adaptive_bounds is not None and self.clip_function != "abadi":
+            raise ValueError(f"clipping.adaptive needs clipping.clip_function=abadi, found {self.clip_function}.")
+        require_choice("clipping.clip_function", self.clip_function, get_args(ClipFunction))
+        require_number("clipping.stability", self.stability, above=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """A torch optimizer and its learning rate: a linear warm-up, then `schedule` over the remaining steps."""
 
@@ -136,6 +176,7 @@ class TrainConfig:
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     privacy: PrivacyOptions = field(default_factory=lambda: PrivacyOptions(target_epsilon=8.0))
+    clipping: ClippingOptions = field(default_factory=ClippingOptions)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     steps: int = 150

@@ -57,6 +57,7 @@ class PrivateTrainer(Trainer):
                 loss = self.compute_loss(model, self._prepare_inputs(microbatch))
             self.accelerator.backward(loss)
             total += loss.detach()
+        self.engine.privatize()  # here, since the Trainer logs the norm of the gradients: it is that of private ones
         return total
 
     def floating_point_ops(self, inputs: Any) -> int:

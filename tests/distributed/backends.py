@@ -30,9 +30,12 @@ from tests.oracle import (
     PRECISION_ROWS,
     Block,
     Gradients,
+    Groups,
     Unit,
     bare_name,
     clipped_sum,
+    is_listed,
+    is_unit,
     median_norm,
     norm,
     relative_error,
@@ -45,6 +48,7 @@ from tests.oracle import (
 CPU = torch.device("cpu")
 EXPECTED_BATCH_SIZE = 8  # a power of two: multiplying by it is exact
 TOLERANCE = 1e-10
+FLAT = Groups()
 
 # ------------------------------------------------------------------------------------------------------------ sharding
 
@@ -265,10 +269,18 @@ class Training:
     optimizer: str = "sgd"
     steps: int = 1
     sync_last_only: bool = False
+    groups: Groups = FLAT
 
     def run(self) -> Gradients:
         case = CASES[self.case]
-        privacy = privacy_config(max_grad_norm=median_norm(self.case), loss_reduction=self.loss_reduction)
+        clipping = self.groups.clipping
+        privacy = privacy_config(
+            max_grad_norm=median_norm(self.case),
+            loss_reduction=self.loss_reduction,
+            clipping=clipping if isinstance(clipping, str) else dict(clipping),
+            group_bounds=self.groups.bounds,
+            clip_function=self.groups.clip_function,
+        )
         model, engine = BACKENDS[self.backend](case.model(), privacy)
         optimizer = OPTIMIZERS[self.optimizer](model.parameters())
         start = whole_parameters(model)
@@ -292,11 +304,15 @@ class Training:
 
     def error(self, moved: Gradients) -> float:
         """How far from the oracle."""
-        expected_batch_size = EXPECTED_BATCH_SIZE
-        steps, optimizer = self.steps, self.optimizer
-        return relative_error(
-            moved, trained(self.case, steps=steps, optimizer=optimizer, expected_batch_size=expected_batch_size)
+        expected = trained(
+            self.case,
+            steps=self.steps,
+            optimizer=self.optimizer,
+            expected_batch_size=EXPECTED_BATCH_SIZE,
+            groups=self.groups,
+            is_block=is_listed if self.backend == "plain" else is_unit,
         )
+        return relative_error(moved, expected)
 
 
 @contextlib.contextmanager

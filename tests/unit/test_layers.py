@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fsdp_dp import patches
 from fsdp_dp.gradients import IndexedRows, Materialized, OuterProduct, PerSampleGradient
-from fsdp_dp.layers import convolution, layer_rule, refusal, registry, rule_for, supported, unknown_parameters
+from fsdp_dp.layers import convolution, layer_rule, leaf, refusal, registry, rule_for, supported, unknown_parameters
 from fsdp_dp.layers.registry import has_rule
 from fsdp_dp.patches import PatchProduct
 
@@ -299,19 +299,55 @@ def test_supported_layers_are_the_stated_ones() -> None:
         assert has_rule(case.layer) and refusal(case.layer) is None
 
 
-class MyLinear(nn.Linear):
-    pass
+class Named(nn.Linear):
+    """Overrides nothing that its base's forward uses."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.label = "named"
+
+    def extra_repr(self) -> str:
+        return self.label
+
+
+class Squared(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square()
+
+
+class Rounded(nn.Linear):
+    """Its weight is not what it was made to be."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        if "weight" not in self._parameters:
+            raise AttributeError("weight")
+        return self._parameters["weight"].round()
+
+
+class Flipped(nn.Conv1d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight.flip(2), bias)
+
+
+@pytest.mark.parametrize("layer", [Named(), nn.modules.linear.NonDynamicallyQuantizableLinear(2, 2)])
+def test_a_subclass_that_changes_nothing_has_its_bases_rule(layer: nn.Module) -> None:
+    assert has_rule(layer) and rule_for(layer) is rule_for(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("layer", [Squared(2, 2), Rounded(2, 2), Flipped(2, 2, 2), nn.Bilinear(2, 2, 2)])
+def test_other_modules_are_run_again_row_by_row(layer: nn.Module) -> None:
+    """Seen to fail for Flipped, where only `forward` is looked at."""
+    assert not has_rule(layer) and refusal(layer) is None
+    assert rule_for(layer) is leaf.leaf
 
 
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        (nn.BatchNorm1d(3), ("BatchNorm1d", "mixes the rows", "GroupNorm or LayerNorm")),
+        (nn.BatchNorm1d(3), ("BatchNorm1d", "mixes the rows", "fsdp_dp.replace_batch_norm(model)")),
         (nn.SyncBatchNorm(3), ("SyncBatchNorm", "mixes the rows")),
         (nn.InstanceNorm1d(3, affine=True, track_running_stats=True), ("track_running_stats=True", "set it to False")),
-        (nn.Bilinear(2, 2, 2), ("Bilinear has no layer rule", "layer_rule")),
-        (MyLinear(2, 2), ("MyLinear is a subclass of Linear", "use Linear itself")),
-        (nn.modules.linear.NonDynamicallyQuantizableLinear(2, 2), ("subclass of Linear",)),
         (nn.Embedding(3, 2, scale_grad_by_freq=True), ("scale_grad_by_freq", "set it to False")),
         (nn.Embedding(3, 2, max_norm=1.0), ("max_norm", "set max_norm=None")),
         (nn.Embedding(3, 2, sparse=True), ("sparse=True", "set sparse=False")),
@@ -334,7 +370,7 @@ def test_a_parameter_that_the_rule_does_not_know_is_named() -> None:
 
 
 def test_a_new_layer_is_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And covers exactly its type, not subclasses."""
+    """And does not cover a subclass that computes something else."""
     for table in ("_ENTRIES",):
         monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
 
@@ -350,7 +386,7 @@ def test_a_new_layer_is_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    assert "Scale has no layer rule" in str(refusal(Scale()))
+    assert not has_rule(Scale())
 
     @layer_rule(Scale, parameters=("factor",), check=lambda module: None if module.training else "only in training")
     def scale(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
@@ -359,7 +395,7 @@ def test_a_new_layer_is_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(Scale()) is None
     assert refusal(Scale().eval()) == "only in training"
     assert unknown_parameters(Scale(), ["factor"]) is None
-    assert "subclass of Scale" in str(refusal(Doubled()))
+    assert not has_rule(Doubled())
     assert supported()[-1] == "Scale"
     layer, a, g = Scale().double(), normal(3, 2, 4), normal(3, 2, 4, seed=1)
     found = rule_for(layer)(layer, a, g, frozenset(["factor"]))["factor"].dense()

@@ -1,0 +1,139 @@
+"""The clipped sum of one microbatch, put together while its backward runs.
+
+    use      one call of a layer, reported by its tap: per-sample gradients of the layer's parameters   [layers]
+    group    once all uses of its parameters are in: norms, weights, weighted sums; its records are free from here on
+    unit     once all its parameters are summed: reduce-scattered                                       [sharding]
+
+What backward never reports (a layer that the loss does not use) is taken care of at its end. Units are reduced in one
+order, the same on all ranks, whatever order a rank's backward takes (rule 12); so are norms that ranks add up.
+A single group needs every norm, so it waits for the end of backward, where no collective of FSDP's can come between.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from fsdp_dp.clipping import RowWeights
+from fsdp_dp.gradients import NormTerms, PerSampleGradient, combine, total_norm_terms, weighted_sums
+from fsdp_dp.groups import Group
+from fsdp_dp.sharding import ShardedModel
+
+Weigh = Callable[[int, NormTerms], RowWeights]
+
+
+class ClippingPlan:
+    """Which group and which unit every parameter is in, and in which order they are finished.
+
+    Attributes:
+        groups: in the order of registration; backward is expected to finish them from the last to the first.
+        streams: groups are clipped within backward, not at its end.
+    """
+
+    def __init__(self, model: ShardedModel, groups: Sequence[Group]) -> None:
+        self.model, self.groups = model, groups
+        self.streams = len(groups) > 1
+        self.group_of = {name: index for index, group in enumerate(groups) for name in group.parameters}
+        self.unit_of = {p.name: p.unit for p in model.parameters}
+        self.is_split = {p.name: p.split for p in model.parameters}
+        self.group_order = list(reversed(range(len(groups))))
+        self.unit_order = list(reversed(range(model.unit_count)))
+        self.parameters_of_unit = Counter(self.unit_of.values())
+
+    def by_unit(self, index: int) -> dict[int, list[str]]:
+        """The parameters of a group, unit by unit in the order in which units are reduced."""
+        units: dict[int, list[str]] = defaultdict(list)
+        for name in sorted(self.groups[index].parameters, key=lambda name: -self.unit_of[name]):
+            units[self.unit_of[name]].append(name)
+        return units
+
+
+class ClippedSum:
+    """One microbatch's way through a `ClippingPlan`.
+
+    Args:
+        rows: of the microbatch, on this rank.
+        weigh: from the index of a group and its norms to the weights of the rows.
+    """
+
+    def __init__(self, plan: ClippingPlan, rows: int, weigh: Weigh) -> None:
+        self._plan, self._rows, self._weigh = plan, rows, weigh
+        self._uses: dict[str, list[PerSampleGradient]] = {}
+        self._outstanding = Counter[int]()
+        self._groups, self._units = list(plan.group_order), list(plan.unit_order)
+        self._unsummed = Counter(plan.parameters_of_unit)
+        self._sums: dict[int, dict[str, Tensor]] = defaultdict(dict)
+
+    def expect(self, name: str) -> None:
+        """The forward uses a parameter (once more)."""
+        self._outstanding[self._plan.group_of[name]] += 1
+
+    def report(self, name: str, gradient: PerSampleGradient | None) -> None:
+        """The backward has come to a use of a parameter; None if the loss does not depend on it."""
+        if gradient is not None:
+            self._uses.setdefault(name, []).append(gradient)
+        group = self._plan.group_of[name]
+        self._outstanding[group] -= 1
+        if self._plan.streams and self._outstanding[group] == 0:
+            self._clip_ready_groups()
+
+    def finish(self) -> None:
+        """The backward is over: what was not reported has no gradient."""
+        while self._groups:
+            self._clip(self._groups[0])
+
+    @property
+    def held(self) -> list[PerSampleGradient]:
+        """The per-sample gradients that are kept at this moment."""
+        return [gradient for uses in self._uses.values() for gradient in uses]
+
+    def _clip_ready_groups(self) -> None:
+        """Norms that ranks add up are taken in order; others as they come, so that records are freed at once."""
+        in_order = self._plan.model.split_group is not None
+        for index in list(self._groups):
+            if self._outstanding[index] == 0:
+                self._clip(index)
+            elif in_order:
+                return
+
+    def _clip(self, index: int) -> None:
+        self._groups.remove(index)
+        gradients = {n: combine(self._uses.pop(n)) for n in self._plan.groups[index].parameters if n in self._uses}
+        rows = self._weigh(index, self._norm_terms(gradients))
+        for unit, names in self._plan.by_unit(index).items():
+            of_unit = {name: gradients.pop(name) for name in names if name in gradients}
+            self._sums[unit] |= weighted_sums(of_unit, rows.weight_B, rows.keep_B)
+            self._unsummed[unit] -= len(names)
+            self._reduce_ready_units()
+
+    def _norm_terms(self, gradients: Mapping[str, PerSampleGradient]) -> NormTerms:
+        """Squared norms over a group of parameters, and over all ranks that hold a part of a row's gradient."""
+        device, is_split = self._plan.model.device, self._plan.is_split
+        split, whole = ([g for name, g in gradients.items() if is_split[name] is side] for side in (True, False))
+        return self._plan.model.sum_split_norms(
+            total_norm_terms(split, self._rows, device), total_norm_terms(whole, self._rows, device)
+        )
+
+    def _reduce_ready_units(self) -> None:
+        while self._units and self._unsummed[self._units[0]] == 0:
+            unit = self._units.pop(0)
+            self._plan.model.start_accumulate(unit, self._sums.pop(unit, {}))
+
+
+class MeasuredNorms:
+    """Takes the place of a `ClippedSum` where only the norm of every parameter is asked for (see `independence`)."""
+
+    def __init__(self) -> None:
+        self._uses: dict[str, list[PerSampleGradient]] = {}
+
+    def expect(self, name: str) -> None: ...
+
+    def report(self, name: str, gradient: PerSampleGradient | None) -> None:
+        if gradient is not None:
+            self._uses.setdefault(name, []).append(gradient)
+
+    def finish(self) -> dict[str, Tensor]:
+        """Squared norms ``[B]`` float64 of the parameters that the loss depends on."""
+        return {name: combine(uses).norm_terms().norm_sq for name, uses in self._uses.items()}

@@ -1,0 +1,157 @@
+"""Clipping groups: which parameters share a bound, and how the bound of the whole is divided among them (rule 13).
+
+Pure functions of names and sizes. A row's gradient is clipped group by group, each to its own R_k; the whole is then at
+most ``sqrt(sum_k R_k^2) = R``, which is the sensitivity that the noise is made for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """What grouping looks at in one parameter: its name, its block (an FSDP unit, say), its elements over all ranks."""
+
+    name: str
+    block: str
+    numel: int
+
+    @property
+    def layer(self) -> str:
+        return self.name.rpartition(".")[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parameters that are clipped together: no row's gradient of these is longer than ``bound``."""
+
+    name: str
+    bound: float
+    parameters: tuple[str, ...]
+
+
+def clipping_groups(
+    places: Sequence[Place],
+    *,
+    clipping: str | Mapping[str, str],
+    bounds: str | Mapping[str, float],
+    max_grad_norm: float,
+) -> list[Group]:
+    """The groups of a model, in the order in which their last parameters are listed in ``places``.
+
+    Args:
+        places: the managed parameters, in registration order.
+        clipping: "flat", "block", "layer", "parameter", or patterns of names -> groups (the first that fits counts).
+        bounds: "uniform" (R/sqrt(K)), "dimension" (proportional to the square root of the elements), or group -> bound.
+        max_grad_norm: R.
+
+    Raises:
+        ValueError: a parameter is in no group, a pattern fits no parameter, or given bounds do not make up R.
+
+    **Formal guarantee.** ``sqrt(sum_k R_k^2) <= R (1 + 1e-9)``, and every parameter is in exactly one group.
+    """
+    members: dict[str, list[Place]] = {}
+    for place, group in zip(places, _group_names(places, clipping), strict=True):
+        members.setdefault(group, []).append(place)
+    chosen = _bounds(
+        {name: sum(p.numel for p in of_group) for name, of_group in members.items()}, bounds, max_grad_norm
+    )
+    last = {name: max(places.index(p) for p in of_group) for name, of_group in members.items()}
+    return [
+        Group(name=name, bound=chosen[name], parameters=tuple(p.name for p in members[name]))
+        for name in sorted(members, key=last.__getitem__)
+    ]
+
+
+def _group_names(places: Sequence[Place], clipping: str | Mapping[str, str]) -> list[str]:
+    if isinstance(clipping, Mapping):
+        return _matched(places, clipping)
+    return {
+        "flat": ["all"] * len(places),
+        "block": [p.block for p in places],
+        "layer": [p.layer for p in places],
+        "parameter": [p.name for p in places],
+    }[clipping]
+
+
+def _matched(places: Sequence[Place], patterns: Mapping[str, str]) -> list[str]:
+    fitting = [[pattern for pattern in patterns if fnmatch.fnmatchcase(p.name, pattern)] for p in places]
+    outside = [p.name for p, found in zip(places, fitting, strict=True) if not found]
+    if outside:
+        raise ValueError(
+            f"clipping: no pattern fits parameter '{outside[0]}' ({len(outside)} in all), and every trainable parameter must "
+            f"be clipped in some group. Patterns: {', '.join(patterns)}. End with '*' for all the others"
+        )
+    idle = [pattern for pattern in patterns if not any(pattern in found for found in fitting)]
+    if idle:
+        raise ValueError(
+            f"clipping: pattern '{idle[0]}' fits no trainable parameter (they are named like '{places[0].name}'); correct "
+            "it or leave it out"
+        )
+    return [patterns[found[0]] for found in fitting]
+
+
+def _bounds(numel: Mapping[str, int], bounds: str | Mapping[str, float], max_grad_norm: float) -> dict[str, float]:
+    if isinstance(bounds, Mapping):
+        return _given_bounds(list(numel), bounds, max_grad_norm)
+    shares = dict.fromkeys(numel, 1) if bounds == "uniform" else numel
+    total = sum(shares.values())
+    return {name: max_grad_norm * math.sqrt(share / total) for name, share in shares.items()}
+
+
+def _given_bounds(names: Sequence[str], bounds: Mapping[str, float], max_grad_norm: float) -> dict[str, float]:
+    if set(names) != set(bounds):
+        missing, unknown = sorted(set(names) - set(bounds)), sorted(set(bounds) - set(names))
+        raise ValueError(
+            f"group_bounds: found none for {missing[:5]}"
+            if missing
+            else f"group_bounds: no group is named {unknown[:5]}"
+        )
+    total = math.sqrt(sum(bound**2 for bound in bounds.values()))
+    if not math.isclose(total, max_grad_norm, rel_tol=1e-9):
+        raise ValueError(
+            f"group_bounds: together sqrt(sum of squares) = {total:.10g}, but max_grad_norm={max_grad_norm:g} is the bound "
+            f"of the whole, which the noise is made for. Set max_grad_norm={total:.10g}, or scale the bounds"
+        )
+    return {name: float(bounds[name]) for name in names}
+
+
+def blocks_of_modules(root: nn.Module) -> dict[nn.Module, str]:
+    """Module -> name of its block, where FSDP units do not tell: an element of an outermost ``ModuleList`` or
+    ``ModuleDict``, else what is left of the model, ``"root"``.
+    """
+    blocks: dict[nn.Module, str] = {}
+
+    def visit(module: nn.Module, name: str, block: str | None) -> None:
+        blocks.setdefault(module, block or "root")
+        for child_name, child in module.named_children():
+            full = f"{name}.{child_name}".lstrip(".")
+            starts = block is None and isinstance(module, nn.ModuleList | nn.ModuleDict)
+            visit(child, full, full if starts else block)
+
+    visit(root, "", None)
+    return blocks
+
+
+def blocks_of_units(unit_of: Mapping[str, int]) -> dict[str, str]:
+    """Parameter -> name of its FSDP unit: the path that all parameters of the unit share, ``"root"`` where that is none."""
+    paths: dict[int, list[str]] = {}
+    for name, unit in unit_of.items():
+        path = name.split(".")[:-1]
+        paths[unit] = _common_start(paths.get(unit, path), path)
+    names = {unit: ".".join(path) or "root" for unit, path in paths.items()}
+    unique = {
+        unit: name if list(names.values()).count(name) == 1 else f"{name} ({unit})" for unit, name in names.items()
+    }
+    return {name: unique[unit] for name, unit in unit_of.items()}
+
+
+def _common_start(x: Sequence[str], y: Sequence[str]) -> list[str]:
+    same = [a == b for a, b in zip(x, y, strict=False)]
+    return list(x[: same.index(False) if False in same else len(same)])
