@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from fsdp_dp.attention import is_attention, projections, refusal_of_attention
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.layers import has_rule, layouts, refusal, unknown_parameters
 from fsdp_dp.records import Layout, Record, fits, layout_of
@@ -25,9 +26,14 @@ def tapped_layers(model: ShardedModel) -> tuple[dict[str, nn.Module], list[Bare]
     problems = []
     owners = {module: [a for m, a in model.names if m is module] for module, _ in model.names}
     for module_name, module in model.root.named_modules():
-        if module not in owners and not _is_training_batch_norm(module):
+        used = module in owners or (is_attention(module) and module.out_proj in owners)
+        if not used and not _is_training_batch_norm(module):
             continue
         name = canonical_name(module_name + ".").rstrip(".")
+        if is_attention(module):
+            layers |= _projections(name, module, model)
+            problems += [f"  '{name}': {reason}" for reason in [refusal_of_attention(module)] if reason]
+            continue
         if not has_rule(module) and (isinstance(module, _CONTAINERS) or next(module.children(), None) is not None):
             bare += [Bare(model.names[module, attribute], module, attribute) for attribute in owners[module]]
             continue
@@ -41,6 +47,16 @@ def tapped_layers(model: ShardedModel) -> tuple[dict[str, nn.Module], list[Bare]
     if not model.parameters:
         raise UnsupportedModelError("The model has no trainable parameter (all have requires_grad=False)")
     return layers, bare
+
+
+def _projections(name: str, module: nn.Module, model: ShardedModel) -> dict[str, nn.Module]:
+    """The layers of an attention, as further places of its parameters."""
+    layers = {f"{name}.{part}".lstrip("."): layer for part, layer in projections(module).items()}
+    for layer in layers.values():
+        for attribute, site in (("weight", (module, layer.weight_name)), ("bias", (module, "in_proj_bias"))):
+            if site in model.names:
+                model.names[layer, attribute] = model.names[site]
+    return dict(layers)
 
 
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from fsdp_dp.attention import Attentions
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.layers.leaf import is_proven
 from fsdp_dp.records import Call
@@ -113,6 +114,7 @@ class Taps:
         self.running: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
         self._hook_ids: dict[str, int] = {}
+        self._attentions = Attentions(layers)
         for name, layer in layers.items():
             everything = keeps(layer) == "all"
             enter, leave = self._enter_watched if everything else self._enter, self._leave(name, everything)
@@ -122,6 +124,7 @@ class Taps:
             self._hook_ids[name] = hook.id
 
     def remove(self) -> None:
+        self._attentions.remove()
         for handle in self._handles:
             handle.remove()
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from fsdp_dp.attention import Projection
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.shared_values import METADATA, SharedValue, function_name, is_marked, mark_rows
 from fsdp_dp.taps import raw_attribute
@@ -63,9 +64,7 @@ class FirstForward(TorchFunctionMode):
                 self._check_use(tensor, func)
         result = func(*args, **kwargs)
         if func in _LOSSES and result.requires_grad and _averages_over_labels(args, kwargs, self._rows):
-            result.register_hook(
-                _refuse_average
-            )  # raises only if backward comes by: the program may have a loss of its own
+            result.register_hook(_refuse_average)  # in backward, since the program may have a loss of its own
         if any(map(is_marked, tensors)):
             for tensor in _tensors((result,), {}):
                 mark_rows(tensor)
@@ -73,7 +72,9 @@ class FirstForward(TorchFunctionMode):
 
     def _check_use(self, tensor: Tensor, func: Callable[..., Any]) -> None:
         owners = [(module, name) for (module, attribute), name in self._sites.items() if _is(module, attribute, tensor)]
-        if not owners or (self._running and any(module is self._running[-1] for module, _ in owners)):
+        running = self._running[-1] if self._running else None
+        running = running.owner if isinstance(running, Projection) else running
+        if not owners or any(module is running for module, _ in owners):
             return
         if _called_from_torch_distributed():
             return

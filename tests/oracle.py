@@ -513,6 +513,44 @@ class Leaves(nn.Module):
         return self.head(x_BTD.flatten(1).unflatten(1, (-1, WIDTH)) @ x_BTD.mT @ self.wide(x_BTD))
 
 
+class Stem(Unit):
+    """Convolutions of every kind of padding, stride and groups, and the norms that go with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3, stride=2, padding=1, padding_mode="circular", bias=False)
+        self.norm, self.depth = nn.GroupNorm(3, 6), nn.Conv2d(6, 6, (3, 1), padding="same", groups=3)
+        self.lines, self.line_norm = nn.Conv1d(6, WIDTH, 3, dilation=2, padding=2), nn.InstanceNorm1d(6, affine=True)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x = self.depth(F.gelu(self.norm(self.conv(x_BCHW))))
+        return self.lines(self.line_norm(x.flatten(2))).mT
+
+
+class Encoder(Unit):
+    """torch's own layers, whose attention projects with functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 1, 5, dropout=0.0, batch_first=True)
+        self.cross = nn.MultiheadAttention(WIDTH, 1, batch_first=True)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = self.layer(x_BTD)
+        return x_BTD + self.cross(x_BTD[:, 1:], y := x_BTD.sin(), y, need_weights=False)[0].mean(1, keepdim=True)
+
+
+class Vision(nn.Module):
+    """Convolutions, then attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.encoder, self.head = Stem(), Encoder(), nn.Linear(WIDTH, 3)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.head(self.encoder(self.stem(x_BCHW)))
+
+
 class Shared(nn.Module):
     """One weight in several modules: two tables and two heads, two Linears, two norms."""
 
@@ -706,6 +744,7 @@ CASES = {
     "shared weights": Case(build=Shared),
     "bare parameters": Case(build=Bare),
     "leaf modules": Case(build=Leaves),
+    "vision": Case(build=Vision, row_losses=square_losses, input_shape=(2, 4, 6)),
     "fewer rows than ranks": Case(build=Narrow, row_losses=square_losses),
     "routed": Case(build=Routed, one_at_a_time=True),
     "branches": Case(build=Branches, row_losses=square_losses, input_shape=(WIDTH,)),

@@ -29,6 +29,7 @@ ORDER = (
         "leaf_calls",
         "kernels",
         "layers",
+        "attention",
         "clipping",
         "losses",
         "groups",
