@@ -105,7 +105,7 @@ def test_fastdp_08_order_of_registration_does_not_matter() -> None:
 
 def test_fastdp_09_batch_norm() -> None:
     """FastDP 9, refused: BatchNorm was accepted although it couples rows."""
-    with pytest.raises(UnsupportedModelError, match=r"'1' .*BatchNorm1d mixes the rows of a batch.*use GroupNorm"):
+    with pytest.raises(UnsupportedModelError, match=r"'1' .*BatchNorm1d mixes the rows of a batch.*replace_batch_norm"):
         attached(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
 
 
