@@ -121,8 +121,9 @@ def unmark_attached(layers: Iterable[nn.Module]) -> None:
 class RowLayouts:
     """Where the rows are in each layer's records: guessed from shapes, verified by the rehearsal, and kept from then on.
 
-    After `verified`, a layer's records must have a layout that it had before; a layer that was not seen until then (an
-    expert that no token chose) must have the batch in front.
+    After `verified`, a layer's records must have a layout that it had before. A layer that was not seen until then (an
+    expert that no token chose) must have rows in front that cannot be mistaken for entries picked from all rows: whole
+    sequences or images, not vectors.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
@@ -134,16 +135,20 @@ class RowLayouts:
         """Raises UnsupportedModelError if no layout can be right."""
         inputs = [record.inputs[0].shape] if record.call.spec is None else []
         shapes = [*inputs, *(grad.shape for grad in record.grads if grad is not None)]
+        if rows == 1:  # whatever it is, it is all of that row
+            return "rows" if all(len(shape) > 0 and shape[0] == 1 for shape in shapes) else "merged"
         seen = self._seen.setdefault(layer, set())
         fitting = [layout for layout in seen if fits(layout, shapes, rows)]
         if len(fitting) == 1:
             return fitting[0]
         guess = layout_of(shapes, rows, layouts(self._layers[layer]))
-        if guess is None or (self.verified and guess != "rows") or len(fitting) > 1:
+        vectors = any(len(shape) < 3 for shape in shapes)
+        if guess is None or (self.verified and (guess != "rows" or vectors)) or len(fitting) > 1:
             raise UnsupportedModelError(
                 f"Layer '{layer}': its {'input' if inputs else 'output'} has shape {tuple(shapes[0])} and its output "
                 f"gradient {tuple(shapes[-1])}, but the microbatch has {rows} rows, so its gradient cannot be told apart "
-                "by row. Give every layer an input that has the batch as its first dimension"
+                "by row. Give every layer an input that has the batch as its first dimension, and call it in the first "
+                "microbatch already, where that is verified"
             )
         if not self.verified:
             seen.add(guess)

@@ -9,7 +9,7 @@ them and the result is an ordinary tensor. The gradient that arrives at ``per_ro
 The same carries the output of a layer whose input is the same for all rows (position ids ``[T]`` or ``[1, T]``).
 
 What is row data is known in the first forward, where everything that descends from the model's inputs is marked
-(`mark_rows`); later, tensors that require grad are, and for the others the first forward's answer is kept. All of it is
+(see `marks`); later, tensors that require grad are, and for the others the first forward's answer is kept. All of it is
 verified before the first release, by exchanging rows (see `independence`).
 """
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fsdp_dp.errors import UnsupportedModelError
+from fsdp_dp.marks import is_marked
 from fsdp_dp.records import layout_of
 
 METADATA = frozenset(
@@ -51,19 +52,6 @@ _ROWWISE = frozenset(
 _PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__"})
 _KEEPS_SHAPE = frozenset("to type type_as float half bfloat16 double clone contiguous detach __neg__ neg".split())
 _EXPANDING = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
-
-_MARK = "_fsdp_dp_of_rows"
-
-
-def mark_rows(x: Tensor) -> None:
-    """Say that a tensor descends from the rows of the microbatch."""
-    if not isinstance(x, SharedValue):
-        setattr(x, _MARK, True)
-
-
-def is_marked(x: Tensor) -> bool:
-    """Whether a tensor is known to descend from the rows; in the first forward this is complete."""
-    return not isinstance(x, SharedValue) and (x.requires_grad or hasattr(x, _MARK))
 
 
 @dataclasses.dataclass

@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from fsdp_dp.attention import Attentions
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.layers.leaf import is_proven
+from fsdp_dp.marks import is_picked
 from fsdp_dp.records import Call
 from fsdp_dp.shared_values import SharedValue, unwrapped
 
@@ -52,7 +53,8 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        ctx.report(ctx.call, tuple(x.detach() for x in inputs), grads)
+        found = tuple(None if g is None or not g.numel() else g for g in grads)  # an expert may be given no token at all
+        ctx.report(ctx.call, tuple(x.detach() for x in inputs), found)
         return None, None, None, None, *grads, *(None for _ in inputs)
 
 
@@ -115,6 +117,7 @@ class Taps:
         self._handles: list[RemovableHandle] = []
         self._hook_ids: dict[str, int] = {}
         self._attentions = Attentions(layers)
+        self._picked: set[str] = set()
         for name, layer in layers.items():
             everything = keeps(layer) == "all"
             enter, leave = self._enter_watched if everything else self._enter, self._leave(name, everything)
@@ -167,6 +170,7 @@ class Taps:
         self, name: str, module: nn.Module, call: Call, inputs: list[Tensor], report: Report, output: Any
     ) -> Any:
         """``output`` with a tap behind each of its floating-point tensors."""
+        self._refuse_picked(name, inputs)
         leaves, spec = tree_flatten(output)
         tapped = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
         are_shared = [isinstance(x, SharedValue) for x in inputs]
@@ -185,6 +189,16 @@ class Taps:
         for i, x in zip(tapped, through, strict=True):
             leaves[i] = leaves[i].with_rows(x) if isinstance(leaves[i], SharedValue) else x
         return tree_unflatten(leaves, spec)
+
+    def _refuse_picked(self, name: str, inputs: Sequence[Tensor]) -> None:
+        if any(map(is_picked, inputs)):
+            self._picked.add(name)
+        if name in self._picked and self._rows() > 1:
+            raise UnsupportedModelError(
+                f"Layer '{name}' is given entries that were picked from all rows by the data or by chance (tokens of an "
+                "expert, positions without padding), so they cannot be told apart by row. Run one row a microbatch, keep "
+                "the batch as the first dimension, or put what picks them and the parameters into one module without children"
+            )
 
 
 def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:

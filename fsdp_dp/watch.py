@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from fsdp_dp.attention import Projection
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
-from fsdp_dp.shared_values import METADATA, SharedValue, function_name, is_marked, mark_rows
+from fsdp_dp.marks import mark, mark_rows, marks_of
+from fsdp_dp.shared_values import METADATA, SharedValue, function_name
 from fsdp_dp.taps import raw_attribute
 
 Site = tuple[nn.Module, str]
@@ -65,9 +66,9 @@ class FirstForward(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in _LOSSES and result.requires_grad and _averages_over_labels(args, kwargs, self._rows):
             result.register_hook(_refuse_average)  # in backward, since the program may have a loss of its own
-        if any(map(is_marked, tensors)):
-            for tensor in _tensors((result,), {}):
-                mark_rows(tensor)
+        marks = marks_of(function_name(func), args, kwargs, tensors)
+        for tensor in _tensors((result,), {}) if marks else ():
+            mark(tensor, marks)
         return result
 
     def _check_use(self, tensor: Tensor, func: Callable[..., Any]) -> None:

@@ -121,9 +121,8 @@ def test_opacus_10_expanded_and_transposed_ids() -> None:
 
 
 def test_opacus_11_hybrid_replicas() -> None:
-    """Opacus 11, refused: hybrid sharding; replicas drew noise of their own and drifted apart."""
-    found = sharded.results()["hybrid"]
-    assert found == 0 or "Hybrid sharding is not supported yet" in str(found)
+    """Opacus 11, exact: hybrid sharding; replicas drew noise of their own and drifted apart."""
+    assert sharded.results()["hybrid"] == 0
 
 
 def test_opacus_12_activation_checkpointing() -> None:
