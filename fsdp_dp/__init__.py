@@ -14,6 +14,7 @@ from fsdp_dp.config import AdaptiveBounds, PrivacyConfig
 if TYPE_CHECKING:
     from fsdp_dp.engine import PrivacyEngine, make_private
     from fsdp_dp.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
+    from fsdp_dp.losses import per_sample_cross_entropy
     from fsdp_dp.verdict import check_private
     from fsdp_dp.wrapper import FullyShardedDataParallel
 
@@ -28,6 +29,7 @@ _HOME = {
     "NoEpsilonWarning": "fsdp_dp.errors",
     "PrivacyError": "fsdp_dp.errors",
     "UnsupportedModelError": "fsdp_dp.errors",
+    "per_sample_cross_entropy": "fsdp_dp.losses",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "UnsupportedModelError",
     "check_private",
     "make_private",
+    "per_sample_cross_entropy",
 ]
 
 

@@ -66,7 +66,7 @@ from fsdp_dp.taps import (
     recomputing,
     with_boundary,
 )
-from fsdp_dp.watch import FirstForward, Uncompiled, buffer_versions
+from fsdp_dp.watch import ConstantDivisor, FirstForward, Uncompiled, buffer_versions
 
 _MECHANISM = (
     "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "max_batch_size", "clipping",
@@ -184,6 +184,7 @@ class PrivacyEngine:
         self._layouts = RowLayouts(self.layers)
         self._watch: FirstForward | None = None
         self._uncompiled = Uncompiled()
+        self._divisor = ConstantDivisor()
         self._watched: set[tuple[bool, ...]] = set()
         self._buffer_versions: dict[str, tuple[int, int]] = {}
         self._first_microbatch: FirstMicrobatch | None = None
@@ -487,6 +488,7 @@ class PrivacyEngine:
         rehearsal = self._current is not None and self._current.rehearsal and not self._current.entered
         if not rehearsal:
             self._check_before_forward()
+            self._divisor.check(kwargs)
             self._current = self._next_microbatch(args, kwargs)
         assert self._current is not None
         self._window.close()
@@ -506,7 +508,7 @@ class PrivacyEngine:
         modes = tuple(m.training for m in module.modules())
         if modes not in self._watched or self._buffers_moved():
             self._uncompiled.start()
-            self._watch = FirstForward(module, self.model.names, self._taps.running, (args, kwargs))
+            self._watch = FirstForward(module, self.model.names, self._taps.running, (args, kwargs), self._current.rows)
             self._watch.__enter__()
         self._meetings.rows, self._meetings.learning = self._current.rows, self._watch is not None
 

@@ -33,6 +33,7 @@ ORDER = (
         "layers",
         "attention",
         "clipping",
+        "losses",
         "groups",
         "adaptive_bounds",
         "marks",
