@@ -112,7 +112,7 @@ def work(plan: Plan, world: World, stop: StopRequest) -> int:
     if training.log is not None:
         publish(outcome, training.log, folder)
     requeued = world.sum(torch.tensor([stop.requeue], dtype=torch.float64))[0]
-    return EXIT_REQUEUE if requeued else 0
+    return EXIT_REQUEUE if requeued and steps < training.last else 0
 
 
 def assemble(plan: Plan, world: World, folder: Path, ledger: Ledger | None, stop: StopRequest) -> Training:

@@ -70,7 +70,7 @@ def test_cut_draws_cost_what_dp_accounting_says(cap: int, cost: float) -> None:
 
 def test_a_budget_is_calibrated_for_cut_draws() -> None:
     privacy = dataclasses.replace(
-        PRIVACY, noise_multiplier=None, target_epsilon=2.0, accountant="pld", max_batch_size=15
+        PRIVACY, noise_multiplier=None, target_epsilon=2.0, accountant="pld", max_batch_size=15, steps=10
     )
     sigma = calibrate_for(privacy)
     assert 1.99 < epsilon_for(privacy, sigma, 10, 1e-5).upper <= 2.0
