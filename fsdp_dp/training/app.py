@@ -73,7 +73,7 @@ def privacy_config(config: TrainConfig, dataset_size: int) -> PrivacyConfig | No
         group_bounds=clipping.bounds,
         clip_function=clipping.clip_function,  # type: ignore[arg-type]
         clip_stability=clipping.stability,
-        adaptive_bounds=clipping.adaptive,
+        adaptive_bounds=clipping.adaptive_bounds,
         expected_batch_size=config.batch_size,
         dataset_size=dataset_size,
         steps=config.steps,

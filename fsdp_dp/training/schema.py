@@ -6,7 +6,7 @@ as it is written on the command line, what was found, and what is allowed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from fsdp_dp.config import (
@@ -105,9 +105,23 @@ class ClippingOptions:
     bounds: Any = "uniform"
     clip_function: str = "abadi"
     stability: float = 0.01
-    adaptive: AdaptiveBounds | None = None
+    adaptive: Any = None
+
+    @property
+    def adaptive_bounds(self) -> AdaptiveBounds | None:
+        """`adaptive` checked."""
+        if self.adaptive is None:
+            return None
+        known = [f.name for f in fields(AdaptiveBounds)]
+        if not isinstance(self.adaptive, dict) or not set(self.adaptive) <= set(known):
+            raise ValueError(
+                f"clipping.adaptive must be null or a mapping of {', '.join(known)}, found {self.adaptive}."
+            )
+        return AdaptiveBounds(**self.adaptive)
 
     def __post_init__(self) -> None:
+        if self.adaptive_bounds is not None and self.clip_function != "abadi":
+            raise ValueError(f"clipping.adaptive needs clipping.clip_function=abadi, found {self.clip_function}.")
         require_choice("clipping.clip_function", self.clip_function, get_args(ClipFunction))
         require_number("clipping.stability", self.stability, above=0.0)
 

@@ -1,5 +1,6 @@
 """Bounds that follow a quantile: the update, what it costs, and that nothing but noised counts decides it."""
 
+import itertools
 import math
 
 import pytest
@@ -47,7 +48,7 @@ def run(steps: int, noise_multiplier: float, scale: float, **changes) -> tuple[l
 @pytest.mark.parametrize("clipping", ["flat", "layer"])
 def test_bounds_move_towards_the_norms_and_stay_above_the_floor(scale: float, direction: int, clipping: str) -> None:
     bounds, _ = run(30, 0.0, scale, clipping=clipping)
-    assert all((b - a) * direction >= 0 for a, b in zip(bounds, bounds[1:], strict=False))
+    assert all((b - a) * direction >= 0 for a, b in itertools.pairwise(bounds))
     assert bounds[-1] > 50 if direction > 0 else bounds[-1] == pytest.approx(0.1)
 
 
@@ -55,7 +56,7 @@ def test_noise_of_the_counts_has_a_key_of_its_own_and_does_not_repeat() -> None:
     """All rows are within the bound all the time, so that noise alone tells steps apart. Seen to fail without the release."""
     bounds, _ = seeded(lambda: run(12, 1.0, 1e-6, seed=3))
     again, _ = seeded(lambda: run(12, 1.0, 1e-6, seed=3))
-    moves = [b / a for a, b in zip(bounds, bounds[1:], strict=False) if b > 0.1 + 1e-9]
+    moves = [b / a for a, b in itertools.pairwise(bounds) if b > 0.1 + 1e-9]
     assert bounds == again
     assert len(set(moves)) == len(moves) >= 3
 

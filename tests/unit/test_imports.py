@@ -24,6 +24,8 @@ ORDER = (
         "noise",
         "sampling",
         "records",
+        "planner",
+        "side_stream",
         "gradients",
         "kernels",
         "layers",
@@ -37,14 +39,14 @@ ORDER = (
     ("engine", "summary"),
     ("wrapper", "checkpoint", "export"),
     (INDEX,),
-    ("models", "data", "training", "train"),
+    ("models", "data", "training", "train", "launch", "benchmark"),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
 
 FSDP1_FILE = "sharding/fsdp1.py"
 FSDP1_PRIVATE_NAMES = frozenset(
     "fsdp_modules flat_param _handle _all_handles _flat_param _get_flat_param_offsets _fsdp_wrapped_module _is_root "
-    "_param_infos _shared_param_infos _shard_param_infos _is_padding_mask _sharded_size".split()
+    "_inter_node_pg _param_infos _shared_param_infos _shard_param_infos _is_padding_mask _sharded_size".split()
 )
 # Also names that anyone might give an attribute of their own: no touch when read from `self`.
 FSDP1_COMMON_NAMES = frozenset({"_params", "_shapes"})
