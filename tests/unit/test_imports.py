@@ -38,6 +38,7 @@ ORDER = (
     ("wrapper", "checkpoint"),
     (INDEX,),
     ("models", "data", "training", "train"),
+    ("planning", "plan"),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
 
