@@ -57,21 +57,36 @@ class EpsilonBounds(NamedTuple):
     upper: float
 
 
+class Cap(NamedTuple):
+    """A draw of more than `max_batch_size` of the `dataset_size` rows is cut to that many, chosen uniformly."""
+
+    dataset_size: int
+    max_batch_size: int
+
+
 class Mechanism(NamedTuple):
     """One release: a Gaussian of `noise_multiplier` times the sensitivity, each row present with `sample_rate`."""
 
     noise_multiplier: float
     sample_rate: float
+    cap: Cap | None = None
 
 
 def epsilon(
-    *, noise_multiplier: float, sample_rate: float, steps: int, delta: float, accountant: AccountantName = "prv"
+    *,
+    noise_multiplier: float,
+    sample_rate: float,
+    steps: int,
+    delta: float,
+    accountant: AccountantName = "prv",
+    cap: Cap | None = None,
 ) -> EpsilonBounds:
     """Bound epsilon at `delta` of `steps` releases.
 
     **Formal guarantee**: releases that each add N(0, (noise_multiplier * R)^2 I) to a sum of contributions of norm at
     most R, over an independent Poisson sample of rate `sample_rate`, are together (upper, delta)-differentially
-    private, for adding and for removing a row; each release may depend on the earlier ones.
+    private, for adding and for removing a row; each release may depend on the earlier ones. With a `cap`, adjacency is to
+    replace a row by one that contributes nothing, and the dataset's size is public.
 
     `steps=0` gives zeros, `noise_multiplier=0` infinity, and nothing else does. `sample_rate=1` is exact except with
     "rdp". With "rdp" and "pld" nothing is known from below and `lower` is 0.
@@ -81,7 +96,12 @@ def epsilon(
         AccountingError: the accountant fails for these parameters, and the one it may fall back to as well.
     """
     return epsilon_schedule(
-        noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=[steps], delta=delta, accountant=accountant
+        noise_multiplier=noise_multiplier,
+        sample_rate=sample_rate,
+        steps=[steps],
+        delta=delta,
+        accountant=accountant,
+        cap=cap,
     )[0]
 
 
@@ -92,6 +112,7 @@ def epsilon_schedule(
     steps: Sequence[int],
     delta: float,
     accountant: AccountantName = "prv",
+    cap: Cap | None = None,
 ) -> list[EpsilonBounds]:
     """`epsilon` at each of the step counts, in their order, from one discretisation.
 
@@ -99,7 +120,7 @@ def epsilon_schedule(
     Each count costs a Fourier transform (tenths of a second with "prv"), so a long run lists some tens of counts.
     """
     require_number("noise_multiplier", noise_multiplier, at_least=0.0)
-    _require_setting(sample_rate, delta, accountant)
+    _require_setting(sample_rate, delta, accountant, cap)
     for count in steps:
         require_integer("steps", count, at_least=0)
     counts = sorted({int(count) for count in steps if count > 0})
@@ -107,13 +128,19 @@ def epsilon_schedule(
     if noise_multiplier == 0:
         bounds |= dict.fromkeys(counts, EpsilonBounds(math.inf, math.inf, math.inf))
     elif counts:
-        mechanism = Mechanism(float(noise_multiplier), float(sample_rate))
+        mechanism = Mechanism(float(noise_multiplier), float(sample_rate), cap)
         bounds |= zip(counts, _compose(mechanism, counts, float(delta), accountant), strict=True)
     return [bounds[int(count)] for count in steps]
 
 
 def calibrate_noise_multiplier(
-    *, target_epsilon: float, sample_rate: float, steps: int, delta: float, accountant: AccountantName = "prv"
+    *,
+    target_epsilon: float,
+    sample_rate: float,
+    steps: int,
+    delta: float,
+    accountant: AccountantName = "prv",
+    cap: Cap | None = None,
 ) -> float:
     """The least noise, up to rounding upwards, whose `epsilon(...).upper` is at most `target_epsilon`.
 
@@ -126,7 +153,7 @@ def calibrate_noise_multiplier(
     """
     require_number("target_epsilon", target_epsilon, above=0.0)
     require_integer("steps", steps, at_least=1)
-    _require_setting(sample_rate, delta, accountant)
+    _require_setting(sample_rate, delta, accountant, cap)
 
     def upper(noise_multiplier: float) -> float:
         return epsilon(
@@ -135,6 +162,7 @@ def calibrate_noise_multiplier(
             steps=steps,
             delta=delta,
             accountant=accountant,
+            cap=cap,
         ).upper
 
     def model(noise_multiplier: float) -> float:
@@ -167,6 +195,7 @@ def schedule_for(
         steps=[_row_releases(privacy, count) for count in steps],
         delta=delta,
         accountant=privacy.accountant,
+        cap=_cap(privacy),
     )
 
 
@@ -181,13 +210,20 @@ def calibrate_for(privacy: PrivacyConfig) -> float:
         steps=_row_releases(privacy, privacy.steps),
         delta=privacy.target_delta,
         accountant=privacy.accountant,
+        cap=_cap(privacy),
     )
 
 
-def _require_setting(sample_rate: float, delta: float, accountant: str) -> None:
+def _cap(privacy: PrivacyConfig) -> Cap | None:
+    return None if privacy.max_batch_size is None else Cap(privacy.dataset_size, privacy.max_batch_size)
+
+
+def _require_setting(sample_rate: float, delta: float, accountant: str, cap: Cap | None) -> None:
     require_number("sample_rate", sample_rate, above=0.0, at_most=1.0)
     require_number("delta", delta, above=0.0, below=1.0)
     require_choice("accountant", accountant, get_args(AccountantName))
+    if cap is not None and accountant != "pld":
+        raise ValueError(f"accountant must be 'pld' for draws that are cut to max_batch_size, found '{accountant}'")
 
 
 def _row_rate(privacy: PrivacyConfig) -> float:
@@ -309,7 +345,7 @@ class PrivacyLoss:
 
     def mean(self) -> float:
         """The expected loss, by the trapezoidal rule, which converges exponentially here."""
-        sigma, q = self.mechanism
+        sigma, q, _ = self.mechanism
         x = np.linspace(-14 * sigma, 1 + 14 * sigma, _nodes(1 + 28 * sigma, sigma))
         log_ratio = _log_ratio(x, sigma, q)
         without = np.exp(-((x / sigma) ** 2) / 2) / (sigma * math.sqrt(2 * math.pi))
@@ -320,7 +356,7 @@ class PrivacyLoss:
 
     def _outcome(self, log_ratio: "NDArray[Any]") -> "NDArray[Any]":
         """The x at which r(x) is `log_ratio`; minus infinity where r is always more."""
-        sigma, q = self.mechanism
+        sigma, q, _ = self.mechanism
         scaled = np.expm1(log_ratio) / q
         near = np.log1p(np.maximum(scaled, -1.0))
         far = log_ratio - np.log(q) + np.log1p(-(1 - q) * np.exp(-log_ratio))
@@ -328,7 +364,7 @@ class PrivacyLoss:
 
     def _outcome_masses(self, x: "NDArray[Any]") -> "NDArray[Any]":
         """The probability of each cell between increasing outcomes `x`, with the row or without it."""
-        sigma, q = self.mechanism
+        sigma, q, _ = self.mechanism
         without = _normal_masses(x / sigma)
         return without if self.direction == "add" else (1 - q) * without + q * _normal_masses((x - 1) / sigma)
 
@@ -447,7 +483,7 @@ def _pld(mechanism: Mechanism, counts: Sequence[int], delta: float) -> list[Epsi
     dp-accounting's optimistic variant errs by about steps * interval / 2, which at this interval is epsilon itself.
     """
     try:
-        from dp_accounting.pld import privacy_loss_distribution
+        from dp_accounting.pld import privacy_loss_distribution  # noqa: F401
     except ImportError as failure:
         raise MissingAccountantError(
             "dp-accounting is not installed, and accountant='pld' needs it: pip install dp-accounting (the extra "
@@ -457,12 +493,7 @@ def _pld(mechanism: Mechanism, counts: Sequence[int], delta: float) -> list[Epsi
     # The error grows like steps * interval^2 / epsilon; this keeps it near a thousandth of epsilon.
     scale = max(_renyi_bound(mechanism, counts[-1], delta), 1e-4)
     interval = min(max(scale * math.sqrt(5e-4 / counts[-1]), 1e-6), max(1e-2, 1e-5 * scale))
-    sigma, q = mechanism
-    lowest, highest = _log_ratio(np.array([-10 * sigma, 1 + 10 * sigma]), sigma, q)
-    interval = max(interval, float(highest - lowest) / LARGEST_RELEASE)
-    release = privacy_loss_distribution.from_gaussian_mechanism(
-        mechanism.noise_multiplier, sampling_prob=mechanism.sample_rate, value_discretization_interval=interval
-    )
+    release = _pld_release(mechanism, max(interval, _pld_range(mechanism) / LARGEST_RELEASE))
     bounds = []
     for count in counts:
         rounding = max(DELTA_ERROR_SHARE * delta, PLD_ROUNDING * count)
@@ -472,6 +503,33 @@ def _pld(mechanism: Mechanism, counts: Sequence[int], delta: float) -> list[Epsi
         estimate, upper = (composed.get_epsilon_for_delta(value) for value in (delta, delta - rounding))
         bounds.append(EpsilonBounds(0.0, estimate, upper))
     return bounds
+
+
+def _pld_range(mechanism: Mechanism) -> float:
+    """How far apart the losses of one release lie."""
+    sigma, q, cap = mechanism
+    if cap is not None:  # where a draw is cut, a row may take another's place: a Gaussian of twice the sensitivity
+        return 4 * (1 + 10 * sigma) / sigma**2
+    lowest, highest = _log_ratio(np.array([-10 * sigma, 1 + 10 * sigma]), sigma, q)
+    return float(highest - lowest)
+
+
+def _pld_release(mechanism: Mechanism, interval: float) -> Any:
+    """The privacy loss distribution of one release; of cut draws after arXiv 2508.15089."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
+    from dp_accounting.privacy_accountant import NeighboringRelation
+
+    sigma, q, cap = mechanism
+    if cap is None:
+        return pld.from_gaussian_mechanism(sigma, sampling_prob=q, value_discretization_interval=interval)
+    return pld.from_truncated_subsampled_gaussian_mechanism(
+        cap.dataset_size,
+        q,
+        cap.max_batch_size,
+        sigma,
+        value_discretization_interval=interval,
+        neighboring_relation=NeighboringRelation.REPLACE_SPECIAL,
+    )
 
 
 # rdp
@@ -514,7 +572,7 @@ def _renyi_bound(mechanism: Mechanism, steps: int, delta: float) -> float:
 @lru_cache(maxsize=256)
 def _log_moments(mechanism: Mechanism) -> list[tuple[float, float]]:
     """(order, ln E_{x without the row} (with/without)^order), which is (order - 1) times the Renyi divergence."""
-    sigma, q = mechanism
+    sigma, q, _ = mechanism
     # Little noise makes quadratures long and needs no sharp bound.
     small = [1.01, 1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6, 1.8, 2.5] if sigma >= 0.05 else []
     large = [*range(2, 16), *range(16, 64, 4), *(2**power for power in range(6, 15))]
@@ -528,7 +586,7 @@ def _log_moments(mechanism: Mechanism) -> list[tuple[float, float]]:
 def _log_moment_by_quadrature(mechanism: Mechanism, order: float) -> float:
     from scipy.special import logsumexp
 
-    sigma, q = mechanism
+    sigma, q, _ = mechanism
     span = order + 28 * sigma
     x = np.linspace(-14 * sigma, order + 14 * sigma, _nodes(span, sigma))
     log_density = -((x / sigma) ** 2) / 2 - math.log(sigma * math.sqrt(2 * math.pi))
@@ -539,7 +597,7 @@ def _log_moment_by_sum(mechanism: Mechanism, order: int) -> float:
     """The binomial expansion of integer orders (Mironov et al. 2019, arXiv 1908.10530, section 3.3)."""
     from scipy.special import gammaln, logsumexp, xlog1py, xlogy
 
-    sigma, q = mechanism
+    sigma, q, _ = mechanism
     k = np.arange(order + 1)
     log_binomial = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
     return float(logsumexp(log_binomial + xlog1py(order - k, -q) + xlogy(k, q) + k * (k - 1.0) / (2 * sigma**2)))

@@ -2,6 +2,7 @@
 
     use      one call of a layer, reported by its tap: per-sample gradients of the layer's parameters   [layers]
     group    once all uses of its parameters are in: norms, weights, weighted sums; its records are free from here on
+             (a single group takes the norms of a unit as soon as it can, beside backward)
     unit     once all its parameters are summed: reduce-scattered                                       [sharding]
 
 What backward never reports (a layer that the loss does not use) is taken care of at its end. Units are reduced in one
@@ -11,6 +12,7 @@ A single group needs every norm, so it waits for the end of backward, where no c
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -20,6 +22,7 @@ from fsdp_dp.clipping import RowWeights
 from fsdp_dp.gradients import NormTerms, PerSampleGradient, combine, total_norm_terms, weighted_sums
 from fsdp_dp.groups import Group
 from fsdp_dp.sharding import ShardedModel
+from fsdp_dp.side_stream import SideStream
 
 Weigh = Callable[[int, NormTerms], RowWeights]
 
@@ -30,6 +33,8 @@ class ClippingPlan:
     Attributes:
         groups: in the order of registration; backward is expected to finish them from the last to the first.
         streams: groups are clipped within backward, not at its end.
+        parts: of every group, unit -> its parameters, in the order in which units are reduced.
+        side: where the norms of a group that does not stream are taken.
     """
 
     def __init__(self, model: ShardedModel, groups: Sequence[Group]) -> None:
@@ -41,11 +46,12 @@ class ClippingPlan:
         self.group_order = list(reversed(range(len(groups))))
         self.unit_order = list(reversed(range(model.unit_count)))
         self.parameters_of_unit = Counter(self.unit_of.values())
+        self.parts = [self._by_unit(group) for group in groups]
+        self.side = SideStream(model.device)
 
-    def by_unit(self, index: int) -> dict[int, list[str]]:
-        """The parameters of a group, unit by unit in the order in which units are reduced."""
+    def _by_unit(self, group: Group) -> dict[int, list[str]]:
         units: dict[int, list[str]] = defaultdict(list)
-        for name in sorted(self.groups[index].parameters, key=lambda name: -self.unit_of[name]):
+        for name in sorted(group.parameters, key=lambda name: -self.unit_of[name]):
             units[self.unit_of[name]].append(name)
         return units
 
@@ -61,7 +67,9 @@ class ClippedSum:
     def __init__(self, plan: ClippingPlan, rows: int, weigh: Weigh) -> None:
         self._plan, self._rows, self._weigh = plan, rows, weigh
         self._uses: dict[str, list[PerSampleGradient]] = {}
-        self._outstanding = Counter[int]()
+        self._outstanding, self._of_part = Counter[int](), Counter[int]()
+        self._gradients: dict[str, PerSampleGradient] = {}
+        self._terms: list[tuple[NormTerms, NormTerms]] = []
         self._groups, self._units = list(plan.group_order), list(plan.unit_order)
         self._unsummed = Counter(plan.parameters_of_unit)
         self._sums: dict[int, dict[str, Tensor]] = defaultdict(dict)
@@ -69,15 +77,20 @@ class ClippedSum:
     def expect(self, name: str) -> None:
         """The forward uses a parameter (once more)."""
         self._outstanding[self._plan.group_of[name]] += 1
+        self._of_part[self._plan.unit_of[name]] += 1
 
     def report(self, name: str, gradient: PerSampleGradient | None) -> None:
         """The backward has come to a use of a parameter; None if the loss does not depend on it."""
         if gradient is not None:
             self._uses.setdefault(name, []).append(gradient)
-        group = self._plan.group_of[name]
+        group, unit = self._plan.group_of[name], self._plan.unit_of[name]
         self._outstanding[group] -= 1
+        self._of_part[unit] -= 1
         if self._plan.streams and self._outstanding[group] == 0:
             self._clip_ready_groups()
+        elif not self._plan.streams and self._of_part[unit] == 0:
+            with self._plan.side.beside():
+                self._measure(self._plan.parts[group][unit])
 
     def finish(self) -> None:
         """The backward is over: what was not reported has no gradient."""
@@ -87,7 +100,7 @@ class ClippedSum:
     @property
     def held(self) -> list[PerSampleGradient]:
         """The per-sample gradients that are kept at this moment."""
-        return [gradient for uses in self._uses.values() for gradient in uses]
+        return [gradient for uses in self._uses.values() for gradient in uses] + list(self._gradients.values())
 
     def _clip_ready_groups(self) -> None:
         """Norms that ranks add up are taken in order; others as they come, so that records are freed at once."""
@@ -100,21 +113,32 @@ class ClippedSum:
 
     def _clip(self, index: int) -> None:
         self._groups.remove(index)
-        gradients = {n: combine(self._uses.pop(n)) for n in self._plan.groups[index].parameters if n in self._uses}
-        rows = self._weigh(index, self._norm_terms(gradients))
-        for unit, names in self._plan.by_unit(index).items():
-            of_unit = {name: gradients.pop(name) for name in names if name in gradients}
+        self._measure(self._plan.groups[index].parameters)
+        self._plan.side.join()
+        rows = self._weigh(index, self._norm_terms())
+        for unit, names in self._plan.parts[index].items():
+            of_unit = {name: self._gradients.pop(name) for name in names if name in self._gradients}
             self._sums[unit] |= weighted_sums(of_unit, rows.weight_B, rows.keep_B)
             self._unsummed[unit] -= len(names)
             self._reduce_ready_units()
 
-    def _norm_terms(self, gradients: Mapping[str, PerSampleGradient]) -> NormTerms:
-        """Squared norms over a group of parameters, and over all ranks that hold a part of a row's gradient."""
-        device, is_split = self._plan.model.device, self._plan.is_split
-        split, whole = ([g for name, g in gradients.items() if is_split[name] is side] for side in (True, False))
-        return self._plan.model.sum_split_norms(
-            total_norm_terms(split, self._rows, device), total_norm_terms(whole, self._rows, device)
-        )
+    def _measure(self, names: Sequence[str]) -> None:
+        """Take the norms of those of the parameters that have uses and were not measured yet."""
+        gradients = {name: combine(self._uses.pop(name)) for name in names if name in self._uses}
+        if gradients:
+            is_split, device = self._plan.is_split, self._plan.model.device
+            split, whole = ([g for name, g in gradients.items() if is_split[name] is side] for side in (True, False))
+            self._terms.append(
+                (total_norm_terms(split, self._rows, device), total_norm_terms(whole, self._rows, device))
+            )
+            self._gradients |= gradients
+
+    def _norm_terms(self) -> NormTerms:
+        """Squared norms over what was measured, and over all ranks that hold a part of a row's gradient."""
+        nothing = NormTerms.zeros(self._rows, self._plan.model.device)
+        split, whole = (functools.reduce(NormTerms.__add__, (t[i] for t in self._terms), nothing) for i in range(2))
+        self._terms.clear()
+        return self._plan.model.sum_split_norms(split, whole)
 
     def _reduce_ready_units(self) -> None:
         while self._units and self._unsummed[self._units[0]] == 0:

@@ -49,8 +49,12 @@ def abadi_weights(norm_B: Tensor, bound: float) -> Tensor:
     return torch.where(norm_B > bound, bound / norm_B * down, 1.0)
 
 
-MAX_WEIGHT = 2.0**63
-"""Rows shorter than the bound by more than this are scaled up by no more: a weight must stay a finite float32."""
+MAX_WEIGHT = 2.0**40
+"""Rows shorter than the bound by more than this are scaled up by no more."""
+
+LONGEST_ROW = 2.0**80
+"""A row longer than this many times its bound counts as non-finite. With MAX_WEIGHT it keeps quotients of two weights well
+within float32: `kernels.weighted_outer` multiplies its sums by them, and one that vanished would take other rows along."""
 
 
 def automatic_weights(norm_B: Tensor, bound: float, stability: float) -> Tensor:
@@ -111,8 +115,8 @@ def row_weights(
     **Formal guarantee.** With ``numerics="certified"``, ``|weight_i * G_i| <= bound`` as summed, for every row.
     """
     norm_B = NORMS[numerics](terms) * loss_factor
-    # The reported norm is of the same order whatever `numerics` is; its finiteness decides, before any min or max.
-    keep_B = torch.isfinite(norm_B) & mask_B
+# The reported norm is of the same order whatever `numerics` is; it decides what is kept, before any min or max.
+    keep_B = (norm_B <= LONGEST_ROW * bound) & mask_B  # False for NaN and infinity
     weight_B = torch.where(keep_B, clip_weights(norm_B, bound, clip_function, stability) * loss_factor, 0.0)
     return RowWeights(
         weight_B=round_down(weight_B, dtype),

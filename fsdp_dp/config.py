@@ -64,6 +64,8 @@ class PrivacyConfig:
     - `steps`: the number of releases that the run commits to; None leaves it open.
     - `sampling`: "poisson" draws through the engine's loader; "external_poisson" is the user's word that batches are
       drawn so; "shuffle" visits each row at most once an epoch and is accounted without amplification.
+    - `max_batch_size`: a cap on the rows of a logical batch, so that every step has the same shape; a larger draw is cut at
+      random. Needs sampling="poisson" and accountant="pld", which has the cost (docs/accounting.md).
     - `clipping`: which parameters share a bound: all of them ("flat"), those of an FSDP unit ("block"), of a layer, each
       its own ("parameter"), or a mapping from patterns of parameter names (`*` as in file names, the first that fits
       counts) to names of groups.
@@ -92,6 +94,7 @@ class PrivacyConfig:
     target_epsilon: float | None = None
     steps: int | None = None
     sampling: Sampling = "poisson"
+    max_batch_size: int | None = None
     clipping: Clipping | Mapping[str, str] = "flat"
     group_bounds: GroupBounds | Mapping[str, float] = "uniform"
     clip_function: ClipFunction = "abadi"
@@ -113,6 +116,7 @@ class PrivacyConfig:
         self._check_choices()
         self._check_groups()
         self._check_batch_fits()
+        self._check_cap()
         self._check_noise_or_budget()
         self._check_delta()
 
@@ -174,6 +178,22 @@ class PrivacyConfig:
                 f"expected_batch_size={self.expected_batch_size} is more than dataset_size={self.dataset_size}: with "
                 f"sampling='{self.sampling}' {reason}. Lower expected_batch_size, which counts the rows of one logical "
                 "batch over all ranks, or correct dataset_size."
+            )
+
+    def _check_cap(self) -> None:
+        if self.max_batch_size is None:
+            return
+        require_integer("max_batch_size", self.max_batch_size, at_least=self.expected_batch_size)
+        if self.max_batch_size > self.dataset_size:
+            raise ValueError(
+                f"max_batch_size={self.max_batch_size} is more than dataset_size={self.dataset_size}: no draw is that large. "
+                "Lower it, or leave it out."
+            )
+        if self.sampling != "poisson" or self.accountant != "pld":
+            raise ValueError(
+                "max_batch_size needs sampling='poisson' and accountant='pld' (the extra fsdp-dp[pld]), found "
+                f"'{self.sampling}' and '{self.accountant}': cut draws are no Poisson draws, and no other accountant here "
+                "knows what they cost. Set both, or leave max_batch_size out."
             )
 
     def _check_noise_or_budget(self) -> None:

@@ -43,7 +43,7 @@ from fsdp_dp.coverage import (
 )
 from fsdp_dp.errors import BudgetExceededError, NoEpsilonWarning, PrivacyError, UnsupportedModelError
 from fsdp_dp.gradients import Materialized, NormTerms, PerSampleGradient
-from fsdp_dp.groups import Place, blocks_of_modules, blocks_of_units, clipping_groups
+from fsdp_dp.groups import Place, blocks_of_units, clipping_groups
 from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
 from fsdp_dp.kernels.release import Segment, privatize_all_
@@ -67,8 +67,8 @@ from fsdp_dp.taps import (
 from fsdp_dp.watch import FirstForward, buffer_versions
 
 _MECHANISM = (
-    "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "clipping", "group_bounds",
-    "clip_function", "clip_stability", "adaptive_bounds", "numerics",
+    "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "max_batch_size", "clipping",
+    "group_bounds", "clip_function", "clip_stability", "adaptive_bounds", "numerics",
 )  # fmt: skip
 _SEED_WARNING = "seed fixed: no privacy guarantee. Leave seed=None outside tests"
 
@@ -141,6 +141,8 @@ class PrivacyEngine:
             max_grad_norm=privacy.max_grad_norm,
         )
         self._plan = ClippingPlan(self.model, self.groups)
+        if self._plan.streams:
+            self.model.dedicate_groups()
         self.gradient_noise_multiplier, self._count_noise = split_noise(
             self.noise_multiplier, len(self.groups), privacy.adaptive_bounds
         )
@@ -271,8 +273,7 @@ class PrivacyEngine:
         """
         self._window.open()
         self._gate.clear()
-        for parameter in self.model.parameters:
-            parameter.accumulator.zero_()
+        self.model.zero_accumulators()
         self._forget_first_microbatch()
         self._intake.discard()
         self._excess.zero_()
@@ -398,16 +399,10 @@ class PrivacyEngine:
         attributes: dict[nn.Module, list[str]] = {}
         for module, attribute in self.model.names:
             attributes.setdefault(module, []).append(attribute)
-        sites = [(m, self.model.names[m, a]) for m in self.model.root.modules() for a in attributes.get(m, [])]
-        first_site = {name: module for module, name in reversed(sites)}
+        sites = [self.model.names[m, a] for m in self.model.root.modules() for a in attributes.get(m, [])]
         parameters = {p.name: p for p in self.model.parameters}
-        if self.model.unit_count > 1:
-            block_of = blocks_of_units({p.name: p.unit for p in self.model.parameters})
-        else:
-            blocks = blocks_of_modules(self.model.root)
-            block_of = {name: blocks[module] for name, module in first_site.items()}
-        order = dict.fromkeys(name for _, name in sites)
-        return [Place(name=name, block=block_of[name], numel=parameters[name].numel) for name in order]
+        block_of = blocks_of_units({p.name: p.unit for p in self.model.parameters})
+        return [Place(name=n, block=block_of[n], numel=parameters[n].numel) for n in dict.fromkeys(sites)]
 
     def _set_bounds(self, bounds: Sequence[float]) -> None:
         """Bounds of the groups for the logical batches from here on, and what follows from them."""
@@ -705,13 +700,13 @@ class PrivacyEngine:
         names, gradients = self._attributes[module], dict[str, PerSampleGradient]()
         with exact_arithmetic(self.model.device):
             if any(grad is not None for grad in record.grads):
-                record = self.model.localize(layer, record)
+                record, complete = self.model.localize(layer, module, record)
                 layout = self._layouts.of(layer, record, microbatch.rows)
                 self._note_dtypes(microbatch, record.grads)
                 gradients = per_sample_gradients(module, record.arranged(layout), frozenset(names))
                 if layout == "merged":
                     gradients = {name: gradient.regroup(microbatch.rows) for name, gradient in gradients.items()}
-                gradients = {name: gradient.settle() for name, gradient in gradients.items()}
+                gradients = {name: gradient.settle() for name, gradient in complete(gradients).items()}
             for attribute, name in names.items():
                 for taker in microbatch.takers:
                     taker.report(name, gradients.get(attribute))
@@ -727,6 +722,7 @@ class PrivacyEngine:
                 self.model.finish_accumulate()
                 self._account_rows(microbatch)
         self.model.after_backward()
+        microbatch.norms = None  # it holds every record until the garbage collector finds it
         microbatch.done, self._poisoned = True, None
         self._intake.finished()
         self._window.open()

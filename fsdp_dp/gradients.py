@@ -23,11 +23,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from fsdp_dp import planner
+from fsdp_dp.kernels import outer as fused
 from fsdp_dp.numerics import (
     SPLIT_ROUNDOFF,
     accumulate_dtype,
@@ -41,9 +43,6 @@ from fsdp_dp.numerics import (
 
 MAX_SCRATCH_ELEMENTS = 1 << 25
 NORM_PIECE = 256
-
-STORE_AT_MOST = 1.5
-"""A gradient that its norm needs is kept if it takes at most this many times the room of its factors."""
 
 SMALL = 1 << 14
 """Stored gradients of up to this many elements (biases, norms) are handled together: kernel launches, not bytes, cost."""
@@ -89,6 +88,11 @@ class NormTerms:
 
 class PerSampleGradient(Protocol):
     """The gradient of one parameter for every row of a microbatch, in whatever form is cheapest."""
+
+    @property
+    def method(self) -> str:
+        """How it is measured, for people."""
+        ...
 
     def norm_terms(self) -> NormTerms: ...
 
@@ -142,6 +146,7 @@ class Materialized:
     """``G_i`` stored as computed, ``value`` ``[B, *shape]`` float32 or float64. What is summed is what was measured."""
 
     value: Tensor
+    method: ClassVar[str] = "store"
 
     def norm_terms(self) -> NormTerms:
         return _stored_norm_terms([self.value])
@@ -179,20 +184,31 @@ class OuterProduct:
         return accumulate_dtype(torch.promote_types(self.a_BTD.dtype, self.g_BTP.dtype))
 
     @property
+    def method(self) -> planner.Method:
+        """How the rows are measured (see `planner`)."""
+        a, g = self.a_BTD, self.g_BTP
+        narrower = min(a.element_size(), g.element_size())
+        return planner.method(
+            *a.shape[1:], g.shape[2], narrower, self.dtype.itemsize, fused=fused.usable(a, g)
+        )
+
+    @property
     def uses_gram(self) -> bool:
         """Whether two T x T Gram matrices are cheaper than the P x D gradient of a row."""
-        T, D, P = *self.a_BTD.shape[1:], self.g_BTP.shape[2]
-        return T * (D + P) < D * P
+        return self.method == "gram"
+
+    @property
+    def in_fused_gram(self) -> bool:
+        """Whether one launch measures this and other layers that share the input."""
+        return self.uses_gram and fused.usable(self.a_BTD, self.g_BTP)
 
     def settle(self) -> PerSampleGradient:
         """``G_i`` itself where it is what the norm needs and takes little more room than its factors, else unchanged."""
-        factors = sum(x[0].numel() * x.element_size() for x in (self.a_BTD, self.g_BTP))
-        stored = self.a_BTD.shape[2] * self.g_BTP.shape[2] * self.dtype.itemsize
-        if self.uses_gram or stored > STORE_AT_MOST * factors:
-            return self
-        return Materialized(self.dense())
+        return Materialized(self.dense()) if self.method == "store" else self
 
     def norm_terms(self) -> NormTerms:
+        if self.in_fused_gram:
+            return _fused_norm_terms([self])
         T, D, P = *self.a_BTD.shape[1:], self.g_BTP.shape[2]
         step = _rows_per_chunk(T * T * 4 if self.uses_gram else D * P)
         norms = _gram_norms if self.uses_gram else _instantiated_norms
@@ -200,6 +216,8 @@ class OuterProduct:
         return NormTerms.unstack(torch.cat(parts, dim=1))
 
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
+        if fused.usable(self.a_BTD, self.g_BTP):
+            return fused.weighted_outer(self.a_BTD, self.g_BTP, _kept(weight_B, keep_B).to(self.dtype))
         a = _kept(self.a_BTD, keep_B).flatten(0, 1)
         scaled = (_kept(self.g_BTP, keep_B) * weight_B.to(self.dtype)[:, None, None]).flatten(0, 1)
         if not on_tensor_cores(a):
@@ -213,6 +231,17 @@ class OuterProduct:
     def regroup(self, rows: int) -> OuterProduct:
         a, g = (x.reshape(rows, -1, x.shape[2]) for x in (self.a_BTD, self.g_BTP))
         return OuterProduct(a, g)
+
+
+def _fused_norm_terms(outers: Sequence[OuterProduct]) -> NormTerms:
+    """The sum of their terms; layers that were given the same tensor share its Gram matrix."""
+    groups: dict[tuple[int, ...], tuple[Tensor, list[Tensor]]] = {}
+    for outer in outers:
+        a = outer.a_BTD
+        groups.setdefault((a.data_ptr(), *a.shape, *a.stride()), (a, []))[1].append(outer.g_BTP)
+    terms = NormTerms.zeros(len(outers[0].a_BTD), outers[0].a_BTD.device).stack()
+    fused.ghost_norm_terms(list(groups.values()), terms)
+    return NormTerms.unstack(terms)
 
 
 def _token_norms(a_BTD: Tensor, g_BTP: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,8 +267,14 @@ def _gram(x_BTC: Tensor) -> tuple[Tensor, float]:
 
 
 def _product_rounding(S_B: Tensor, a_BTD: Tensor) -> Tensor:
-    """Rounding of ``sum_t (w g_t) a_t^T``: the scaled factor is rounded (or split in two), T products are summed."""
-    split = 1.01 * SPLIT_ROUNDOFF if on_tensor_cores(a_BTD) else 0.0
+    """Rounding of ``sum_t (w g_t) a_t^T``: the scaled factor is rounded (or split in two), T products are summed.
+
+    The kernel rounds 2 B + 2 times more in float32 instead of splitting: its weights are quotients of rows' weights.
+    """
+    if on_tensor_cores(a_BTD):
+        split = 1.01 * SPLIT_ROUNDOFF + 1.01 * gamma(2 * len(a_BTD) + 4, torch.float32)
+    else:
+        split = 0.0
     return (split + 1.01 * gamma(a_BTD.shape[1] + 4, product_roundoff(a_BTD))) * S_B
 
 
@@ -297,6 +332,7 @@ class IndexedRows:
     index_BT: Tensor
     value_BTP: Tensor
     vocabulary: int
+    method: ClassVar[str] = "rows"
 
     @staticmethod
     def compress(index_BT: Tensor, g_BTP: Tensor, vocabulary: int) -> IndexedRows:
@@ -343,6 +379,10 @@ class TiedSum:
 
     outer: OuterProduct
     rows: IndexedRows
+
+    @property
+    def method(self) -> str:
+        return f"{self.outer.method} + rows"
 
     def norm_terms(self) -> NormTerms:
         """``|X + Y|^2 = |X|^2 + |Y|^2 + 2 <X, Y>``; leaving out the last term breaks the bound (DESIGN section 4)."""
@@ -417,10 +457,13 @@ def combine(uses: Sequence[PerSampleGradient]) -> PerSampleGradient:
 
 
 def total_norm_terms(gradients: Sequence[PerSampleGradient], rows: int, device: torch.device) -> NormTerms:
-    """The sum of the norm terms of several parameters; stored gradients are measured together, in a few kernels."""
+    """The sum of the norm terms of several parameters; gradients that can be are measured together, in a few kernels."""
     stored: dict[torch.dtype, list[Tensor]] = {}
-    total = NormTerms.zeros(rows, device)
+    outers = [gradient for gradient in gradients if isinstance(gradient, OuterProduct) and gradient.in_fused_gram]
+    total = _fused_norm_terms(outers) if outers else NormTerms.zeros(rows, device)
     for gradient in gradients:
+        if any(gradient is outer for outer in outers):
+            continue
         if isinstance(gradient, Materialized | IndexedRows):
             value = gradient.value if isinstance(gradient, Materialized) else gradient.value_BTP
             stored.setdefault(value.dtype, []).append(value)

@@ -11,8 +11,6 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 
-from torch import nn
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
@@ -120,23 +118,6 @@ def _given_bounds(names: Sequence[str], bounds: Mapping[str, float], max_grad_no
             f"of the whole, which the noise is made for. Set max_grad_norm={total:.10g}, or scale the bounds"
         )
     return {name: float(bounds[name]) for name in names}
-
-
-def blocks_of_modules(root: nn.Module) -> dict[nn.Module, str]:
-    """Module -> name of its block, where FSDP units do not tell: an element of an outermost ``ModuleList`` or
-    ``ModuleDict``, else what is left of the model, ``"root"``.
-    """
-    blocks: dict[nn.Module, str] = {}
-
-    def visit(module: nn.Module, name: str, block: str | None) -> None:
-        blocks.setdefault(module, block or "root")
-        for child_name, child in module.named_children():
-            full = f"{name}.{child_name}".lstrip(".")
-            starts = block is None and isinstance(module, nn.ModuleList | nn.ModuleDict)
-            visit(child, full, full if starts else block)
-
-    visit(root, "", None)
-    return blocks
 
 
 def blocks_of_units(unit_of: Mapping[str, int]) -> dict[str, str]:

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 TENSOR_CORE_ROUNDOFF = 2.0**-22
-"""Bound on one accumulation step of a bfloat16 tensor-core product: float32 that truncates and aligns to the largest
-term of a block (Fasi, Higham, Mikaitis, Pranesh 2021, "Numerical behavior of NVIDIA tensor cores"), with a factor to
-spare."""
+"""Bound on one accumulation step of a half-precision tensor-core product on any device: float32 that truncates and aligns
+to the largest term of a block (Fasi, Higham, Mikaitis, Pranesh 2021, "Numerical behavior of NVIDIA tensor cores")."""
+
+_MEASURED_ROUNDOFF = {(8, 0): 2.0**-23, (9, 0): 2.0**-24}
+"""Devices whose blocks are longer, by compute capability: 0.69 and 0.33 times 2^-23 a step (docs/numerics.md)."""
 
 SPLIT_ROUNDOFF = 2.0**-16
 """A float32 number is the sum of two bfloat16 numbers up to this, relative: twice 8 bits."""
@@ -63,10 +65,18 @@ def on_tensor_cores(*factors: Tensor) -> bool:
     return all(x.is_cuda and x.dtype == torch.bfloat16 for x in factors)
 
 
+@functools.cache
+def tensor_core_roundoff(device: torch.device) -> float:
+    """Unit roundoff of the accumulation in half-precision products on this device's tensor cores."""
+    if device.type != "cuda":
+        return TENSOR_CORE_ROUNDOFF
+    return _MEASURED_ROUNDOFF.get(torch.cuda.get_device_capability(device), TENSOR_CORE_ROUNDOFF)
+
+
 def product_roundoff(*factors: Tensor) -> float:
     """Unit roundoff of `product`'s accumulation."""
     if on_tensor_cores(*factors):
-        return TENSOR_CORE_ROUNDOFF
+        return tensor_core_roundoff(factors[0].device)
     return unit_roundoff(accumulate_dtype(functools.reduce(torch.promote_types, (x.dtype for x in factors))))
 
 

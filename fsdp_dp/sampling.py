@@ -85,27 +85,47 @@ def poisson_draw(key: bytes, step: int, dataset_size: int, sample_rate: float) -
 def shuffled_batches(key: bytes, epoch: int, dataset_size: int, batch_size: int) -> torch.Tensor:
     """The batches of one epoch of shuffling: int64 [dataset_size // batch_size, batch_size]; the remainder is dropped.
 
-    Each row appears at most once. The order sorts 64-bit random numbers: a uniform permutation, up to the chance
-    (below `dataset_size^2 / 2^65`) that two numbers are equal. Epochs are independent of each other.
+    Each row appears at most once. Epochs are independent of each other.
     """
     _check_draw(epoch, dataset_size, 1.0)
     if not 1 <= batch_size <= dataset_size:
         raise ValueError(f"batch_size: found {batch_size}, expected 1 to dataset_size={dataset_size}")
-    blocks = -(-dataset_size // _UNIFORMS_PER_BLOCK)
-    words = keystream(derive_key(key, "shuffle"), _nonce(epoch), 0, blocks).to(torch.int64).view(-1, 2)
-    order = (words[:, 0] * WORD_LIMIT + (words[:, 1] & (WORD_LIMIT - 1)))[:dataset_size].argsort(stable=True)
     batches = dataset_size // batch_size
-    return order[: batches * batch_size].view(batches, batch_size)
+    return _order(derive_key(key, "shuffle"), epoch, dataset_size)[: batches * batch_size].view(batches, batch_size)
 
 
-def microbatch_rows(drawn: torch.Tensor, microbatch_size: int, rank: int, world_size: int) -> list[list[int]]:
+def cut_draw(drawn: torch.Tensor, key: bytes, step: int, max_batch_size: int) -> torch.Tensor:
+    """`drawn`, or where it has more than `max_batch_size` rows, that many of them chosen uniformly; sorted.
+
+    The choice is independent of the draw and of the data, as the accountant of cut draws assumes.
+    """
+    if len(drawn) <= max_batch_size:
+        return drawn
+    return drawn[_order(derive_key(key, "cut"), step, len(drawn))[:max_batch_size]].sort().values
+
+
+def _order(key: bytes, number: int, count: int) -> torch.Tensor:
+    """A uniform permutation of `count`, up to the chance (below `count^2 / 2^65`) that two 64-bit numbers are equal."""
+    blocks = -(-count // _UNIFORMS_PER_BLOCK)
+    words = keystream(key, _nonce(number), 0, blocks).to(torch.int64).view(-1, 2)
+    return (words[:, 0] * WORD_LIMIT + (words[:, 1] & (WORD_LIMIT - 1)))[:count].argsort(stable=True)
+
+
+def microbatches_needed(rows: int, microbatch_size: int, world_size: int) -> int:
+    """Microbatches of every rank for a draw of so many rows: what its largest share takes, and at least one."""
+    largest_share = -(-rows // world_size)
+    return max(1, -(-largest_share // microbatch_size))
+
+
+def microbatch_rows(
+    drawn: torch.Tensor, microbatch_size: int, rank: int, world_size: int, at_least: int = 1
+) -> list[list[int]]:
     """One rank's share of a global draw in equal-shape microbatches: lists of `microbatch_size` rows, real ones first.
 
     Rank r takes `drawn[r::W]`. The number of microbatches follows from the largest share, so it is the same on all
-    ranks, and at least one: an empty draw gives one microbatch of `PADDING` only.
+    ranks, and at least `at_least`: an empty draw gives microbatches of `PADDING` only.
     """
-    largest_share = -(-len(drawn) // world_size)
-    microbatches = max(1, -(-largest_share // microbatch_size))
+    microbatches = max(at_least, microbatches_needed(len(drawn), microbatch_size, world_size))
     rows = drawn[rank::world_size].tolist()
     rows += [PADDING] * (microbatches * microbatch_size - len(rows))
     return [rows[start : start + microbatch_size] for start in range(0, len(rows), microbatch_size)]
@@ -165,7 +185,9 @@ class LogicalBatchLoader:
         self.microbatch_size = microbatch_size
         self.steps = steps
         self._callbacks = _Callbacks(on_logical_batch, on_microbatch, on_logical_batch_end)
-        self._schedule = _Schedule(_global_draw(key, privacy), microbatch_size, rank, world_size)
+        cap = privacy.max_batch_size
+        fixed = 1 if cap is None else microbatches_needed(cap, microbatch_size, world_size)
+        self._schedule = _Schedule(_global_draw(key, privacy), microbatch_size, rank, world_size, fixed)
         self._newest: _Stream | None = None
         self._dataloader = DataLoader(_PaddedRows(dataset), batch_sampler=self._schedule, **dataloader_kwargs)
 
@@ -207,9 +229,11 @@ class _Schedule:
     notes in `pending` and the microbatches pair up one to one.
     """
 
-    def __init__(self, draw: Callable[[int], torch.Tensor], microbatch_size: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, draw: Callable[[int], torch.Tensor], microbatch_size: int, rank: int, world_size: int, at_least: int
+    ) -> None:
         self._draw = draw
-        self._split = (microbatch_size, rank, world_size)
+        self._split = (microbatch_size, rank, world_size, at_least)
         self._steps: int | None = None
         self.handed_out = 0
         self.pending: deque[_Planned] = deque()
@@ -347,9 +371,20 @@ class _PaddedRows(Dataset[Any]):
 
     def _load(self, rows: list[int]) -> list[Any]:
         """Rows of the user's dataset, in one call where it offers that (as `DataLoader` does)."""
-        if rows and callable(getattr(self.dataset, "__getitems__", None)):
-            return list(self.dataset.__getitems__(rows))
-        return [self.dataset[row] for row in rows]
+        try:
+            if rows and callable(getattr(self.dataset, "__getitems__", None)):
+                return list(self.dataset.__getitems__(rows))
+            return [self._load_one(row) for row in rows]
+        except Exception as error:
+            error.add_note(f"while {type(self.dataset).__name__} read a microbatch of {len(rows)} of its rows")
+            raise
+
+    def _load_one(self, row: int) -> Any:
+        try:
+            return self.dataset[row]
+        except Exception as error:
+            error.add_note(f"this was row {row}")
+            raise
 
     def zero_row(self) -> Any:
         """A fresh row of zeros, in the structure, shapes and dtypes of row 0."""
@@ -415,7 +450,10 @@ def _exponential(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
 def _global_draw(key: bytes, privacy: PrivacyConfig) -> Callable[[int], torch.Tensor]:
     """The global draw of `privacy.sampling` as a function of the number of the logical batch."""
     if privacy.sampling == "poisson":
-        return lambda number: poisson_draw(key, number, privacy.dataset_size, privacy.sample_rate)
+        cap = privacy.dataset_size if privacy.max_batch_size is None else privacy.max_batch_size
+        return lambda number: cut_draw(
+            poisson_draw(key, number, privacy.dataset_size, privacy.sample_rate), key, number, cap
+        )
     batches_of = functools.lru_cache(maxsize=1)(
         lambda epoch: shuffled_batches(key, epoch, privacy.dataset_size, privacy.expected_batch_size)
     )

@@ -138,7 +138,7 @@ def is_unit(parent: nn.Module, module: nn.Module) -> bool:
 
 def is_listed(parent: nn.Module, module: nn.Module) -> bool:
     """Blocks of a model that is not sharded."""
-    return isinstance(parent, nn.ModuleList)
+    return isinstance(parent, nn.ModuleList | nn.Sequential)
 
 
 def relative_error(found: Gradients, expected: Gradients) -> float:

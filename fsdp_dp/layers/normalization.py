@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsdp_dp.gradients import Materialized, PerSampleGradient
+from fsdp_dp.kernels import norm_rows
+from fsdp_dp.layers.linear import positions
 from fsdp_dp.layers.registry import layer_rule
 from fsdp_dp.numerics import accumulate_dtype
 
@@ -19,6 +22,8 @@ def _over_positions(x: Tensor, parameter_dims: int) -> Tensor:
 @layer_rule(nn.LayerNorm)
 def layer_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
     assert isinstance(module, nn.LayerNorm)
+    if norm_rows.usable(a, g, module.normalized_shape):
+        return _in_one_pass(a, g, module.eps, wanted, centered=True)
     dtype = accumulate_dtype(a.dtype)
     normalized = F.layer_norm(a.to(dtype), module.normalized_shape, None, None, module.eps)
     return _scale_and_shift(normalized, g.to(dtype), len(module.normalized_shape), wanted)
@@ -27,10 +32,21 @@ def layer_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) 
 @layer_rule(nn.RMSNorm)
 def rms_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
     assert isinstance(module, nn.RMSNorm)
+    if norm_rows.usable(a, g, module.normalized_shape):
+        eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
+        return _in_one_pass(a, g, eps, wanted, centered=False)
     dtype = accumulate_dtype(a.dtype)
     # eps=None: torch takes that of the format it computes in, float32 for half precision, which is ours.
     normalized = F.rms_norm(a.to(dtype), module.normalized_shape, None, module.eps)
     return _scale_and_shift(normalized, g.to(dtype), len(module.normalized_shape), wanted)
+
+
+def _in_one_pass(
+    a: Tensor, g: Tensor, eps: float, wanted: frozenset[str], *, centered: bool
+) -> dict[str, PerSampleGradient]:
+    scale, shift = norm_rows.norm_rows(positions(a), positions(g), eps, centered=centered, with_shift="bias" in wanted)
+    found = {"weight": scale, "bias": shift}
+    return {name: Materialized(value) for name, value in found.items() if name in wanted and value is not None}
 
 
 def _scale_and_shift(x: Tensor, g: Tensor, dims: int, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:

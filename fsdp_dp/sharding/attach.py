@@ -13,14 +13,25 @@ from torch.nn.parallel import DistributedDataParallel
 from fsdp_dp.sharding.base import ShardedModel
 from fsdp_dp.sharding.fsdp1 import Fsdp1Model
 from fsdp_dp.sharding.fsdp2 import Fsdp2Model
-from fsdp_dp.sharding.single import SingleDevice
+from fsdp_dp.sharding.tensor_parallel import TensorParallelModel
+from fsdp_dp.sharding.whole import DdpModel, WholeModel
 
 
 def open_model(root: nn.Module) -> ShardedModel:
     """The backend of ``root``; raises ValueError, with what to do, for a way of sharding that is not supported."""
+    _check_materialized(root)
     model = _backend(root)
     _check_every_process_takes_part(model)
     return model
+
+
+def _check_materialized(root: nn.Module) -> None:
+    name = next((name for name, p in root.named_parameters() if p.requires_grad and p.is_meta), None)
+    if name is not None:
+        raise ValueError(
+            f"make_private: parameter '{name}' is still on the meta device; make the model real first (to_empty and "
+            "initialize, after fully_shard)"
+        )
 
 
 def _check_every_process_takes_part(model: ShardedModel) -> None:
@@ -37,8 +48,12 @@ def _check_every_process_takes_part(model: ShardedModel) -> None:
 
 def _backend(root: nn.Module) -> ShardedModel:
     modules = list(root.modules())
+    if isinstance(root, DistributedDataParallel):
+        return DdpModel(root)
     if any(isinstance(m, DistributedDataParallel) for m in modules):
-        raise ValueError("make_private: DistributedDataParallel is not supported yet; shard the model with FSDP")
+        raise ValueError(
+            "make_private: a submodule is wrapped with DistributedDataParallel, but the model itself is not; wrap the root"
+        )
     if isinstance(root, FullyShardedDataParallel):
         return Fsdp1Model(root)
     if any(isinstance(m, FullyShardedDataParallel) for m in modules):
@@ -49,5 +64,5 @@ def _backend(root: nn.Module) -> ShardedModel:
     if any(isinstance(m, FSDPModule) for m in modules):
         return Fsdp2Model(root)
     if any(isinstance(p, DTensor) for p in root.parameters()):
-        raise ValueError("make_private: the model has DTensor parameters but no fully_shard; call fully_shard(model)")
-    return SingleDevice(root)
+        return TensorParallelModel(root)
+    return WholeModel(root)

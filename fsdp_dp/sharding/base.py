@@ -2,7 +2,7 @@
 
 The engine asks four things of a model: which parameters it has and where their local shards sit in the global
 parameter (`ManagedParameter`, `Region`); to sum a unit's gradients over the data-parallel ranks into the local shards
-(`accumulate`, always SUM, always in float32 or wider); to sum norms over the ranks that split one row's gradient
+(`start_accumulate`, always SUM, always in float32 or wider); to sum norms over the ranks that split one row's gradient
 (`sum_split_norms`); and to hand a released gradient to the optimizer (`publish`).
 """
 
@@ -10,15 +10,22 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fsdp_dp.gradients import NormTerms
+from fsdp_dp.gradients import NormTerms, PerSampleGradient
 from fsdp_dp.records import Record
+from fsdp_dp.sharding.layout import Region
+from fsdp_dp.sharding.sums import Sums, Unit, dedicated
+
+Complete = Callable[[dict[str, PerSampleGradient]], dict[str, PerSampleGradient]]
+"""From the per-sample gradients of a layer's parameters, by attribute, to those that this rank is to clip and sum."""
 
 _WRAPPER_PREFIXES = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
@@ -26,23 +33,6 @@ _WRAPPER_PREFIXES = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_modul
 def canonical_name(name: str) -> str:
     """A parameter's name as the unwrapped model has it, so that noise does not depend on how the model is wrapped."""
     return _WRAPPER_PREFIXES.sub("", name)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Region:
-    """The elements of a global parameter (flattened) that a local shard holds: a run, or a column block of one.
-
-    Without ``columns``: elements ``start .. start + count``. With ``columns = (width, offset, size)``: that run seen
-    as rows of ``width``, of which the shard holds columns ``offset .. offset + size``.
-    """
-
-    start: int
-    count: int
-    columns: tuple[int, int, int] | None = None
-
-    @property
-    def numel(self) -> int:
-        return self.count if self.columns is None else self.count // max(1, self.columns[0]) * self.columns[2]
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -71,37 +61,54 @@ class ManagedParameter:
 
 
 class ShardedModel(abc.ABC):
-    """A model whose managed parameters are sharded in one particular way."""
+    """A model whose managed parameters are sharded in one particular way.
+
+    Attributes:
+        kind: what people call this way.
+        device: where forward and backward run.
+        names: (module, attribute) -> canonical name, the same for all places of a tied parameter.
+        units: what is summed together; a parameter's ``unit`` is an index of it.
+        data_groups: the groups whose ranks hold different rows, outermost first; their product holds all rows.
+        split_group: ranks that hold parts of the same layers and see the same rows (tensor parallelism).
+        narrow_reduction: a reduce_dtype that the user's policy asked for and that is too narrow for un-noised sums.
+    """
 
     kind: str
     root: nn.Module
     device: torch.device
     parameters: list[ManagedParameter]
     names: dict[tuple[nn.Module, str], str]
-    """(module, attribute) -> canonical name, the same for all places of a tied parameter."""
-    unit_count: int
-    groups: Sequence[dist.ProcessGroup] = ()
-    """Groups that together connect all ranks, for agreeing on keys: a value passed through them in order is common."""
-    data_group: dist.ProcessGroup | None = None
+    units: Sequence[Unit]
+    data_groups: Sequence[dist.ProcessGroup] = ()
     split_group: dist.ProcessGroup | None = None
+    narrow_reduction: torch.dtype | None = None
 
-    @abc.abstractmethod
-    def prepare_forward(self) -> None:
+    def prepare_forward(self) -> None:  # noqa: B027
         """Called before every training forward: undo what a forward without a backward left behind."""
 
     def after_backward(self) -> None:  # noqa: B027
         """Called at the end of every backward, after the sharding's own end of it."""
 
-    narrow_reduction: torch.dtype | None = None
-    """A reduce_dtype that the user's FSDP policy asked for and that is too narrow for un-noised sums."""
+    @property
+    def unit_count(self) -> int:
+        return len(self.units)
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Groups that together connect all ranks: a value passed through them in order is common."""
+        return [*self.data_groups, *([] if self.split_group is None else [self.split_group])]
 
     @property
     def data_rank(self) -> int:
-        return dist.get_rank(self.data_group) if self.data_group is not None else 0
+        """This rank's number among those that hold different rows."""
+        rank = 0
+        for group in self.data_groups:
+            rank = rank * dist.get_world_size(group) + dist.get_rank(group)
+        return rank
 
     @property
     def data_size(self) -> int:
-        return dist.get_world_size(self.data_group) if self.data_group is not None else 1
+        return math.prod(dist.get_world_size(group) for group in self.data_groups)
 
     @property
     def global_numel(self) -> int:
@@ -110,21 +117,49 @@ class ShardedModel(abc.ABC):
 
     _global_numel: int
 
-    @abc.abstractmethod
-    def start_accumulate(self, unit: int, gradients: Mapping[str, Tensor]) -> None:
-        """Begin summing full (unsharded) gradients of one unit over the data-parallel ranks; missing ones are zero."""
+    @functools.cached_property
+    def _sums(self) -> Sums:
+        return Sums(self.device)
 
-    @abc.abstractmethod
+    def start_accumulate(self, unit: int, gradients: Mapping[str, Tensor]) -> None:
+        """Begin summing full (unsharded) gradients of one unit over the data-parallel ranks; missing ones are zero.
+
+        All ranks call it for the same units in the same order. Of these sums, two at most are under way.
+        """
+        self._sums.start(self.units[unit], gradients)
+
     def finish_accumulate(self) -> None:
-        """Add what `start_accumulate` began into the accumulators."""
+        """Wait until all that `start_accumulate` began is in the accumulators."""
+        self._sums.finish()
+        for unit in self.units:
+            unit.zero_if_fresh()
+
+    def zero_accumulators(self) -> None:
+        """Drop what was summed. The next sums replace it; what none replaces is zero after `finish_accumulate`."""
+        self._sums.finish()
+        for unit in self.units:
+            unit.fresh = True
+
+    def dedicate_groups(self) -> None:
+        """Sum over process groups of their own from now on. To be called on all ranks.
+
+        For sums that start inside backward, where FSDP issues its own collectives: ranks on which other layers ran would
+        issue both in different orders.
+        """
+        own: dict[dist.ProcessGroup | None, dist.ProcessGroup | None] = {None: None}
+        for unit in self.units:
+            for group in (unit.shard_group, unit.replicate_group):
+                if group is not None and group not in own:
+                    own[group] = dedicated(group)
+            unit.shard_group, unit.replicate_group = own[unit.shard_group], own[unit.replicate_group]
 
     @abc.abstractmethod
     def publish(self, parameter: ManagedParameter, gradient: Tensor) -> None:
         """Set the optimizer-visible ``.grad`` from a flat local gradient."""
 
-    def localize(self, name: str, record: Record) -> Record:
-        """The local parts of a layer's record."""
-        return record
+    def localize(self, layer: str, module: nn.Module, record: Record) -> tuple[Record, Complete]:
+        """The local parts of a layer's record, and what makes of their per-sample gradients those of this rank's part."""
+        return record, lambda gradients: gradients
 
     def sum_split_norms(self, split: NormTerms, whole: NormTerms) -> NormTerms:
         """Norms over all of a row's gradient. Here a rank holds whole layers, so its norms are already complete."""
@@ -132,10 +167,10 @@ class ShardedModel(abc.ABC):
 
     def sum_over_data(self, x: Tensor) -> Tensor:
         """The sum of a small tensor over the data-parallel ranks."""
-        if self.data_group is not None:
-            x = x.clone()
-            dist.all_reduce(x, group=self.data_group)
-        return x
+        total = x.clone()
+        for group in self.data_groups:
+            dist.all_reduce(total, group=group)
+        return total
 
     def agree(self, payload: bytes) -> bytes:
         """Rank 0's bytes, on every rank."""
@@ -172,12 +207,6 @@ def trainable_names(root: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
         min(name for name, _, _ in uses): [(module, attribute) for _, module, attribute in uses]
         for uses in sites.values()
     }
-
-
-def start_reduce_scatter(shard: Tensor, bucket: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
-    """Sum ``bucket`` over the group, cut into ``shard``-sized pieces; torch 2.13 renamed the collective."""
-    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    return reduce_scatter(shard, bucket, group=group, async_op=True)
 
 
 def narrow_reduction(dtypes: Iterable[torch.dtype | None]) -> torch.dtype | None:

@@ -1,14 +1,19 @@
 """FSDP1 (`FullyShardedDataParallel`): gradients into the flat parameter's layout. The only file that uses its insides.
 
+A unit is reduce-scattered over the ranks that shard it (FULL_SHARD, SHARD_GRAD_OP), then all-reduced over those that hold
+the same shard (the hybrid strategies); with NO_SHARD it is all-reduced whole.
+
 Private names used, checked by `_check_private_names` when a model is attached: ``FSDP.fsdp_modules``, ``_handle``,
-``_handle.flat_param``, ``_handle._get_flat_param_offsets()``, ``_handle.process_group``, ``_handle.world_size``,
-``_handle.uses_sharded_strategy``, ``_handle._use_sharded_views``, and on the flat parameter ``_param_infos``,
-``_shared_param_infos``, ``_shard_param_infos``, ``_is_padding_mask``, ``_sharded_size``, ``_params``. In torch 2.11 to 2.13.
+``_inter_node_pg``, ``_handle.flat_param``, ``_handle._get_flat_param_offsets()``, ``_handle.process_group``,
+``_handle.device``, ``_handle.uses_sharded_strategy``, ``_handle._use_sharded_views``, and on the flat parameter
+``_param_infos``, ``_shared_param_infos``, ``_shard_param_infos``, ``_is_padding_mask``, ``_sharded_size``, ``_params``. In
+torch 2.11 to 2.13.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,16 +22,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from fsdp_dp.numerics import accumulate_dtype
-from fsdp_dp.sharding.base import (
-    ManagedParameter,
-    Region,
-    ShardedModel,
-    canonical_name,
-    narrow_reduction,
-    start_reduce_scatter,
-)
+from fsdp_dp.sharding.base import ManagedParameter, Region, ShardedModel, canonical_name, narrow_reduction
+from fsdp_dp.sharding.sums import Unit
 
-_HANDLE_NAMES = ("flat_param", "_get_flat_param_offsets", "process_group", "world_size", "uses_sharded_strategy",
+_HANDLE_NAMES = ("flat_param", "_get_flat_param_offsets", "process_group", "device", "uses_sharded_strategy",
                  "_use_sharded_views")  # fmt: skip
 _FLAT_NAMES = (
     "_param_infos", "_shared_param_infos", "_shard_param_infos", "_is_padding_mask", "_sharded_size", "_params",
@@ -38,21 +37,22 @@ class Fsdp1Model(ShardedModel):
 
     def __init__(self, root: FullyShardedDataParallel) -> None:
         self.root = root
-        handles = [m._handle for m in FullyShardedDataParallel.fsdp_modules(root) if m._handle is not None]
-        for handle in handles:
-            _check_private_names(handle)
-            _check_strategy(handle)
-        self._whole_handles = [handle for handle in handles if not handle.uses_sharded_strategy]
+        wrappers: list[Any] = [m for m in FullyShardedDataParallel.fsdp_modules(root) if m._handle is not None]
+        for wrapper in wrappers:
+            _check_private_names(wrapper._handle)
+            _check_orig_params(wrapper._handle)
+        self.data_groups = _data_groups(wrappers[0])
+        for wrapper in wrappers:
+            _check_ranks(wrapper, self.data_groups)
+        self._whole_handles = [m._handle for m in wrappers if not m._handle.uses_sharded_strategy]
         module_names = {module: name for name, module in root.named_modules()}
-        self._units = [_Unit(handle, module_names) for handle in handles]
-        self.unit_count = len(self._units)
-        self.names = {site: name for unit in self._units for site, name in unit.names.items()}
-        self.device = self._units[0].buffer.device
-        self.data_group = handles[0].process_group
-        self.groups = [self.data_group]
+        units = [_Unit(m._handle, _replicas(m), module_names) for m in wrappers]
+        self.units = units
+        self.names = {site: name for unit in units for site, name in unit.names.items()}
+        self.device = wrappers[0]._handle.device
         policies = [m.mixed_precision for m in FullyShardedDataParallel.fsdp_modules(root)]
         self.narrow_reduction = narrow_reduction(p.reduce_dtype for p in policies if p is not None)
-        entries = sorted((e for unit in self._units for e in unit.entries), key=lambda e: e.name)
+        entries = sorted((e for unit in units for e in unit.entries), key=lambda e: e.name)
         self.parameters = [
             ManagedParameter(
                 name=entry.name,
@@ -61,40 +61,17 @@ class Fsdp1Model(ShardedModel):
                 numel=entry.numel,
                 region=entry.region,
                 split=False,
-                unit=self._units.index(entry.unit),
-                accumulator=entry.accumulator,
+                unit=units.index(entry.unit),
+                accumulator=entry.unit.accumulators[entry.name],
             )
             for index, entry in enumerate(entries)
         ]
         self._global_numel = sum(entry.numel for entry in entries)
-        self._in_flight: list[tuple[_Unit, Tensor, Tensor, dist.Work | None]] = []
-
-    def prepare_forward(self) -> None:
-        """Nothing is left behind."""
 
     def after_backward(self) -> None:
-        """Without weight gradients FSDP1 leaves an unsharded (one rank) unit's parameters unregistered: put them back."""
+        """Without weight gradients FSDP1 leaves the parameters of an unsharded unit unregistered: put them back."""
         for handle in self._whole_handles:
             handle._use_sharded_views()
-
-    def start_accumulate(self, unit: int, gradients: Mapping[str, Tensor]) -> None:
-        target = self._units[unit]
-        if not target.entries:
-            return
-        bucket = target.fill_bucket(gradients)
-        if target.world_size == 1:
-            self._in_flight.append((target, bucket[: target.buffer.numel()], bucket, None))
-            return
-        shard = torch.empty_like(target.buffer)
-        work = start_reduce_scatter(shard, bucket, self.data_group)
-        self._in_flight.append((target, shard, bucket, work))
-
-    def finish_accumulate(self) -> None:
-        for unit, shard, _bucket, work in self._in_flight:
-            if work is not None:
-                work.wait()
-            unit.buffer.add_(shard)
-        self._in_flight.clear()
 
     def publish(self, parameter: ManagedParameter, gradient: Tensor) -> None:
         p = parameter.parameter
@@ -115,18 +92,17 @@ class _Entry:
         count = info.numel_in_shard if info.in_shard else 0
         self.region = Region(start=info.intra_param_start_idx if info.in_shard else 0, count=count)
         offset = info.offset_in_shard if info.in_shard else 0
-        self.accumulator = unit.buffer[offset : offset + count]
+        unit.accumulators[name] = unit.buffer[offset : offset + count]
 
 
-class _Unit:
+class _Unit(Unit):
     """One FSDP1 unit: its flat layout, its accumulator, and which module attributes its parameters have."""
 
-    def __init__(self, handle: Any, module_names: Mapping[nn.Module, str]) -> None:
+    def __init__(self, handle: Any, replicas: dist.ProcessGroup | None, module_names: Mapping[nn.Module, str]) -> None:
         flat = handle.flat_param
-        self.world_size = handle.world_size
         local = flat._sharded_size.numel()
-        self.padded_numel = local * self.world_size
-        self.buffer = torch.zeros(local, dtype=accumulate_dtype(flat.dtype), device=flat.device)
+        buffer = torch.zeros(local, dtype=accumulate_dtype(flat.dtype), device=flat.device)
+        super().__init__(buffer, handle.process_group if handle.uses_sharded_strategy else None, replicas)
         self.entries: list[_Entry] = []
         self.names: dict[tuple[nn.Module, str], str] = {}
         offsets = [o for o, pad in zip(handle._get_flat_param_offsets(), flat._is_padding_mask, strict=True) if not pad]
@@ -143,13 +119,25 @@ class _Unit:
             self.names.update(dict.fromkeys(sites, name))
             self.entries.append(_Entry(self, name, parameter, start, end - start + 1, info))
 
-    def fill_bucket(self, gradients: Mapping[str, Tensor]) -> Tensor:
+    def fill(self, bucket: Tensor, gradients: Mapping[str, Tensor]) -> None:
         pieces, end = [], 0
         for entry in self.entries:  # in the order of the flat parameter; frozen ones and padding leave gaps
             if entry.name in gradients:
-                pieces += [self.buffer.new_zeros(entry.start - end), gradients[entry.name].flatten()]
+                pieces += [bucket.new_zeros(entry.start - end), gradients[entry.name].flatten()]
                 end = entry.start + entry.numel
-        return torch.cat([*pieces, self.buffer.new_zeros(self.padded_numel - end)])
+        torch.cat([*pieces, bucket.new_zeros(bucket.numel() - end)], out=bucket)
+
+
+def _replicas(wrapper: Any) -> dist.ProcessGroup | None:
+    """The ranks that hold the same shard of a unit as this one."""
+    if not wrapper._handle.uses_sharded_strategy and not hasattr(wrapper, "_inter_node_pg"):
+        return wrapper._handle.process_group  # type: ignore[no-any-return]
+    return getattr(wrapper, "_inter_node_pg", None)
+
+
+def _data_groups(wrapper: Any) -> list[dist.ProcessGroup]:
+    between = getattr(wrapper, "_inter_node_pg", None)
+    return [*([] if between is None else [between]), wrapper._handle.process_group]
 
 
 def _check_private_names(handle: Any) -> None:
@@ -162,15 +150,19 @@ def _check_private_names(handle: Any) -> None:
         )
 
 
-def _check_strategy(handle: Any) -> None:
+def _check_orig_params(handle: Any) -> None:
     if getattr(handle.flat_param, "_params", None) is None:
         raise ValueError(
             "FullyShardedDataParallel was built with use_orig_params=False; the engine needs the original parameters: "
             "pass use_orig_params=True (fsdp_dp.FullyShardedDataParallel does so by default)"
         )
-    strategy = handle._sharding_strategy.name
-    if strategy not in ("FULL_SHARD", "SHARD_GRAD_OP") and handle.world_size > 1:
+
+
+def _check_ranks(wrapper: Any, groups: Sequence[dist.ProcessGroup]) -> None:
+    """A unit over fewer ranks than the root would miss the rows of the others."""
+    found, expected = (math.prod(dist.get_world_size(g) for g in some) for some in (_data_groups(wrapper), groups))
+    if found != expected:
         raise ValueError(
-            f"sharding_strategy {strategy} is not supported yet; use FULL_SHARD or SHARD_GRAD_OP "
-            "(hybrid strategies also turn into NO_SHARD on one host without a 2-D device_mesh)"
+            f"make_private: an FSDP unit ({type(wrapper.module).__name__}) spans {found} ranks and the root {expected}; "
+            "give all units the same device_mesh or process_group"
         )

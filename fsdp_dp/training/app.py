@@ -1,4 +1,4 @@
-"""One run from start to end: check, start the processes, train, evaluate, save, report."""
+"""One run from start to end: check, start the processes, train, save, evaluate, report; and the same run, going on."""
 
 from __future__ import annotations
 
@@ -6,27 +6,34 @@ import os
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-import yaml  # type: ignore[import-untyped]
+import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from fsdp_dp.checkpoint import Checkpoints
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.data.corpus import Corpus, load_corpus
-from fsdp_dp.training import checkpoint
+from fsdp_dp.ledger import LEDGER_FILE, Ledger
+from fsdp_dp.second_opinion import cost_of_cap, cross_check
 from fsdp_dp.training.budget import plan_budget
 from fsdp_dp.training.building import build_engine, build_model, build_optimizer, parameter_count
+from fsdp_dp.training.fellows import Fellows
+from fsdp_dp.training.interrupt import StopRequest, stop_on_signals
 from fsdp_dp.training.loop import Training, evaluate, train
 from fsdp_dp.training.report import Outcome, summarize, write_report
+from fsdp_dp.training.run_folder import CHECKPOINTS, check_folder, make_folder, write_config
 from fsdp_dp.training.schema import TrainConfig
 from fsdp_dp.training.world import World, start_world
 
 if TYPE_CHECKING:
     from fsdp_dp.training.metrics import RunLog
 
-EXIT_INTERRUPTED = 130
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+# "Saved; start me again": sysexits' EX_TEMPFAIL, for whoever sent SIGUSR1.
+EXIT_REQUEUE = 75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +51,7 @@ def prepare(config: TrainConfig) -> Plan:
     Raises:
         ValueError: the data is missing or too small, the run directory is taken, or the mechanism does not fit.
     """
-    if config.output_dir is not None and (Path(config.output_dir) / "metrics.jsonl").exists():
-        raise ValueError(f"output_dir={config.output_dir} already holds a run: choose another, or remove it.")
+    check_folder(config)
     corpus = load_corpus(config.data, config.model.block_size)
     if config.batch_size > len(corpus.train):
         raise ValueError(
@@ -75,54 +81,101 @@ def privacy_config(config: TrainConfig, dataset_size: int) -> PrivacyConfig | No
     )
 
 
-def run(plan: Plan) -> None:
-    """Train, evaluate and write the run directory. Every rank calls it."""
+def run(plan: Plan) -> int:
+    """Train, save, evaluate and write the run directory; the exit code. Every rank calls it."""
+    with start_world(plan.config) as world, stop_on_signals() as stop:
+        fellows = Fellows(world.store, world.rank)
+        with fellows.watched(lambda message: end(f"another rank failed first; {message}", EXIT_FAILED)):
+            try:
+                return work(plan, world, stop)
+            except Exception as error:
+                first = fellows.first_failure(explained(error))
+                if first is None:
+                    raise
+                end(f"another rank failed first; {first}", EXIT_FAILED)
+
+
+def work(plan: Plan, world: World, stop: StopRequest) -> int:
+    """`run`, among the other ranks."""
+    folder = Path(world.from_main(str(make_folder(plan.config)) if world.is_main else None))
+    ledger = Ledger(folder / LEDGER_FILE) if world.is_main else None
+    training = assemble(plan, world, folder, ledger, stop)
+    started = time.perf_counter()
+    steps = train(training)
+    training.checkpoints.save(steps)
+    training.checkpoints.wait()
+    if ledger is not None and training.engine is not None:
+        ledger.close(training.engine.steps)
+    # Someone who stops a run will not wait for the whole of the held-out text.
+    bits = evaluate(training, steps, plan.corpus.held_out.rows) if steps == plan.config.steps else None
+    outcome = describe(plan, training, steps, bits, time.perf_counter() - started)
+    if training.log is not None:
+        publish(outcome, training.log, folder)
+    requeued = world.sum(torch.tensor([stop.requeue], dtype=torch.float64))[0]
+    return EXIT_REQUEUE if requeued else 0
+
+
+def assemble(plan: Plan, world: World, folder: Path, ledger: Ledger | None, stop: StopRequest) -> Training:
+    """Build what trains, and bring it to where the run in `folder` was left, if there is one."""
     config = plan.config
-    with start_world(config) as world:
-        folder = Path(world.from_main(make_run_folder(config) if world.is_main else None))
-        training = assemble(plan, world, folder)
-        started = time.perf_counter()
-        steps = train(training)
-        # Someone who presses Ctrl-C, or torchrun after it, will not wait for the whole of the held-out text.
-        bits = evaluate(training, steps, plan.corpus.held_out.rows) if steps == config.steps else None
-        outcome = describe(plan, training, steps, bits, time.perf_counter() - started)
-        checkpoint.save(folder / "checkpoint", training.model, training.optimizer, training.engine)
-        if training.log is not None:
-            publish(outcome, training.log, folder)
-
-
-def make_run_folder(config: TrainConfig) -> str:
-    """Make the run directory, write the configuration into it, and return its absolute path."""
-    folder = Path(config.output_dir) if config.output_dir is not None else unused_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
-    return str(folder.resolve())
-
-
-def unused_folder() -> Path:
-    """A folder under outputs/ named by the time, with a number where runs start in the same second."""
-    name = Path("outputs") / time.strftime("%Y-%m-%d_%H-%M-%S")
-    names = (name if i == 0 else name.with_name(f"{name.name}_{i}") for i in range(1000))
-    return next(folder for folder in names if not folder.exists())
-
-
-def assemble(plan: Plan, world: World, folder: Path) -> Training:
-    """Build what trains; rank 0 also computes ε by step and opens the log."""
-    config = plan.config
+    privacy = world.from_main(continued(plan.privacy, ledger) if world.is_main else None)
     model = build_model(config, world)
     optimizer = build_optimizer(model, config.optimizer)
-    engine = build_engine(model, optimizer, plan.privacy)
+    engine = build_engine(model, optimizer, privacy)
     budget = log = None
+    if ledger is not None and engine is not None:
+        assert plan.privacy is not None
+        budget = plan_budget(plan.privacy, engine.noise_multiplier, config.steps)
+        check_extension(plan.privacy, budget.cap, engine.noise_multiplier)
+        ledger.begin(plan.privacy, engine.noise_multiplier, lease=lease(config.checkpoint_every))
+    checkpoints = Checkpoints(folder / CHECKPOINTS, model, optimizer, engine, ledger if engine is not None else None)
+    saved = checkpoints.load()
+    done = engine.steps if engine is not None else saved["step"] if saved else 0
+    limit = min(ledger.standing.limit, config.steps) if ledger is not None and ledger.standing else config.steps
     if world.is_main:
         from fsdp_dp.training.metrics import RunLog
 
-        if plan.privacy is not None and engine is not None:
-            budget = plan_budget(plan.privacy, engine.noise_multiplier, config.steps)
-        log = RunLog(folder, config.steps)
+        write_config(config, folder)
+        announce(saved, done, config.steps)
+        if engine is not None and engine.privacy.max_batch_size is not None:
+            print(cost_of_cap(engine.privacy, engine.noise_multiplier, config.steps), flush=True)
+        log = RunLog(folder, config.steps, done)
     return Training(
-        config=config, corpus=plan.corpus, world=world, model=model, optimizer=optimizer,
-        engine=engine, budget=budget, log=log,
+        config=config, corpus=plan.corpus, world=world, model=model, optimizer=optimizer, engine=engine, budget=budget,
+        log=log, checkpoints=checkpoints, ledger=ledger if engine is not None else None, stop=stop,
+        start=done, last=max(done, int(world.from_main(limit))),
     )  # fmt: skip
+
+
+def continued(privacy: PrivacyConfig | None, ledger: Ledger | None) -> PrivacyConfig | None:
+    """The mechanism of the run that the ledger tells of: its noise was calibrated once, for good."""
+    if privacy is None or ledger is None or ledger.standing is None:
+        return privacy
+    return replace(privacy, noise_multiplier=ledger.standing.mechanism["noise_multiplier"], target_epsilon=None)
+
+
+def check_extension(privacy: PrivacyConfig, cap: float, noise_multiplier: float) -> None:
+    """Raise ValueError where more releases than the noise was calibrated for would cost more than the target says."""
+    if privacy.target_epsilon is not None and cap > privacy.target_epsilon:
+        raise ValueError(
+            f"steps={privacy.steps} releases of this run's noise multiplier {noise_multiplier:.6g}, accounted as a whole, "
+            f"cost epsilon {cap:.4g}, more than privacy.target_epsilon={privacy.target_epsilon:g}. To go on all the same, "
+            "raise privacy.target_epsilon to that"
+        )
+
+
+def lease(checkpoint_every: int) -> int:
+    """Releases reserved with a checkpoint: those up to the next one, and some for a disk that is slow with it."""
+    return checkpoint_every + max(1, checkpoint_every // 4)
+
+
+def announce(saved: dict[str, object] | None, done: int, steps: int) -> None:
+    """Say on the terminal that a run goes on, and from where."""
+    if saved is not None or done:
+        where = (
+            f"the checkpoint of step {saved['step']}" if saved else "the initial weights: there was no checkpoint yet"
+        )
+        print(f"going on from {where}; {done} of {steps} steps count as made", flush=True)
 
 
 def describe(plan: Plan, training: Training, steps: int, bits: float | None, seconds: float) -> Outcome:
@@ -135,8 +188,10 @@ def describe(plan: Plan, training: Training, steps: int, bits: float | None, sec
         corpus=plan.corpus,
         noise_multiplier=None if engine is None else engine.noise_multiplier,
         budget=training.budget,
+        standing=None if training.ledger is None else training.ledger.standing,
         steps=steps,
         nonfinite_rows=int(nonfinite),
+        useful_rows=None if training.log is None else training.log.mean("useful_rows"),
         held_out_bits=bits,
         parameters=parameter_count(plan.config.model),
         ranks=world.size,
@@ -146,13 +201,19 @@ def describe(plan: Plan, training: Training, steps: int, bits: float | None, sec
 
 
 def publish(outcome: Outcome, log: RunLog, folder: Path) -> None:
-    """On rank 0: the figure, the report, and a few lines on the terminal."""
+    """On rank 0: the figure, the report, and a few lines on the terminal; then the second opinion on ε.
+
+    Raises:
+        AccountingError: two accountants contradict each other. All is saved by then.
+    """
     from fsdp_dp.training.figure import draw
 
     log.close()
     draw(log, outcome.corpus.held_out_unigram_bits, folder / "loss_epsilon.png")
     write_report(outcome, folder / "report.md")
     print(summarize(outcome, folder), flush=True)
+    if outcome.privacy is not None and outcome.noise_multiplier is not None and outcome.steps == outcome.config.steps:
+        print(cross_check(outcome.privacy, outcome.noise_multiplier, outcome.config.steps), flush=True)
 
 
 def run_or_end(plan: Plan) -> None:
@@ -161,12 +222,24 @@ def run_or_end(plan: Plan) -> None:
     The process leaves without cleaning up, for that would wait for ranks which wait for this one.
     """
     try:
-        record(run)(plan)
+        code = record(run)(plan)
     except KeyboardInterrupt:
         end("interrupted", EXIT_INTERRUPTED)
     except Exception as error:
         traceback.print_exc()
-        end(f"{type(error).__name__}: {error}", 1)
+        end(explained(error), EXIT_FAILED)
+    if code:
+        end("saved, to be started again", code)
+
+
+def explained(error: Exception) -> str:
+    """An error in one line, with what was noted on the way and what to do where that is known."""
+    text = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return f"{text}. Lower microbatch_size, which changes no release, and go on with resume=true"
+    if isinstance(error, RuntimeError) and ("onnection closed by peer" in text or "onnection reset by peer" in text):
+        return f"lost another rank, which was killed or whose machine is gone ({text})"
+    return text
 
 
 def end(message: str, code: int) -> NoReturn:

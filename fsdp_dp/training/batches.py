@@ -25,14 +25,17 @@ class ShuffledBatches:
     Each rank gets `rows` = batch_size // data ranks of a batch, so all take part in the same number of microbatches.
     """
 
-    def __init__(self, dataset: RowDataset, config: TrainConfig, world: World) -> None:
+    def __init__(self, dataset: RowDataset, config: TrainConfig, world: World, start: int, last: int) -> None:
         self.dataset, self.config, self.world = dataset, config, world
+        self.start, self.last = start, last
         self.rows = config.batch_size // world.data_size
 
     def __iter__(self) -> Iterator[Iterator[Microbatch]]:
         order = endless_permutations(len(self.dataset), self.config.seed)
-        for _ in range(self.config.steps):
+        for step in range(self.last):
             batch = torch.tensor([next(order) for _ in range(self.config.batch_size)])
+            if step < self.start:
+                continue
             mine = batch[self.world.data_rank :: self.world.data_size][: self.rows]
             yield (split_row(self.dataset.rows[part]) for part in mine.split(self.config.microbatch_size))
 
@@ -45,14 +48,14 @@ def endless_permutations(size: int, seed: int) -> Iterator[int]:
 
 
 def make_batches(
-    dataset: RowDataset, config: TrainConfig, world: World, engine: PrivacyEngine | None
+    dataset: RowDataset, config: TrainConfig, world: World, engine: PrivacyEngine | None, start: int, last: int
 ) -> tuple[Iterable[Iterable[Microbatch]], int]:
-    """The logical batches, and what to divide a microbatch's summed loss by on this rank.
+    """The logical batches of the steps after `start` up to `last`, and what to divide a microbatch's summed loss by.
 
     Plain: the rank's rows of a batch, since FSDP averages over ranks. Private: the rows of a microbatch, padding
     included, which the engine knows as `loss_reduction="mean"`; it divides by the expected batch size itself.
     """
     if engine is None:
-        plain = ShuffledBatches(dataset, config, world)
+        plain = ShuffledBatches(dataset, config, world, start, last)
         return plain, plain.rows
-    return engine.loader(dataset, microbatch_size=config.microbatch_size, steps=config.steps), config.microbatch_size
+    return engine.loader(dataset, microbatch_size=config.microbatch_size, steps=last - start), config.microbatch_size

@@ -1,4 +1,8 @@
-"""Ctrl-C ends a run after the step under way, with its checkpoint and report, instead of in the middle of one."""
+"""Signals that end a run after the step under way, saved, instead of in the middle of one.
+
+Ctrl-C and SIGTERM end it for now; SIGUSR1, which Slurm sends ahead of a time limit or a preemption, asks besides for an
+exit code that means "start me again".
+"""
 
 from __future__ import annotations
 
@@ -10,31 +14,35 @@ from types import FrameType
 
 # torchrun passes on the terminal's signal, so one Ctrl-C arrives twice.
 SECONDS_OF_ONE_PRESS = 2.0
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether the user has asked this process to stop."""
+    """Whether this process was asked to stop, and to be started again."""
 
     def __init__(self) -> None:
         self.at: float | None = None
+        self.requeue = False
 
     @property
     def made(self) -> bool:
         return self.at is not None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note the first Ctrl-C; a second one, later, interrupts at once."""
-        if self.at is not None and time.monotonic() - self.at > SECONDS_OF_ONE_PRESS:
+        """Note a signal; a second Ctrl-C, later, interrupts at once."""
+        if number == signal.SIGINT and self.at is not None and time.monotonic() - self.at > SECONDS_OF_ONE_PRESS:
             raise KeyboardInterrupt
+        self.requeue |= number == signal.SIGUSR1
         self.at = self.at or time.monotonic()
 
 
 @contextmanager
-def stop_on_ctrl_c() -> Iterator[StopRequest]:
-    """While inside, Ctrl-C is noted instead of raised."""
+def stop_on_signals() -> Iterator[StopRequest]:
+    """While inside, the signals are noted instead of obeyed."""
     request = StopRequest()
-    before = signal.signal(signal.SIGINT, request.handle)
+    before = {number: signal.signal(number, request.handle) for number in HANDLED}
     try:
         yield request
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,20 @@ SECONDS_BETWEEN_LINES = 30
 
 
 class RunLog:
-    """Records, one a step, kept in `records` too for the figure and the report."""
+    """Records, one a step, kept in `records` too for the figure and the report; those of earlier starts are kept.
 
-    def __init__(self, folder: Path, steps: int) -> None:
-        self.records: list[dict[str, Any]] = []
-        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+    `done` of the `steps` count as made. What a crash interrupted is not repeated under the same number: with privacy,
+    steps are releases, and each has its own.
+    """
+
+    def __init__(self, folder: Path, steps: int, done: int = 0) -> None:
+        path = folder / "metrics.jsonl"
+        self.records: list[dict[str, Any]] = [record for record in whole_lines(path) if record["step"] <= done]
+        path.write_text("".join(map(as_line, self.records)), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"))
-        self._bar = tqdm(total=steps, unit="step", mininterval=0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES)
+        interval = 0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
+        self._bar = tqdm(total=steps, initial=done, unit="step", mininterval=interval)
         self._shown: dict[str, str] = {}
 
     def step(self, step: int, epsilon: float | None, learning_rate: float, unprotected: dict[str, float]) -> None:
@@ -49,8 +57,13 @@ class RunLog:
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """(steps, values) of a metric, private or not, where it was recorded."""
         flat = [(record["step"], {**record, **record[UNPROTECTED]}.get(name)) for record in self.records]
-        found = [(step, value) for step, value in flat if value is not None]
+        found = [(step, float(value)) for step, value in flat if value is not None]  # "nan", as JSON has it, too
         return [step for step, _ in found], [value for _, value in found]
+
+    def mean(self, name: str) -> float | None:
+        """The mean of a metric over the steps; None where there were none."""
+        _, values = self.series(name)
+        return sum(values) / len(values) if values else None
 
     def close(self) -> None:
         self._bar.close()
@@ -59,12 +72,25 @@ class RunLog:
 
     def _write(self, record: dict[str, Any]) -> None:
         self.records.append(record)
-        self._file.write(json.dumps(finite_or_text(record)) + "\n")
+        self._file.write(as_line(record))
         self._file.flush()
         named = {f"{UNPROTECTED}/{name}": value for name, value in record[UNPROTECTED].items()}
         named |= {name: record[name] for name in ("epsilon", "learning_rate") if record.get(name) is not None}
         for name, value in named.items():
             self._board.add_scalar(name, value, record["step"])
+
+
+def as_line(record: dict[str, Any]) -> str:
+    return json.dumps(finite_or_text(record)) + "\n"
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file; a line that a crash cut short is left out."""
+    records: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def finite_or_text(value: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.data.corpus import Corpus
+from fsdp_dp.standing import Standing
 from fsdp_dp.training.budget import Budget
 from fsdp_dp.training.schema import TrainConfig
 
@@ -17,15 +18,17 @@ PACKAGES = ("fsdp-dp", "torch", "prv-accountant", "opacus", "dp-accounting", "cr
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A finished run: what went in, what came out. Without privacy, the three privacy fields are None."""
+    """A finished run: what went in, what came out. Without privacy, the four privacy fields are None."""
 
     config: TrainConfig
     privacy: PrivacyConfig | None
     corpus: Corpus
     noise_multiplier: float | None
     budget: Budget | None
+    standing: Standing | None
     steps: int
     nonfinite_rows: int
+    useful_rows: float | None
     held_out_bits: float | None
     parameters: int
     ranks: int
@@ -92,6 +95,11 @@ def guarantee(outcome: Outcome) -> str:
         "poisson": f"Poisson: each row is in a step's batch independently, with probability {privacy.sample_rate:.6g}",
         "shuffle": "each row at most once an epoch, in shuffled order; accounted without amplification by sampling",
     }
+    cut = privacy.max_batch_size is not None
+    if cut:
+        sampling["poisson"] += (
+            f"; a draw of more than {privacy.max_batch_size} rows is cut to that many, chosen at random"
+        )
     return "\n".join(
         [
             "## What is guaranteed",
@@ -100,19 +108,30 @@ def guarantee(outcome: Outcome) -> str:
                 ("epsilon", f"{budget.cap:.6g} (upper bound, for the {privacy.steps} releases fixed at the start)"),
                 ("delta", f"{privacy.target_delta:.6g}"),
                 ("unit of privacy", outcome.corpus.unit),
-                ("adjacency", f"{'zeroing out' if privacy.sampling == 'shuffle' else 'adding or removing'} one row"),
+                (
+                    "adjacency",
+                    f"{'zeroing out' if cut or privacy.sampling == 'shuffle' else 'adding or removing'} one row",
+                ),
                 ("mechanism", "DP-SGD: clipped gradients of rows are summed and noised, once a step"),
                 ("clipping", privacy.clipping_in_words),
                 ("noise", f"Gaussian on a lattice, standard deviation σ · R, σ = {outcome.noise_multiplier:.6g}"),
                 ("divisor", f"the expected batch size, {privacy.expected_batch_size}"),
                 ("sampling", sampling[privacy.sampling]),
-                ("releases made", f"{outcome.steps} of {privacy.steps}"),
+                ("releases made", f"{outcome.steps} of {privacy.steps}{lost(outcome)}"),
                 ("accountant", privacy.accountant),
                 ("numerics", privacy.numerics),
             ),
             *early_stop(outcome),
         ]
     )
+
+
+def lost(outcome: Outcome) -> str:
+    """Releases that a crash took: counted, but without effect on the model."""
+    standing = outcome.standing
+    if standing is None or not standing.lost:
+        return ""
+    return f", {standing.lost} of which were lost when the run was interrupted, and count all the same"
 
 
 def table(*rows: tuple[str, str]) -> list[str]:
@@ -160,7 +179,12 @@ def unprotected(outcome: Outcome) -> str:
     """Rule 16: what a run writes and shows that no ε covers."""
     points = [
         "Training loss (metrics.jsonl, TensorBoard, the figure, the progress bar): computed from un-noised data.",
-        "Rows per second, step times and padding: they reveal how many rows a step drew.",
+        "Rows per second, step times and padding: they reveal how many rows a step drew"
+        + (
+            "."
+            if outcome.useful_rows is None
+            else f" (here {outcome.useful_rows:.0%} of the rows run were no padding)."
+        ),
         "Held-out bits per byte and byte frequencies: exact statistics of the held-out text, private if it is.",
         "Norms, and counts of clipped or non-finite rows, where the engine is asked for them"
         + (

@@ -57,6 +57,7 @@ class PrivacyOptions:
     target_delta: float = 1e-6
     max_grad_norm: float = 0.5
     sampling: str = "poisson"
+    max_batch_size: int | None = None
     numerics: str = "certified"
     accountant: str = "prv"
     seed: int | None = None
@@ -168,6 +169,8 @@ class TrainConfig:
         microbatch_size: rows per forward and backward on one rank (memory and speed, not privacy).
         evaluate_every: steps between evaluations on `evaluate_rows` held-out rows; the last one uses all of them.
         seed: of the initial weights, dropout and, with privacy=none, the batches; the noise never uses it.
+        checkpoint_every: steps between checkpoints; a crash costs at most a quarter more releases than that.
+        resume: go on with the run in `output_dir`, if there is one, instead of refusing its folder.
         device: `auto` takes CUDA where there is one.
         output_dir: the run directory, made by rank 0; null makes a new one under outputs/.
     """
@@ -184,13 +187,18 @@ class TrainConfig:
     microbatch_size: int = 64
     evaluate_every: int = 25
     evaluate_rows: int = 1024
+    checkpoint_every: int = 50
+    resume: bool = False
     seed: int = 0
     device: str = "auto"
     output_dir: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "microbatch_size", "evaluate_every", "evaluate_rows"):
+        counts = ("steps", "batch_size", "microbatch_size", "evaluate_every", "evaluate_rows", "checkpoint_every")
+        for name in counts:
             require_integer(name, getattr(self, name), at_least=1)
+        if self.resume and self.output_dir is None:
+            raise ValueError("resume=true needs output_dir, the folder of the run to go on with, found null.")
         require_integer("seed", self.seed, at_least=0)
         require_choice("device", self.device, DEVICES)
         size = self.sharding.tensor_parallel_size

@@ -32,6 +32,7 @@ class World:
     device: torch.device
     data_mesh: DeviceMesh
     tensor_mesh: DeviceMesh | None
+    store: dist.Store
 
     @property
     def is_main(self) -> bool:
@@ -67,14 +68,15 @@ def start_world(config: TrainConfig) -> Iterator[World]:
     """
     device = choose_device(config.device)
     store, rank, size = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    # A sweep runs several jobs in one process: each must not find the addresses that the last one left.
+    store = dist.PrefixStore(f"run {next(_runs)}", store)
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-        # A sweep runs several jobs in one process: each must not find the addresses that the last one left.
-        store=dist.PrefixStore(f"run {next(_runs)}", store),
+        store=store,
         rank=rank,
         world_size=size,
     )
-    yield describe_world(config, device)
+    yield describe_world(config, device, store)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -88,7 +90,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def describe_world(config: TrainConfig, device: torch.device) -> World:
+def describe_world(config: TrainConfig, device: torch.device, store: dist.Store) -> World:
     """Rank, size and the mesh: (data,) or (data, tensor), the latter with tensor-parallel peers next to each other."""
     size, tensor_size = dist.get_world_size(), config.sharding.tensor_parallel_size
     if tensor_size == 1:
@@ -96,4 +98,6 @@ def describe_world(config: TrainConfig, device: torch.device) -> World:
     else:
         mesh = init_device_mesh(device.type, (size // tensor_size, tensor_size), mesh_dim_names=("data", "tensor"))
         data_mesh, tensor_mesh = mesh["data"], mesh["tensor"]
-    return World(rank=dist.get_rank(), size=size, device=device, data_mesh=data_mesh, tensor_mesh=tensor_mesh)
+    return World(
+        rank=dist.get_rank(), size=size, device=device, data_mesh=data_mesh, tensor_mesh=tensor_mesh, store=store
+    )

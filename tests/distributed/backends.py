@@ -15,12 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecision, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as TorchFSDP
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 from fsdp_dp import FullyShardedDataParallel, PrivacyConfig, PrivacyEngine, make_private
 from tests.distributed.harness import run
@@ -60,13 +61,20 @@ def quiet_torch() -> Iterator[None]:
     """What torch itself says while it shards on one CPU host, and nothing else."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP is switching to use `NO_SHARD`", UserWarning)
+        warnings.filterwarnings("ignore", "The `NO_SHARD` sharding strategy is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(\w+\) returned a view tensor", UserWarning)
         warnings.filterwarnings("ignore", ".* has both parameters with requires_grad=True and False", UserWarning)
         yield
 
 
+def two_by(ranks: int) -> DeviceMesh:
+    """Two replicas (or one, on one rank) of so many shards: a (replicate, shard) mesh of all ranks."""
+    return init_device_mesh("cpu", (max(1, ranks // 2), min(2, ranks)), mesh_dim_names=("replicate", "shard"))
+
+
 def fsdp1_arguments(strategy: str = "FULL_SHARD", units: bool = True, bf16: bool = False) -> dict[str, Any]:
     """Constructor arguments of FSDP1 on CPU."""
+    mesh = {"device_mesh": two_by(dist.get_world_size())} if "HYBRID" in strategy else {}
     precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
     return {
         "sharding_strategy": ShardingStrategy[strategy],
@@ -74,6 +82,7 @@ def fsdp1_arguments(strategy: str = "FULL_SHARD", units: bool = True, bf16: bool
         "mixed_precision": precision,
         "device_id": CPU,
         "use_orig_params": True,
+        **mesh,
     }
 
 
@@ -86,6 +95,10 @@ def fsdp2(model: nn.Module, *, units: bool = True, bf16: bool = False, mesh: Any
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
+
+
+def fsdp2_hybrid(model: nn.Module, **options: Any) -> nn.Module:
+    return fsdp2(model, mesh=two_by(dist.get_world_size()), **options)
 
 
 def tensor_parallel_plan(local_outputs: bool) -> dict[str, ParallelStyle]:
@@ -127,6 +140,10 @@ def private_torch_fsdp1(model: nn.Module, privacy: PrivacyConfig) -> tuple[nn.Mo
     return wrapped, make_private(wrapped, privacy)
 
 
+def ddp(model: nn.Module, **arguments: Any) -> nn.Module:
+    return DistributedDataParallel(model, **arguments)
+
+
 def private_after(shard: Sharding, model: nn.Module, privacy: PrivacyConfig) -> tuple[nn.Module, PrivacyEngine]:
     sharded = shard(model)
     return sharded, make_private(sharded, privacy)
@@ -139,7 +156,14 @@ BACKENDS: dict[str, Callable[[nn.Module, PrivacyConfig], tuple[nn.Module, Privac
     "fsdp1 root only": functools.partial(private_fsdp1, units=False),
     "fsdp1 of torch": private_torch_fsdp1,
     "fsdp1 bf16": functools.partial(private_fsdp1, bf16=True),
+    "fsdp1 no_shard": functools.partial(private_fsdp1, strategy="NO_SHARD"),
+    "fsdp1 hybrid": functools.partial(private_fsdp1, strategy="HYBRID_SHARD"),
+    "fsdp1 hybrid zero2": functools.partial(private_fsdp1, strategy="_HYBRID_SHARD_ZERO2"),
+    "ddp": functools.partial(private_after, ddp),
+    "zero1": functools.partial(private_after, ddp),
+    "ddp finding unused": functools.partial(private_after, functools.partial(ddp, find_unused_parameters=True)),
     "fsdp2": functools.partial(private_after, fsdp2),
+    "fsdp2 hybrid": functools.partial(private_after, fsdp2_hybrid),
     "fsdp2 root only": functools.partial(private_after, functools.partial(fsdp2, units=False)),
     "fsdp2 bf16": functools.partial(private_after, functools.partial(fsdp2, bf16=True)),
     "tp 2x2": functools.partial(private_after, functools.partial(tensor_parallel, data_size=2)),
@@ -149,6 +173,18 @@ BACKENDS: dict[str, Callable[[nn.Module, PrivacyConfig], tuple[nn.Module, Privac
     ),
     "tp 2x1": functools.partial(private_after, functools.partial(tensor_parallel, data_size=2)),
 }
+
+
+def optimizer_for(backend: str, name: str, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of that name; with ZeRO-1, each rank keeps the state of some parameters."""
+    plain = OPTIMIZERS[name]
+    if backend != "zero1":
+        return plain(model.parameters())
+    assert isinstance(plain, functools.partial)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # its package scripts optimizers with torch.jit as it loads
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    return ZeroRedundancyOptimizer(model.parameters(), optimizer_class=plain.func, **plain.keywords)
 
 
 def privacy_config(**changes: Any) -> PrivacyConfig:
@@ -179,6 +215,7 @@ def whole(x: Tensor) -> Tensor:
 
 def whole_parameters(model: nn.Module) -> Gradients:
     """Every trainable parameter, unsharded, on all ranks."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     with contextlib.ExitStack() as stack:
         if isinstance(model, TorchFSDP):
             stack.enter_context(TorchFSDP.summon_full_params(model, writeback=False))
@@ -258,7 +295,7 @@ class Training:
     """A float64 run without noise, clipped at the median norm: how far it moves every parameter.
 
     With `sync_last_only`, FSDP is told to reduce in the last microbatch of a logical batch only, as loops that
-    accumulate gradients do.
+    accumulate gradients do. With `dedicated`, sums travel on process groups of their own.
     """
 
     case: str
@@ -270,6 +307,7 @@ class Training:
     steps: int = 1
     sync_last_only: bool = False
     groups: Groups = FLAT
+    dedicated: bool = False
 
     def run(self) -> Gradients:
         case = CASES[self.case]
@@ -282,7 +320,9 @@ class Training:
             clip_function=self.groups.clip_function,
         )
         model, engine = BACKENDS[self.backend](case.model(), privacy)
-        optimizer = OPTIMIZERS[self.optimizer](model.parameters())
+        if self.dedicated:
+            engine.model.dedicate_groups()
+        optimizer = optimizer_for(self.backend, self.optimizer, model)
         start = whole_parameters(model)
         inputs, targets = case.batch()
         for step in range(self.steps):
@@ -294,6 +334,7 @@ class Training:
                     (losses.mean() if self.loss_reduction == "mean" else losses.sum()).backward()
             optimizer.step()
             optimizer.zero_grad()
+        assert engine.steps == self.steps, "every step of the optimizer is one release"
         engine.detach()
         return {name: p - start[name] for name, p in whole_parameters(model).items()}
 

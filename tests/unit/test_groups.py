@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fsdp_dp import make_private
-from fsdp_dp.groups import Place, blocks_of_modules, blocks_of_units, clipping_groups
+from fsdp_dp.groups import Place, blocks_of_units, clipping_groups
 from tests.distributed.backends import privacy_config
 from tests.oracle import CASES, median_norm, norm, row_gradients
 
@@ -83,10 +83,9 @@ def test_blocks_are_fsdp_units_or_elements_of_module_lists() -> None:
         "token.weight": "root", "head.weight": "root",
         "blocks.0.fc.weight": "blocks.0", "blocks.0.norm.weight": "blocks.0", "blocks.1.fc.weight": "blocks.1.fc",
     }  # fmt: skip
-    model = CASES["decoder"].model()
-    blocks = blocks_of_modules(model)
-    assert blocks[model.get_submodule("blocks.0.attention.q")] == "blocks.0"
-    assert blocks[model.get_submodule("head")] == "root"
+
+    engine = make_private(CASES["decoder"].model(), privacy_config(max_grad_norm=1.0, clipping="block"))
+    assert [group.name for group in engine.groups] == ["blocks.0", "blocks.1", "root"]
 
 
 # ------------------------------------------------------------------------------------------------------- configuration

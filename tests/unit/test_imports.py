@@ -17,13 +17,15 @@ INDEX = "__init__"  # `fsdp_dp` itself: the public names
 
 # Lowest first. A module imports from its own row and from the rows above it.
 ORDER = (
-    ("config", "errors", "accounting"),  # no torch
+    ("config", "errors", "accounting", "second_opinion", "standing", "ledger"),  # no torch
     (
         "numerics",
         "chacha",
         "noise",
         "sampling",
         "records",
+        "planner",
+        "side_stream",
         "gradients",
         "kernels",
         "layers",
@@ -35,9 +37,9 @@ ORDER = (
     ("taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),
     ("clipped_sum",),
     ("engine", "summary"),
-    ("wrapper", "checkpoint"),
+    ("wrapper", "checkpoint", "export"),
     (INDEX,),
-    ("models", "data", "training", "train"),
+    ("models", "data", "training", "train", "launch", "benchmark"),
     ("planning", "plan"),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
@@ -45,7 +47,7 @@ LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
 FSDP1_FILE = "sharding/fsdp1.py"
 FSDP1_PRIVATE_NAMES = frozenset(
     "fsdp_modules flat_param _handle _all_handles _flat_param _get_flat_param_offsets _fsdp_wrapped_module _is_root "
-    "_param_infos _shared_param_infos _shard_param_infos _is_padding_mask _sharded_size".split()
+    "_inter_node_pg _param_infos _shared_param_infos _shard_param_infos _is_padding_mask _sharded_size".split()
 )
 # Also names that anyone might give an attribute of their own: no touch when read from `self`.
 FSDP1_COMMON_NAMES = frozenset({"_params", "_shapes"})
@@ -197,7 +199,7 @@ def test_other_names_are_not_reported(tmp_path: Path, path: str, source: str) ->
     assert fsdp1_private_uses(tree_with(tmp_path, path, source)) == []
 
 
-@pytest.mark.parametrize("module", ["fsdp_dp", "fsdp_dp.accounting", "fsdp_dp.config"])
+@pytest.mark.parametrize("module", ["fsdp_dp", "fsdp_dp.accounting", "fsdp_dp.config", "fsdp_dp.ledger"])
 def test_import_loads_no_torch(module: str) -> None:
     assert not loads_torch(f"import {module}")
 

@@ -1,0 +1,102 @@
+"""``torchrun --nproc-per-node=2 -m fsdp_dp.benchmark CASE... --output rows.jsonl``: one JSON row a case, resumable.
+
+A case is ``MODEL[@ROWSxTOKENS]:SIDE,SIDE,...`` (see `cases` and `models`). Needs torch alone, and Opacus for its side.
+Rows that ``--output`` already holds for this commit and device are not measured again. ``--report`` turns rows into the
+tables of docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fsdp_dp.benchmark import cases, measure, report
+
+
+def main() -> None:
+    options = _options()
+    if options.report:
+        print(report.tables(_rows(options.output)))
+        return
+    device = _start()
+    stamp = {**_versions(device), "commit": options.commit, "command": "torchrun " + " ".join(_command())}
+    done = {(row["case"], row["side"], row["commit"], row["device"]) for row in _rows(options.output)}
+    for count in options.microbatches:
+        for text in options.cases:
+            for case in cases.parse(text, microbatches=count, checkpointing=options.checkpointing):
+                if (case.name, case.side, options.commit, stamp["device"]) not in done:
+                    _run(case, device, options, stamp)
+    dist.destroy_process_group()
+
+
+def _run(case: cases.Case, device: torch.device, options: argparse.Namespace, stamp: dict[str, Any]) -> None:
+    profiled = options.profile and case.microbatches == min(options.microbatches)
+    try:
+        row = measure.measure(case, device, warmup=options.warmup, steps=options.steps, profile=profiled)
+    except torch.OutOfMemoryError as error:
+        row = {"case": case.name, "side": case.side, "failed": str(error).split(". ")[0]}
+        measure.release(device)
+    if dist.get_rank() == 0:
+        print(json.dumps({key: value for key, value in row.items() if key != "profile"}), flush=True)
+        if options.output:
+            measure.append(options.output, row | stamp)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE")
+    parser.add_argument("--output", type=Path, help="JSON lines; rows that it holds already are not measured again")
+    parser.add_argument("--microbatches", type=int, nargs="+", default=[4, 1], help="of a logical batch")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--checkpointing", action="store_true", help="recompute every block in backward")
+    parser.add_argument("--profile", action="store_true", help="also account for one step of the fewest microbatches")
+    parser.add_argument("--commit", default=_commit(), help="what the rows say they were measured on")
+    parser.add_argument("--report", action="store_true", help="print tables of --output instead of measuring")
+    return parser.parse_args()
+
+
+def _start() -> torch.device:
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29531"}
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
+
+
+def _versions(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {"device": f"{dist.get_world_size()} x {name}", "torch": torch.__version__}
+
+
+def _command() -> list[str]:
+    return [f"--nproc-per-node={os.environ['WORLD_SIZE']}", "-m", "fsdp_dp.benchmark", *sys.argv[1:]]
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def _rows(path: Path | None) -> list[dict[str, Any]]:
+    if path is None or not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    main()

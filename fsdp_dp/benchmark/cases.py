@@ -1,0 +1,56 @@
+"""What is measured: ``MODEL[@ROWSxTOKENS]:SIDE``, as given on the command line.
+
+Sides: ``plain-fsdp1`` and ``plain-fsdp2``; ours on FSDP2 with ``flat``, ``block`` or ``layer`` clipping, on FSDP1 as
+``flat-fsdp1``; ``opacus`` (ghost_fsdp, its own wrapper).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fsdp_dp.benchmark.models import MODELS, Shape
+
+SIDES = ("plain-fsdp1", "plain-fsdp2", "flat", "block", "layer", "flat-fsdp1", "opacus")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row of the results."""
+
+    model: str
+    shape: Shape
+    side: str
+    microbatches: int
+    checkpointing: bool
+
+    @property
+    def name(self) -> str:
+        kept = " checkpointed" if self.checkpointing else ""
+        return f"{self.model}@{self.shape.rows}x{self.shape.tokens}{kept} {self.microbatches} microbatch(es)"
+
+    @property
+    def backend(self) -> str:
+        return "FSDP1" if self.side.endswith("fsdp1") else "FSDP2"
+
+
+def parse(text: str, *, microbatches: int, checkpointing: bool) -> list[Case]:
+    """``llama-1.3b@8x2048:plain-fsdp2,flat`` as cases.
+
+    Raises:
+        ValueError: there is no such model or side.
+    """
+    name, _, sides = text.partition(":")
+    model, _, size = name.partition("@")
+    if model not in MODELS:
+        raise ValueError(f"case '{text}': no model '{model}'; there are {', '.join(MODELS)}")
+    unknown = [side for side in sides.split(",") if side not in SIDES]
+    if unknown:
+        raise ValueError(f"case '{text}': no side '{unknown[0]}'; there are {', '.join(SIDES)}")
+    shape = MODELS[model]
+    if size:
+        rows, tokens = map(int, size.split("x"))
+        shape = dataclasses.replace(shape, rows=rows, tokens=tokens)
+    return [
+        Case(model=model, shape=shape, side=side, microbatches=microbatches, checkpointing=checkpointing)
+        for side in sides.split(",")
+    ]

@@ -1,0 +1,87 @@
+"""One row of results: median step after warm-up, its spread, memory, rates and collectives."""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fsdp_dp.benchmark import profiling, sides
+from fsdp_dp.benchmark.cases import Case
+from fsdp_dp.benchmark.collectives import Collectives
+from fsdp_dp.benchmark.models import flops
+
+
+def measure(case: Case, device: torch.device, *, warmup: int, steps: int, profile: bool) -> dict[str, Any]:
+    """Run a case and take it down again; times are of the slowest rank's clock, memory of this rank."""
+    step, end = sides.build(case, device)
+    for _ in range(warmup):
+        step()
+    with Collectives() as collectives:
+        step()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = sorted(timed(step, device) for _ in range(steps))
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    row = {
+        "case": case.name,
+        "model": case.model,
+        "side": case.side,
+        "rows": case.shape.rows,
+        "tokens": case.shape.tokens,
+        "microbatches": case.microbatches,
+        "steps": steps,
+        "ms": round(statistics.median(times), 2),
+        "ms_range": [round(times[0], 2), round(times[-1], 2)],
+        "peak_GiB": round(peak / 2**30, 2),
+        **_rates(case, statistics.median(times)),
+        "collectives": dict(collectives.counts),
+        "collectives_MB": {kind: round(sent / 1e6, 1) for kind, sent in collectives.sent.items()},
+    }
+    if profile:
+        row["profile"] = profiling.account(step)
+    end()
+    del step, end
+    release(device)
+    return row
+
+
+def _rates(case: Case, ms: float) -> dict[str, float]:
+    rows = case.shape.rows * case.microbatches
+    return {
+        "tokens_per_s_per_gpu": round(rows * case.shape.tokens / ms * 1e3, 1),
+        "model_TFLOPs_per_gpu": round(rows * flops(case.shape) / ms / 1e9, 2),
+    }
+
+
+def timed(step: Callable[[], None], device: torch.device) -> float:
+    """Milliseconds of a step that all ranks begin together."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    took = torch.tensor(1e3 * (time.perf_counter() - start), dtype=torch.float64, device=device)
+    dist.all_reduce(took, op=dist.ReduceOp.MAX)
+    return float(took)
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a file of JSON lines."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")

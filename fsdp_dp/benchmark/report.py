@@ -1,0 +1,63 @@
+"""The tables of docs/benchmarks.md, from rows of `__main__`. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+_HEADER = (
+    "| side | step (range) | speed | peak memory | of plain | tokens/s a GPU | model TFLOP/s | collectives |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """One table a case, plain FSDP2 first; then where the time of the profiled steps went."""
+    sections = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        of_case = [row for row in rows if row["case"] == case]
+        sections.append("\n".join([f"### {case}", "", *_stamp(of_case), "", *_HEADER, *_lines(of_case), *_account(of_case)]))
+    return "\n\n".join(sections)
+
+
+def _stamp(rows: Sequence[Row]) -> list[str]:
+    """Device, versions, commit and command; once where the rows agree."""
+    stamps = dict.fromkeys(", ".join([row["device"], f"torch {row['torch']}", f"commit `{row['commit']}`"]) for row in rows)
+    return [*stamps, "", *(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))]
+
+
+def _baseline(row: Row, rows: Sequence[Row]) -> Row | None:
+    """Plain training on the same sharding; Opacus is compared with plain FSDP2."""
+    side = "plain-fsdp1" if row["side"].endswith("fsdp1") else "plain-fsdp2"
+    return next((other for other in rows if other["side"] == side and "ms" in other), None)
+
+
+def _lines(rows: Sequence[Row]) -> Iterable[str]:
+    for row in rows:
+        if "failed" in row:
+            yield f"| {row['side']} | {row['failed']} | | | | | | |"
+            continue
+        plain = _baseline(row, rows)
+        speed = f"{plain['ms'] / row['ms']:.3f}" if plain else ""
+        memory = f"{row['peak_GiB'] / plain['peak_GiB']:.3f}" if plain and plain["peak_GiB"] else ""
+        sent = ", ".join(f"{n} {kind} ({row['collectives_MB'][kind]:.0f} MB)" for kind, n in row["collectives"].items())
+        yield (
+            f"| {row['side']} | {row['ms']:.1f} ms ({row['ms_range'][0]:.1f} to {row['ms_range'][1]:.1f}) | {speed} | "
+            f"{row['peak_GiB']:.2f} GiB | {memory} | {row['tokens_per_s_per_gpu']:.0f} | "
+            f"{row['model_TFLOPs_per_gpu']:.1f} | {sent} |"
+        )
+
+
+def _account(rows: Sequence[Row]) -> list[str]:
+    profiled = {row["side"]: row["profile"] for row in rows if row.get("profile", {}).get("launches")}
+    if not profiled:
+        return []
+    kinds = list(dict.fromkeys(kind for found in profiled.values() for kind in found["ms"]))
+    lines = ["", "| ms of one step | " + " | ".join(profiled) + " |", "|---|" + "---|" * len(profiled)]
+    for kind in kinds:
+        lines.append(f"| {kind} | " + " | ".join(str(found["ms"].get(kind, 0)) for found in profiled.values()) + " |")
+    for key in ("exposed communication", "idle", "whole", "launches"):
+        lines.append(f"| {key} | " + " | ".join(str(found[key]) for found in profiled.values()) + " |")
+    return lines

@@ -1,0 +1,80 @@
+"""From a run to plain weights: `python -m fsdp_dp.export RUN OUT.safetensors` (or OUT.pt), for use without this library.
+
+Names and shapes are those of the unsharded model. One process reads it all; no process group and no GPU are needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from fsdp_dp.checkpoint import alone_without_warning, newest
+
+_MODEL = "model."
+
+
+def model_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The model's state dict of a checkpoint, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+    """
+    reader = dcp.FileSystemReader(str(checkpoint))
+    stored = reader.read_metadata().state_dict_metadata
+    weights = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if name.startswith(_MODEL) and isinstance(entry, TensorStorageMetadata)
+    }
+    with alone_without_warning():
+        dcp.load(weights, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(_MODEL): weight for name, weight in weights.items()}
+
+
+def find_checkpoint(run: Path) -> Path:
+    """`run` itself where it is a checkpoint, else the newest one of the run. Raises FileNotFoundError."""
+    found = run if (run / ".metadata").exists() else newest(run / "checkpoints")
+    if found is None:
+        raise FileNotFoundError(
+            f"{run} holds no checkpoint: expected the folder of a run, or one of its checkpoints/step-*"
+        )
+    return found
+
+
+def save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """Write a state dict as safetensors or, under any other ending, with torch.save (load it with weights_only=True)."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file  # here: only this format needs the package
+
+        save_file(weights, path, metadata={"format": "pt"})
+    else:
+        torch.save(weights, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 1 if there is nothing to export."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fsdp_dp.export", description="Writes a run's weights as one plain file."
+    )
+    parser.add_argument("run", type=Path, help="the folder of a run (its newest checkpoint) or of a checkpoint")
+    parser.add_argument("out", type=Path, help="OUT.safetensors, or OUT.pt for torch.load")
+    asked = parser.parse_args(arguments)
+    try:
+        checkpoint = find_checkpoint(asked.run)
+        weights = model_weights(checkpoint)
+        save_weights(weights, asked.out)
+    except (FileNotFoundError, ImportError) as error:
+        print(f"fsdp_dp.export: {error}", file=sys.stderr)
+        return 1
+    print(f"{asked.out}: {len(weights)} tensors of {checkpoint}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

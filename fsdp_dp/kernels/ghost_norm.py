@@ -1,0 +1,244 @@
+"""Ghost norms of up to three Linears that share their input, with the bounds on their rounding, in two launches.
+
+In the step: `gradients.total_norm_terms` comes here for half-precision factors on a GPU; `gradients._gram_norms` is the
+torch reference. ``|G|^2 = sum_{t,s} M_ts N_ts`` with ``M = a a^T`` and ``N = g g^T``, both symmetric. A program of the first
+launch makes one tile of M (``t >= s``), then the same tile of each layer's N, and leaves sums over the tile's entries; no
+Gram matrix reaches memory. The second launch turns these sums into the three terms of `NormTerms`.
+
+[Note: the certificate]. With computed values M^ = M + E and N^ = N + F, where ``|E_ts| <= gamma(D) |a_t| |a_s| + mu(D)``
+and F likewise,
+
+    |sum M^ N^ - sum M N| <= sum |E| |N^| + sum |M^| |F| + sum |E| |F|.
+
+On the diagonal ``|a_t|^2`` is M_tt itself. Off the diagonal Cauchy-Schwarz, over pairs of positions, replaces the token
+norms that no program knows by numbers that all of them add up:
+
+    sum_{t != s} |a_t| |a_s| |N^_ts| <= |N^ off the diagonal|_F * sum_t |a_t|^2,
+
+1.25 times the left side for independent tokens of equal length. Sums over a tile are float32, over its rows and then over
+its columns: ``gamma(2 tile + 4)`` whatever the order within. Sums over tiles and all that follows are float64.
+
+Shape suffixes as in `gradients`.
+"""
+
+# Triton's jit reads no annotations but its own.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fsdp_dp.kernels.tiles import Tiles
+from fsdp_dp.numerics import underflow, unit_roundoff
+
+MOST_LAYERS = 3
+"""Layers of one launch: query, key and value."""
+
+CHUNK = tl.constexpr(4096)
+"""Width contracted in one accumulator; wider Gram matrices are sums of several, or their bound would grow with the width."""
+
+# What a program leaves for the input, then for each layer. All but _TRACE, _DIAGONAL, _LENGTHS count a mirrored tile twice.
+_TRACE_M, _OFF_M = tl.constexpr(0), tl.constexpr(1)
+_INPUT_FIELDS = tl.constexpr(2)
+_INNER, _OFF, _DIAGONAL, _LENGTHS, _TRACE = (tl.constexpr(i) for i in range(5))
+_LAYER_FIELDS = tl.constexpr(5)
+
+_TINY = tl.constexpr(underflow(1, torch.float32))
+_U32 = tl.constexpr(unit_roundoff(torch.float32))
+_LONGEST_SQ = tl.constexpr(2.0**126)
+
+
+def add_ghost_norms_(terms_3B: Tensor, a_BTD: Tensor, gs: Sequence[Tensor], roundoff: float) -> None:
+    """Add the norm terms of layers that share ``a_BTD``, with output gradients ``gs`` ``[B, T, P_l]``, to ``terms_3B``.
+
+    Args:
+        terms_3B: float64 ``[3, B]``, as `NormTerms.stack`.
+        gs: one to MOST_LAYERS of them, all of the input's dtype and as `outer` hands them over.
+        roundoff: of one accumulation step of a product on this device (`numerics.tensor_core_roundoff`).
+    """
+    B, T, D = a_BTD.shape
+    tiles = _tiles(T, a_BTD.device)
+    count = triton.cdiv(T, tiles.rows)
+    pairs, layers = count * (count + 1) // 2, len(gs)
+    widths = [g.shape[2] for g in gs] + [0] * (MOST_LAYERS - layers)
+    fields = _INPUT_FIELDS.value + layers * _LAYER_FIELDS.value
+    sums = torch.empty(B, pairs, fields, dtype=torch.float32, device=a_BTD.device)
+    block = [1, tiles.rows, tiles.depth]
+    a, *of_layers = (TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in (a_BTD, *gs))
+    _sum_tiles[(B * pairs,)](
+        a, *of_layers, *of_layers[:1] * (MOST_LAYERS - layers), sums, pairs, D, *widths, LAYERS=layers,
+        CHUNKED=max(D, *widths) > CHUNK.value, TILE=tiles.rows, DEPTH=tiles.depth,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    _finish[(B,)](
+        sums, terms_3B, B, T, D, *widths, pairs, LAYERS=layers, TILE=tiles.rows, U=roundoff,
+        BLOCK=min(128, triton.next_power_of_2(pairs)), num_warps=1,
+    )  # fmt: skip
+
+
+def _tiles(T: int, device: torch.device) -> Tiles:
+    """Measured on an H100 (docs/performance.md)."""
+    if device.type != "cuda":  # the interpreter
+        return Tiles(rows=16, columns=16, depth=16, warps=4, stages=2)
+    if T <= 64:
+        return Tiles(rows=64, columns=64, depth=64, warps=4, stages=4)
+    deep = torch.cuda.get_device_capability(device)[0] >= 9
+    return Tiles(rows=128, columns=128, depth=64, warps=8, stages=6 if deep else 3)
+
+
+@triton.jit(do_not_specialize=["pairs", "D", "P0", "P1", "P2"])
+def _sum_tiles(
+    a, g0, g1, g2, sums, pairs, D, P0, P1, P2,
+    LAYERS: tl.constexpr, CHUNKED: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    row, pair = program // pairs, program % pairs
+    t, s = _tile_of_pair(pair)
+    t, s = t * TILE, s * TILE
+    out = sums + program.to(tl.int64) * (_INPUT_FIELDS + LAYERS * _LAYER_FIELDS)
+    on_diagonal = (t + tl.arange(0, TILE))[:, None] == (s + tl.arange(0, TILE))[None, :]
+    times = tl.where(t == s, 1.0, 2.0)
+    M = _gram_tile(a, row, t, s, D, CHUNKED, TILE, DEPTH)
+    M_tt = tl.sum(tl.where(on_diagonal, M, 0.0), 1)
+    off = tl.where(on_diagonal, 0.0, M)
+    tl.store(out + _TRACE_M, tl.sum(M_tt, 0))
+    tl.store(out + _OFF_M, times * _total(off * off))
+    N = _gram_tile(g0, row, t, s, P0, CHUNKED, TILE, DEPTH)
+    _sum_tile(out + _INPUT_FIELDS, M, M_tt, N, on_diagonal, times)
+    if LAYERS > 1:
+        N = _gram_tile(g1, row, t, s, P1, CHUNKED, TILE, DEPTH)
+        _sum_tile(out + _INPUT_FIELDS + _LAYER_FIELDS, M, M_tt, N, on_diagonal, times)
+    if LAYERS > 2:
+        N = _gram_tile(g2, row, t, s, P2, CHUNKED, TILE, DEPTH)
+        _sum_tile(out + _INPUT_FIELDS + 2 * _LAYER_FIELDS, M, M_tt, N, on_diagonal, times)
+
+
+@triton.jit
+def _tile_of_pair(pair):
+    """The pair-th of (0, 0), (1, 0), (1, 1), (2, 0), ...; the root may be off by one in float32."""
+    t = ((tl.sqrt(8.0 * pair.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    t = tl.where(t * (t + 1) // 2 > pair, t - 1, t)
+    t = tl.where((t + 1) * (t + 2) // 2 <= pair, t + 1, t)
+    return t, pair - t * (t + 1) // 2
+
+
+@triton.jit
+def _gram_tile(x, row, t, s, width, CHUNKED: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
+    """``x_t . x_s`` for a tile of positions; beyond T and the width the descriptor reads zeros."""
+    if CHUNKED:
+        total = tl.zeros([TILE, TILE], tl.float32)
+        for first in range(0, width, CHUNK):
+            total += _gram_chunk(x, row, t, s, first, min(first + CHUNK, width), TILE, DEPTH)
+    else:
+        total = _gram_chunk(x, row, t, s, 0, width, TILE, DEPTH)
+    return total
+
+
+@triton.jit
+def _gram_chunk(x, row, t, s, first, end, TILE: tl.constexpr, DEPTH: tl.constexpr):
+    total = tl.zeros([TILE, TILE], tl.float32)
+    for k in range(first, end, DEPTH):
+        x_t = x.load([row, t, k]).reshape(TILE, DEPTH)
+        x_s = x.load([row, s, k]).reshape(TILE, DEPTH)
+        total = tl.dot(x_t, x_s.trans(1, 0), total)
+    return total
+
+
+@triton.jit
+def _sum_tile(out, M, M_tt, N, on_diagonal, times):
+    N_tt = tl.sum(tl.where(on_diagonal, N, 0.0), 1)
+    off = tl.where(on_diagonal, 0.0, N)
+    tl.store(out + _INNER, times * _total(M * N))
+    tl.store(out + _OFF, times * _total(off * off))
+    tl.store(out + _DIAGONAL, tl.sum(M_tt * N_tt, 0))
+    tl.store(out + _LENGTHS, tl.sum(tl.sqrt(M_tt) * tl.sqrt(N_tt), 0))
+    tl.store(out + _TRACE, tl.sum(N_tt, 0))
+
+
+@triton.jit
+def _total(x):
+    """Rows first, then what they left: each entry goes through as many additions as the tile is wide and high."""
+    return tl.sum(tl.sum(x, 1), 0)
+
+
+@triton.jit(do_not_specialize=["B", "T", "D", "P0", "P1", "P2", "pairs"])
+def _finish(
+    sums, terms, B, T, D, P0, P1, P2, pairs,
+    LAYERS: tl.constexpr, TILE: tl.constexpr, U: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """[Note: the certificate], for one row."""
+    row = tl.program_id(0)
+    sums += row.to(tl.int64) * pairs * (_INPUT_FIELDS + LAYERS * _LAYER_FIELDS)
+    FIELDS: tl.constexpr = _INPUT_FIELDS + LAYERS * _LAYER_FIELDS
+    norm_sq, error, rounding_sq = _terms_of_layer(sums, pairs, B, T, D, P0, 0, FIELDS, TILE, U, BLOCK)
+    if LAYERS > 1:
+        more = _terms_of_layer(sums, pairs, B, T, D, P1, 1, FIELDS, TILE, U, BLOCK)
+        norm_sq, error, rounding_sq = norm_sq + more[0], error + more[1], rounding_sq + more[2]
+    if LAYERS > 2:
+        more = _terms_of_layer(sums, pairs, B, T, D, P2, 2, FIELDS, TILE, U, BLOCK)
+        norm_sq, error, rounding_sq = norm_sq + more[0], error + more[1], rounding_sq + more[2]
+    tl.store(terms + row, tl.load(terms + row) + norm_sq)
+    tl.store(terms + B + row, tl.load(terms + B + row) + error)
+    tl.store(terms + 2 * B + row, tl.load(terms + 2 * B + row) + rounding_sq)
+
+
+@triton.jit
+def _terms_of_layer(
+    sums, pairs, B, T, D, P, layer: tl.constexpr,
+    FIELDS: tl.constexpr, TILE: tl.constexpr, U: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    own = sums + _INPUT_FIELDS + layer * _LAYER_FIELDS
+    summed = 1 + 2 * _gamma(2 * TILE + 4, _U32)  # float32 sums over a tile, of terms that are not negative
+    length = T.to(tl.float64)
+    gamma_M, gamma_N = _gamma_of_width(D, U), _gamma_of_width(P, U)
+    mu_M, mu_N = _TINY * D.to(tl.float64), _TINY * P.to(tl.float64)
+
+    # Squared token norms, summed; a computed one may lack gamma of the true one.
+    a_sq = (_over_tiles(sums + _TRACE_M, pairs, FIELDS, BLOCK) * summed + length * mu_M) / (1 - gamma_M)
+    g_sq = (_over_tiles(own + _TRACE, pairs, FIELDS, BLOCK) * summed + length * mu_N) / (1 - gamma_N)
+    # Squares may be lost to underflow, and so may products of M and N.
+    lost = length * length * _TINY
+    off_M = tl.sqrt(_over_tiles(sums + _OFF_M, pairs, FIELDS, BLOCK) * summed + lost)
+    off_N = tl.sqrt(_over_tiles(own + _OFF, pairs, FIELDS, BLOCK) * summed + lost)
+    diagonal = _over_tiles(own + _DIAGONAL, pairs, FIELDS, BLOCK) * summed + lost
+    inner = _over_tiles(own + _INNER, pairs, FIELDS, BLOCK)
+
+    lengths = _over_tiles(own + _LENGTHS, pairs, FIELDS, BLOCK) * summed / tl.sqrt((1 - gamma_M) * (1 - gamma_N))
+    S = lengths + tl.sqrt(length * mu_M * g_sq) + tl.sqrt(length * mu_N * a_sq) + length * tl.sqrt(mu_M * mu_N) + lost
+    on_M = gamma_M * (diagonal / (1 - gamma_M) + off_N * a_sq) + mu_M * (g_sq + length * off_N)
+    on_N = gamma_N * (diagonal / (1 - gamma_N) + off_M * g_sq) + mu_N * (a_sq + length * off_M)
+    both = gamma_M * gamma_N * S * S + length * (mu_M * g_sq + mu_N * a_sq) + length * length * mu_M * mu_N
+    adding = _gamma(2 * TILE + 4, _U32) * (diagonal + off_M * off_N) + lost
+    error = on_M + on_N + both + adding
+    error = tl.where((a_sq <= _LONGEST_SQ) & (g_sq <= _LONGEST_SQ), error, float("inf"))
+    rounding = (1.01 * _gamma(T + 4, U) + 1.01 * _gamma(2 * B + 4, _U32)) * S
+    # Selection, not maximum, which would drop NaN.
+    return tl.where(inner < 0, 0.0, inner), error, rounding * rounding
+
+
+@triton.jit
+def _over_tiles(field, pairs, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, pairs, BLOCK):
+        pair = first + tl.arange(0, BLOCK)
+        total += tl.load(field + pair * FIELDS, mask=pair < pairs, other=0.0).to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _gamma(n, u: tl.constexpr):
+    """`numerics.gamma`: infinite where it would be useless."""
+    spread = n * tl.full((), u, tl.float64)
+    return tl.where(spread < 0.5, spread / (1 - spread), float("inf"))
+
+
+@triton.jit
+def _gamma_of_width(width, U: tl.constexpr):
+    """Of one accumulator's chunk, and of adding up the chunks."""
+    return _gamma(min(width, CHUNK), U) + _gamma((width + CHUNK - 1) // CHUNK, _U32)

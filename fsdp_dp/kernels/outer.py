@@ -1,0 +1,63 @@
+"""Whether, and how, the kernels over the factors (a, g) of a Linear's gradient do what `gradients.OuterProduct` asks.
+
+They run on Hopper, whose tensor cores' rounding is known (`numerics.tensor_core_roundoff`), and take half precision with
+widths in units of 16 bytes. Everything else stays with the torch references, which compute the same on any device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fsdp_dp import kernels
+from fsdp_dp.numerics import tensor_core_roundoff
+
+_HALVES = (torch.bfloat16, torch.float16)
+_WIDTH_UNIT = 8
+
+
+def usable(a_BTD: Tensor, g_BTP: Tensor) -> bool:
+    """Whether `weighted_outer` and `ghost_norm_terms` take these factors; decided by type and shape alone."""
+    return (
+        a_BTD.dtype == g_BTP.dtype
+        and a_BTD.dtype in _HALVES
+        and a_BTD.numel() > 0 < g_BTP.numel()
+        and a_BTD.shape[2] % _WIDTH_UNIT == 0 == g_BTP.shape[2] % _WIDTH_UNIT
+        and _runs_on(a_BTD.device)
+    )
+
+
+@functools.cache
+def _runs_on(device: torch.device) -> bool:
+    return kernels.available(device) and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def weighted_outer(a_BTD: Tensor, g_BTP: Tensor, weight_B: Tensor, out: Tensor | None = None) -> Tensor:
+    """``sum_i w_i g_i^T a_i`` ``[P, D]`` float32; rows of weight zero are not looked at. See `weighted_outer`."""
+    from fsdp_dp.kernels import weighted_outer as implementation
+
+    if out is None:
+        out = torch.empty(g_BTP.shape[2], a_BTD.shape[2], dtype=torch.float32, device=a_BTD.device)
+    return implementation.weighted_outer(_readable(a_BTD), _readable(g_BTP), weight_B, out)
+
+
+def ghost_norm_terms(groups: Sequence[tuple[Tensor, Sequence[Tensor]]], terms_3B: Tensor) -> None:
+    """Add the norm terms of every ``(a, its layers' g)`` to ``terms_3B`` (see `ghost_norm`)."""
+    from fsdp_dp.kernels import ghost_norm
+
+    for a_BTD, gs in groups:
+        a, roundoff = _readable(a_BTD), tensor_core_roundoff(a_BTD.device)
+        for first in range(0, len(gs), ghost_norm.MOST_LAYERS):
+            of_launch = [_readable(g) for g in gs[first : first + ghost_norm.MOST_LAYERS]]
+            ghost_norm.add_ghost_norms_(terms_3B, a, of_launch, roundoff)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """``x`` as the copy engine can read it: last stride 1, others positive and in units of 16 bytes, aligned."""
+    *outer, last = x.stride()
+    if last == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % _WIDTH_UNIT == 0 for s in outer):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

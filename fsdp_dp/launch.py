@@ -1,0 +1,32 @@
+"""torchrun for batch jobs: `python -m fsdp_dp.launch [torchrun's options] -m fsdp_dp.train [overrides]`.
+
+A scheduler that tells a job to save itself signals every process of it. The ranks handle SIGUSR1 (save, then exit with
+EX_TEMPFAIL, 75); torchrun's agent, which starts them, would die of it and take them along. Here it ignores the signal and
+hands on what the ranks say: 75 if they ask to be started again, torchrun's own exit status otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status. Ranks inherit that the signal is ignored, until they install their own handler."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        torchrun(list(sys.argv[1:] if arguments is None else arguments))
+    except ChildFailedError as error:
+        if any(failure.exitcode == os.EX_TEMPFAIL for failure in error.failures.values()):
+            return os.EX_TEMPFAIL
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""Sums of gradients over the data-parallel ranks into local shards, at most two at a time, in memory that is reused.
+
+    start   wait for the sum before the last one, hand the last one on to its all-reduce; fill a bucket, reduce-scatter it
+    finish  the same until none is under way
+
+So the collectives of one unit run while the weighted sums of the next are computed, and every rank issues them in the
+order of the calls. Always SUM, in the format of the accumulators: float32 or float64.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections import deque
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MAX_UNDER_WAY = 2
+
+
+class Unit(abc.ABC):
+    """One FSDP unit (or what takes its place): the accumulators of its local shard, and the layout of its bucket.
+
+    Attributes:
+        buffer: flat local sums of clipped gradients, padded as the bucket is.
+        accumulators: name -> that parameter's part of ``buffer``.
+        shard_group: ranks that hold the other shards of the unit; None where this rank holds all of it.
+        replicate_group: ranks that hold the same shard; None where nobody does.
+        fresh: ``buffer`` holds nothing of this logical batch, so the next sum replaces it.
+    """
+
+    def __init__(
+        self, buffer: Tensor, shard_group: dist.ProcessGroup | None, replicate_group: dist.ProcessGroup | None
+    ) -> None:
+        self.buffer, self.fresh = buffer, True
+        self.accumulators: dict[str, Tensor] = {}
+        self.shard_group, self.replicate_group = _unless_alone(shard_group), _unless_alone(replicate_group)
+
+    @property
+    def shards(self) -> int:
+        return dist.get_world_size(self.shard_group) if self.shard_group is not None else 1
+
+    @abc.abstractmethod
+    def fill(self, bucket: Tensor, gradients: Mapping[str, Tensor]) -> None:
+        """Write full gradients, and zeros for those that are missing, shard after shard, each laid out as ``buffer``."""
+
+    def add(self, gradients: Mapping[str, Tensor]) -> None:
+        """Accumulate without any other rank."""
+        if self.accumulators.keys() - gradients.keys():
+            self.zero_if_fresh()
+        for name, gradient in gradients.items():
+            if self.fresh:
+                self.accumulators[name].copy_(gradient.flatten())
+            else:
+                self.accumulators[name].add_(gradient.flatten().to(self.buffer.device))
+        self.fresh = False
+
+    def zero_if_fresh(self) -> None:
+        """What the accumulators hold if nothing was added to them."""
+        if self.fresh:
+            self.buffer.zero_()
+            self.fresh = False
+
+
+class Sums:
+    """The sums that are under way.
+
+    Args:
+        device: where gradients are computed; accumulators may be elsewhere (CPU offload).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._memories = deque(_Memory(device) for _ in range(MAX_UNDER_WAY))
+        self._under_way: deque[_Sum] = deque()
+
+    @torch.no_grad()
+    def start(self, unit: Unit, gradients: Mapping[str, Tensor]) -> None:
+        """Begin to add ``gradients`` of all data-parallel ranks to the accumulators of ``unit``."""
+        if not unit.accumulators:
+            return
+        if unit.shard_group is None and unit.replicate_group is None:
+            unit.add(gradients)
+            return
+        if len(self._under_way) == MAX_UNDER_WAY:
+            self._finish_first()
+        if self._under_way:
+            self._under_way[-1].hand_on()
+        self._memories.rotate()
+        self._under_way.append(_Sum(unit, gradients, self._memories[0]))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Wait until all that was started is in the accumulators."""
+        while self._under_way:
+            self._finish_first()
+
+    def _finish_first(self) -> None:
+        first = self._under_way.popleft()
+        first.hand_on()
+        first.finish()
+
+
+class _Memory:
+    """Two tensors that one sum after another uses; each grows to the largest that was asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._tensors: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, role: str, numel: int, dtype: torch.dtype) -> Tensor:
+        found = self._tensors.get((role, dtype))
+        if found is None or found.numel() < numel:
+            found = self._tensors[role, dtype] = torch.empty(numel, dtype=dtype, device=self.device)
+        return found[:numel]
+
+
+class _Sum:
+    """One unit's sum on its way: reduce-scatter into the local shard, all-reduce over its replicas, accumulators."""
+
+    def __init__(self, unit: Unit, gradients: Mapping[str, Tensor], memory: _Memory) -> None:
+        self._unit, buffer = unit, unit.buffer
+        self._replaces = unit.fresh and buffer.device == memory.device
+        self._shard = buffer if self._replaces else memory.take("shard", buffer.numel(), buffer.dtype)
+        self._overwrites, unit.fresh = unit.fresh, False
+        self._handed_on, self._work = unit.replicate_group is None, None
+        if unit.shard_group is None:
+            unit.fill(self._shard, gradients)
+            self.hand_on()
+        else:
+            bucket = memory.take("bucket", buffer.numel() * unit.shards, buffer.dtype)
+            unit.fill(bucket, gradients)
+            self._work = start_reduce_scatter(self._shard, bucket, unit.shard_group)
+
+    def hand_on(self) -> None:
+        """From the reduce-scatter to the all-reduce, where there is one."""
+        if self._handed_on:
+            return
+        self._handed_on = True
+        if self._work is not None:
+            self._work.wait()
+        self._work = dist.all_reduce(self._shard, group=self._unit.replicate_group, async_op=True)
+
+    def finish(self) -> None:
+        assert self._work is not None
+        self._work.wait()  # on CUDA, lets the current stream wait: what comes next on it reads the sum
+        if self._replaces:
+            return
+        if self._overwrites:
+            self._unit.buffer.copy_(self._shard)
+        else:
+            self._unit.buffer.add_(self._shard.to(self._unit.buffer.device))
+
+
+def start_reduce_scatter(shard: Tensor, bucket: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Sum ``bucket`` over the group, cut into ``shard``-sized pieces; torch 2.13 renamed the collective."""
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return reduce_scatter(shard, bucket, group=group, async_op=True)
+
+
+def dedicated(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Another process group over the same ranks, whose collectives keep an order of their own. Called on all ranks."""
+    members: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(members, dist.get_process_group_ranks(group))
+    own, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in sorted({tuple(ranks) for ranks in members})])
+    return own
+
+
+def _unless_alone(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    return None if group is None or dist.get_world_size(group) == 1 else group

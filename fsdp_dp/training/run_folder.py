@@ -1,0 +1,67 @@
+"""The folder of a run: made for a new one, recognised for one that goes on."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from fsdp_dp.ledger import LEDGER_FILE
+from fsdp_dp.training.schema import TrainConfig
+
+CONFIG_FILE, METRICS_FILE, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
+# What makes a run the same run; the ledger looks after the options of privacy that do.
+FIXED = ("model", "data", "batch_size", "optimizer.name", "privacy.mechanism")
+
+
+def check_folder(config: TrainConfig) -> None:
+    """Raise ValueError if the folder holds a run that `config` neither goes on with nor could."""
+    if config.output_dir is None:
+        return
+    folder = Path(config.output_dir)
+    if not any((folder / name).exists() for name in (METRICS_FILE, LEDGER_FILE)):
+        return
+    if not config.resume:
+        raise ValueError(
+            f"output_dir={folder} already holds a run: go on with it by resume=true, or choose another, or remove it."
+        )
+    before, now = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")), asdict(config)
+    for option in FIXED:
+        if _at(before, option) != _at(now, option):
+            raise ValueError(
+                f"{option} was {_at(before, option)} when the run in {folder} began and is {_at(now, option)} now: a run "
+                "keeps its model, data, batch and optimizer. Use the old value, or another output_dir."
+            )
+
+
+def make_folder(config: TrainConfig) -> Path:
+    """The run's folder, made if need be, by its absolute path."""
+    folder = Path(config.output_dir) if config.output_dir is not None else _unused()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve()
+
+
+def write_config(config: TrainConfig, folder: Path) -> None:
+    """Write the configuration of this start, in one go: a process that dies here must not leave half of it."""
+    text = yaml.safe_dump(asdict(config), sort_keys=False)
+    draft = folder / f"{CONFIG_FILE}.new"
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, folder / CONFIG_FILE)
+
+
+def _at(options: dict[str, Any], path: str) -> Any:
+    value: Any = options
+    for name in path.split("."):
+        value = value[name]
+    return value
+
+
+def _unused() -> Path:
+    """A folder under outputs/ named by the time, with a number where runs start in the same second."""
+    name = Path("outputs") / time.strftime("%Y-%m-%d_%H-%M-%S")
+    names = (name if i == 0 else name.with_name(f"{name.name}_{i}") for i in range(1000))
+    return next(folder for folder in names if not folder.exists())
