@@ -38,9 +38,9 @@ def config_folder() -> str:
     return str(checkout / "conf" if in_checkout else package / "conf")
 
 
-def writable_schema() -> DictConfig:
+def writable_schema(kind: type[TrainConfig] = TrainConfig) -> DictConfig:
     """The schema as a node that YAML files and overrides may fill in: OmegaConf makes frozen dataclasses read-only."""
-    schema = OmegaConf.structured(TrainConfig)
+    schema = OmegaConf.structured(kind)
     for node in (schema, *schema.values()):
         if isinstance(node, DictConfig):
             OmegaConf.set_readonly(node, None)

@@ -46,6 +46,7 @@ ORDER = (
     ("wrapper", "checkpoint", "export", "verdict"),
     (INDEX,),
     ("models", "data", "training", "train", "launch", "benchmark", "check"),
+    ("planning", "plan"),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
 
