@@ -25,17 +25,21 @@ from fsdp_dp.gradients import (
     PerSampleGradient,
     _norm_sq,
     _token_norms,
+    outer_norm_cost,
+    product_rounding,
 )
 from fsdp_dp.numerics import (
-    SPLIT_ROUNDOFF,
     accumulate_dtype,
     gamma,
-    on_tensor_cores,
     product,
     product_roundoff,
     underflow,
 )
+<<<<<<< HEAD
 from fsdp_dp.planner import STORE_AT_MOST, Method
+=======
+from fsdp_dp.planner import STORE_AT_MOST
+>>>>>>> main
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,14 @@ class PatchProduct:
             return "gram"
         return "store" if G * D * P * self.dtype.itemsize <= STORE_AT_MOST * kept else "instantiate"
 
+    @property
+    def method(self) -> str:
+        return "gram of patches" if self.uses_gram else "instantiate from patches"
+
+    @property
+    def norm_cost(self) -> float:
+        return outer_norm_cost(*self._sizes[1:])
+
     def _pieces(self, rows: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Patches ``[b G, T', D]`` and output gradients ``[b G, T', P]`` of some rows, a few output lines at a time."""
         G, T, D, _ = self._sizes
@@ -147,14 +159,17 @@ class PatchProduct:
         return NormTerms(
             norm_sq=norm_sq,
             error=2 * off * (norm_sq + error).sqrt() + off**2 + error,
-            rounding_sq=(S_B * self._rounding(terms)) ** 2,
+            rounding_sq=(S_B * product_rounding(self.a, len(self.a), terms)) ** 2,
         )
 
+<<<<<<< HEAD
     def _rounding(self, terms: int) -> float:
         """Of `OuterProduct.weighted_sum`, in either of its ways, with so many products summed."""
         scaling = SPLIT_ROUNDOFF + gamma(2 * len(self.a) + 4, torch.float32) if on_tensor_cores(self.a) else 0.0
         return 1.01 * (scaling + gamma(terms + 4, product_roundoff(self.a)))
 
+=======
+>>>>>>> main
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
         G, _, D, P = self._sizes
         total = torch.zeros(G, P, D, dtype=self.dtype, device=self.a.device)

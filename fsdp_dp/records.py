@@ -102,7 +102,9 @@ def layout_of(shapes: Sequence[torch.Size], rows: int, allowed: Sequence[Layout]
 
     It is a guess that the engine verifies before the first release (see `independence`), and keeps from then on.
     """
-    likely: tuple[Layout, ...] = ("rows", "second", "merged")
+    # [B windows, heads, T, D] with as many heads as rows is attention over windows; [T, B, D] is a sequence first.
+    wide = any(len(shape) > 3 for shape in shapes)
+    likely: tuple[Layout, ...] = ("rows", "merged", "second") if wide else ("rows", "second", "merged")
     return next((layout for layout in likely if layout in allowed and fits(layout, shapes, rows)), None)
 
 

@@ -50,6 +50,7 @@ _ROWWISE = frozenset(
     "linear matmul __matmul__ __rmatmul__ bmm einsum embedding layer_norm group_norm rms_norm prelu bilinear "
     "conv1d conv2d conv3d".split()
 )
+_PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__"})
 _KEEPS_SHAPE = frozenset("to type type_as float half bfloat16 double clone contiguous detach __neg__ neg".split())
 _EXPANDING = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
 
@@ -227,7 +228,7 @@ class _Use:
         return SharedValue(per_row, self.owner, self.meetings, expanded)
 
     def _with_rows(self) -> Any:
-        if self.name in _ELEMENTWISE or self.name == "scaled_dot_product_attention":
+        if self.name in _ELEMENTWISE or self.name == "scaled_dot_product_attention" or self._is_batched_product():
             ndim = self.row_data[0].ndim
             if any(x.ndim != ndim for x in self.row_data) or any(
                 isinstance(x, Tensor) and x.ndim > ndim for x in self.leaves
@@ -246,6 +247,7 @@ class _Use:
             return self._assigned_by_mask()
         raise _unsupported(self.first, self.name)
 
+<<<<<<< HEAD
     def _assigned_by_mask(self) -> None:
         """``x[mask] = value`` with a mask over the leading dimensions and a value for the others."""
         x, mask, value = self.leaves if len(self.leaves) == 3 else (self.first,) * 3
@@ -255,6 +257,11 @@ class _Use:
             raise _unsupported(self.first, self.name)
         where = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
         x.copy_(torch.where(where, self._lined_up(value, x.ndim), x))
+=======
+    def _is_batched_product(self) -> bool:
+        """A product of matrices whose leading dimensions broadcast, rows among them."""
+        return self.name in _PRODUCTS and all(x.ndim > 2 for x in self.leaves if isinstance(x, Tensor))
+>>>>>>> main
 
     def _looks_up(self) -> bool:
         """``table[ids]`` with the rows' own indices."""
@@ -313,7 +320,7 @@ class _Use:
         place = 1 if layout == "second" else 0
         if self.name == "einsum":
             self._check_einsum()
-        if self.name in ("matmul", "__matmul__", "__rmatmul__") and any(x.ndim < 2 for x in self.row_data):
+        if self.name in _PRODUCTS and any(x.ndim < 2 for x in self.row_data):
             raise _unsupported(self.first, f"{self.name} with a vector of rows")
         if self.name in ("matmul", "__matmul__") and self.leaves[0] is self.first and self.row_data[0].ndim < 3:
             raise _unsupported(self.first, f"{self.name} from the left, which adds rows up")
