@@ -62,10 +62,5 @@ def _model(engine: PrivacyEngine) -> list[str]:
 def _communication(engine: PrivacyEngine) -> list[str]:
     model = engine.model
     lines = [f"  sharding         {model.kind}, {model.data_size} data-parallel rank(s)"]
-    if model.data_size > 1:
-        lines.append(
-            f"  communication    as FSDP: a reduce-scatter (SUM, {engine.dtype}) for each of {model.unit_count} units"
-        )
-    if model.split_group is not None:
-        lines.append("                   plus one all-reduce of [3, B] norms over the tensor-parallel ranks")
+    lines += [f"    each microbatch  {what}" for what in model.communication()]
     return lines
