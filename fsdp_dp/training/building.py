@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.engine import PrivacyEngine, make_private
+from fsdp_dp.models import llama
 from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.models.gpt import GPT, Block
 from fsdp_dp.training.schema import REPLICATED, TrainConfig
@@ -45,7 +46,7 @@ def build_model(config: TrainConfig, world: World) -> nn.Module:
     One process alone gets FSDP2 where FSDP1 was asked for: with nothing to split, FSDP1 falls back to a deprecated mode.
     """
     torch.manual_seed(config.seed)
-    model = GPT(config.model)
+    model = build_decoder(config.model)
     # Dropout: other rows, other masks; tensor-parallel peers hold the same rows and need the same masks.
     torch.manual_seed(config.seed + world.data_rank)
     if config.sharding.strategy in FSDP1_STRATEGIES and world.data_size > 1:
@@ -57,27 +58,32 @@ def build_model(config: TrainConfig, world: World) -> nn.Module:
     return shard_fsdp2(model, config, world)
 
 
+def build_decoder(config: GPTConfig) -> GPT | llama.Llama:
+    """The decoder that `config.architecture` names, unsharded, on the default device."""
+    return llama.Llama(config) if config.architecture == "llama" else GPT(config)
+
+
 def parameter_count(config: GPTConfig) -> int:
     """Trainable elements of the whole model; nothing is allocated."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in GPT(config).parameters())
+        return sum(parameter.numel() for parameter in build_decoder(config).parameters())
 
 
-def shard_fsdp1(model: GPT, config: TrainConfig, world: World) -> nn.Module:
+def shard_fsdp1(model: GPT | llama.Llama, config: TrainConfig, world: World) -> nn.Module:
     """FSDP1, one unit a block and one for the rest."""
     precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return FullyShardedDataParallel(
         model,
         device_mesh=world.data_mesh,
         sharding_strategy=FSDP1_STRATEGIES[config.sharding.strategy],
-        auto_wrap_policy=ModuleWrapPolicy({Block}),
+        auto_wrap_policy=ModuleWrapPolicy({Block, llama.Block}),
         mixed_precision=precision if config.precision.compute == "bf16" else None,
         device_id=world.device,
         use_orig_params=True,
     )
 
 
-def shard_fsdp2(model: GPT, config: TrainConfig, world: World) -> nn.Module:
+def shard_fsdp2(model: GPT | llama.Llama, config: TrainConfig, world: World) -> nn.Module:
     """FSDP2, one unit a block and one for the rest; over the data dimension where there is a tensor one as well."""
     policy = MixedPrecisionPolicy()
     if config.precision.compute == "bf16":
@@ -89,7 +95,7 @@ def shard_fsdp2(model: GPT, config: TrainConfig, world: World) -> nn.Module:
     return model
 
 
-def split_linears(model: GPT, world: World) -> None:
+def split_linears(model: GPT | llama.Llama, world: World) -> None:
     """Tensor parallelism: each rank holds some heads and some hidden features, and the outputs are summed."""
     assert world.tensor_mesh is not None
     model.to(world.device)
@@ -102,6 +108,8 @@ def split_linears(model: GPT, world: World) -> None:
             "mlp.up": ColwiseParallel(),
             "mlp.down": RowwiseParallel(),
         }
+        if isinstance(block, llama.Block):
+            plan["mlp.gate"] = ColwiseParallel()
         parallelize_module(block, world.tensor_mesh, plan)
 
 

@@ -223,11 +223,15 @@ class TrainConfig:
                 "have: choose precision=fp32, or sharding=no_shard or shard_grad_op."
             )
         size = self.sharding.tensor_parallel_size
-        for name in ("heads", "mlp_width"):
-            if getattr(self.model, name) % size:
+        split = {
+            "heads": self.model.heads,
+            "key_value_heads": self.model.shared_heads,
+            "mlp_width": self.model.mlp_width,
+        }
+        for name, found in split.items():
+            if found % size:
                 raise ValueError(
-                    f"model.{name} must be a multiple of sharding.tensor_parallel_size={size}, "
-                    f"found {getattr(self.model, name)}."
+                    f"model.{name} must be a multiple of sharding.tensor_parallel_size={size}, found {found}."
                 )
 
 
