@@ -21,6 +21,7 @@ from torch import Tensor
 from fsdp_dp.clipping import RowWeights
 from fsdp_dp.gradients import NormTerms, PerSampleGradient, combine, total_norm_terms, weighted_sums
 from fsdp_dp.groups import Group
+from fsdp_dp.methods import Measured
 from fsdp_dp.sharding import ShardedModel
 from fsdp_dp.side_stream import SideStream
 
@@ -162,6 +163,6 @@ class MeasuredNorms:
         if gradient is not None:
             self._uses.setdefault(name, []).append(gradient)
 
-    def finish(self) -> dict[str, Tensor]:
-        """Squared norms ``[B]`` float64 of the parameters that the loss depends on."""
-        return {name: combine(uses).norm_terms().norm_sq for name, uses in self._uses.items()}
+    def finish(self) -> dict[str, Measured]:
+        """Of the parameters that the loss depends on."""
+        return {name: Measured.of(combine(uses)) for name, uses in self._uses.items()}

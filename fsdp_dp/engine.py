@@ -48,6 +48,7 @@ from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
 from fsdp_dp.kernels.release import Segment, Verdict, privatize_all_
 from fsdp_dp.layers import keeps, per_sample_gradients
+from fsdp_dp.methods import Measured
 from fsdp_dp.numerics import UN_NOISED_MARGIN, accumulate_dtype, exact_arithmetic
 from fsdp_dp.optimizer_gate import OptimizerGate
 from fsdp_dp.records import NO_CALL, Call, Record
@@ -65,7 +66,7 @@ from fsdp_dp.taps import (
     recomputing,
     with_boundary,
 )
-from fsdp_dp.watch import FirstForward, buffer_versions
+from fsdp_dp.watch import ConstantDivisor, FirstForward, Uncompiled, buffer_versions
 
 _MECHANISM = (
     "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "max_batch_size", "clipping",
@@ -124,6 +125,7 @@ class PrivacyEngine:
         steps: releases so far.
         seeded: some of them drew their noise from a fixed seed, so that there is no guarantee.
         nonfinite_rows: int64 scalar, rows of this rank zeroed because their gradient was not finite. Not private.
+        measured: parameter -> how its gradients were measured, in the first microbatch. Not private.
     """
 
     def __init__(self, model: nn.Module, privacy: PrivacyConfig, optimizer: Optimizer | None = None) -> None:
@@ -171,15 +173,18 @@ class PrivacyEngine:
         self._earlier_epochs = 0
         self._norm_B: Tensor | None = None
         self._last_release = Verdict()
+        self.measured: dict[str, Measured] = {}
         self.nonfinite_rows = torch.zeros((), dtype=torch.int64, device=self.model.device)
 
         self._window = FreezeWindow(handles, self._refusals_poison)
-        self._taps = Taps(self.layers, keeps, self._start_record, self._share_output)
+        self._taps = Taps(self.layers, keeps, self._start_record, self._share_output, lambda: self._meetings.rows)
         self._shared_parameters = SharedParameters(bare, self._is_sharing, self._share_parameter)
         self._meetings = Meetings()
         self._same_for_all_rows: set[str] = set()
-        self._layouts = RowLayouts()
+        self._layouts = RowLayouts(self.layers)
         self._watch: FirstForward | None = None
+        self._uncompiled = Uncompiled()
+        self._divisor = ConstantDivisor()
         self._watched: set[tuple[bool, ...]] = set()
         self._buffer_versions: dict[str, tuple[int, int]] = {}
         self._first_microbatch: FirstMicrobatch | None = None
@@ -280,6 +285,7 @@ class PrivacyEngine:
         self._intake.discard()
         self._excess.zero_()
         self._current, self._pending, self._poisoned, self._in_forward = None, 0, None, False
+        self._uncompiled.stop()
 
     def privatize(self) -> None:
         """Release now: every managed ``.grad`` becomes its private gradient, which the next step uses as it is."""
@@ -367,6 +373,11 @@ class PrivacyEngine:
     def vouched(self) -> bool:
         """Whether all rows released so far were sampled as the accountant assumes, so that `epsilon` holds."""
         return self._vouched
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether the check before the first release saw that no row's gradient depends on another (see `independence`)."""
+        return self._checked
 
     # ------------------------------------------------------------------------------------------------- attachment
 
@@ -477,6 +488,7 @@ class PrivacyEngine:
         rehearsal = self._current is not None and self._current.rehearsal and not self._current.entered
         if not rehearsal:
             self._check_before_forward()
+            self._divisor.check(kwargs)
             self._current = self._next_microbatch(args, kwargs)
         assert self._current is not None
         self._window.close()
@@ -491,10 +503,12 @@ class PrivacyEngine:
                 kwargs,
                 self.model.device,
                 frozenset(id(p.parameter) for p in self.model.parameters),
+                self.model.data_rank,
             )
         modes = tuple(m.training for m in module.modules())
         if modes not in self._watched or self._buffers_moved():
-            self._watch = FirstForward(module, self.model.names, self._taps.running, (args, kwargs))
+            self._uncompiled.start()
+            self._watch = FirstForward(module, self.model.names, self._taps.running, (args, kwargs), self._current.rows)
             self._watch.__enter__()
         self._meetings.rows, self._meetings.learning = self._current.rows, self._watch is not None
 
@@ -534,6 +548,7 @@ class PrivacyEngine:
             watch.__exit__(None, None, None)
         if output is None:
             self._window.open()
+            self._uncompiled.stop()
             self._poisoned = "a forward raised an exception"
             return None
         if watch is not None:
@@ -609,13 +624,17 @@ class PrivacyEngine:
         """
         if any(isinstance(x, SharedValue) for x in inputs):
             return self._sharing(layer)
+        if any(isinstance(x, DTensor) for x in inputs):
+            return None  # under tensor parallelism every input needs the batch, or its layout is refused
         if self._meetings.learning and not any(map(is_marked, inputs)) and not self._has_equal_rows(inputs):
             self._same_for_all_rows.add(layer)
         return self._sharing(layer) if layer in self._same_for_all_rows else None
 
     def _has_equal_rows(self, inputs: Sequence[Tensor]) -> bool:
         rows = self._meetings.rows
-        return rows > 1 and all(x.ndim > 1 and x.shape[0] == rows and bool((x == x[:1]).all()) for x in inputs)
+        if rows < 2 or not inputs:
+            return False
+        return all(x.ndim > 1 and x.shape[0] == rows and bool((x == x[:1]).all()) for x in inputs)
 
     def _sharing(self, owner: str) -> Callable[[Tensor], SharedValue]:
         rows = self._meetings.rows
@@ -710,7 +729,7 @@ class PrivacyEngine:
                 record, complete = self.model.localize(layer, module, record)
                 layout = self._layouts.of(layer, record, microbatch.rows)
                 self._note_dtypes(microbatch, record.grads)
-                gradients = per_sample_gradients(module, record.arranged(layout), frozenset(names))
+                gradients = per_sample_gradients(module, record.arranged(layout, microbatch.rows), frozenset(names))
                 if layout == "merged":
                     gradients = {name: gradient.regroup(microbatch.rows) for name, gradient in gradients.items()}
                 gradients = {name: gradient.settle() for name, gradient in complete(gradients).items()}
@@ -723,7 +742,10 @@ class PrivacyEngine:
         assert microbatch is not None
         with exact_arithmetic(self.model.device):
             if microbatch.norms is not None and self._first_microbatch is not None:
-                self._first_microbatch.measured(microbatch.norms.finish())
+                measured = microbatch.norms.finish()
+                self._first_microbatch.measured({name: m.terms.norm_sq for name, m in measured.items()})
+                if not microbatch.rehearsal:
+                    self.measured = measured
             if microbatch.sums is not None:
                 microbatch.sums.finish()
                 self.model.finish_accumulate()
@@ -733,6 +755,7 @@ class PrivacyEngine:
         microbatch.done, self._poisoned = True, None
         self._intake.finished()
         self._window.open()
+        self._uncompiled.stop()
 
     def _weigh(self, microbatch: _Microbatch, group: int, terms: NormTerms) -> RowWeights:
         """Clip weights of a group's rows, from their norms."""
@@ -856,6 +879,7 @@ class PrivacyEngine:
         first.loss.stop()
         rehearsal = _Microbatch(first.rows, torch.ones(first.rows, dtype=torch.bool), False, norms=MeasuredNorms())
         self._current = rehearsal
+        self._uncompiled.start()
         try:
             first.run_exchanged()
             told = first.compare(rehearsal.narrowest)

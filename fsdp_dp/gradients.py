@@ -94,6 +94,11 @@ class PerSampleGradient(Protocol):
         """How it is measured, for people."""
         ...
 
+    @property
+    def norm_cost(self) -> float:
+        """Of the norm, in products as large as the one that makes the parameter's own gradient; for people."""
+        ...
+
     def norm_terms(self) -> NormTerms: ...
 
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor: ...
@@ -147,6 +152,7 @@ class Materialized:
 
     value: Tensor
     method: ClassVar[str] = "store"
+    norm_cost: ClassVar[float] = 0.0
 
     def norm_terms(self) -> NormTerms:
         return _stored_norm_terms([self.value])
@@ -205,6 +211,10 @@ class OuterProduct:
         """Whether one launch measures this and other layers that share the input."""
         return self.is_fused and self.uses_gram
 
+    @property
+    def norm_cost(self) -> float:
+        return outer_norm_cost(self.a_BTD.shape[1], self.a_BTD.shape[2], self.g_BTP.shape[2])
+
     def settle(self) -> PerSampleGradient:
         """``G_i`` itself where it is what the norm needs and takes little more room than its factors, else unchanged."""
         return Materialized(self.dense()) if self.method == "store" else self
@@ -234,6 +244,11 @@ class OuterProduct:
     def regroup(self, rows: int) -> OuterProduct:
         a, g = (x.reshape(rows, -1, x.shape[2]) for x in (self.a_BTD, self.g_BTP))
         return OuterProduct(a, g)
+
+
+def outer_norm_cost(T: int, D: int, P: int) -> float:
+    """Of two Gram matrices, or of the gradient itself where that is cheaper, in products of T x D and T x P."""
+    return min(1.0, T * (D + P) / (D * P))
 
 
 def _fused_norm_terms(outers: Sequence[OuterProduct]) -> NormTerms:
@@ -333,6 +348,7 @@ class IndexedRows:
     value_BTP: Tensor
     vocabulary: int
     method: ClassVar[str] = "rows"
+    norm_cost: ClassVar[float] = 0.0
 
     @staticmethod
     def compress(index_BT: Tensor, g_BTP: Tensor, vocabulary: int) -> IndexedRows:
@@ -383,6 +399,10 @@ class TiedSum:
     @property
     def method(self) -> str:
         return f"{self.outer.method} + rows"
+
+    @property
+    def norm_cost(self) -> float:
+        return self.outer.norm_cost + self.rows.index_BT.shape[1] / self.rows.vocabulary
 
     def norm_terms(self) -> NormTerms:
         """``|X + Y|^2 = |X|^2 + |Y|^2 + 2 <X, Y>``; leaving out the last term breaks the bound (DESIGN section 4)."""

@@ -9,7 +9,7 @@ them and the result is an ordinary tensor. The gradient that arrives at ``per_ro
 The same carries the output of a layer whose input is the same for all rows (position ids ``[T]`` or ``[1, T]``).
 
 What is row data is known in the first forward, where everything that descends from the model's inputs is marked
-(`mark_rows`); later, tensors that require grad are, and for the others the first forward's answer is kept. All of it is
+(see `marks`); later, tensors that require grad are, and for the others the first forward's answer is kept. All of it is
 verified before the first release, by exchanging rows (see `independence`).
 """
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fsdp_dp.errors import UnsupportedModelError
+from fsdp_dp.marks import is_marked
 from fsdp_dp.records import layout_of
 
 METADATA = frozenset(
@@ -48,21 +49,9 @@ _ROWWISE = frozenset(
     "linear matmul __matmul__ __rmatmul__ einsum embedding layer_norm group_norm rms_norm prelu bilinear "
     "conv1d conv2d conv3d".split()
 )
+_PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__"})
 _KEEPS_SHAPE = frozenset("to type type_as float half bfloat16 double clone contiguous detach __neg__ neg".split())
 _EXPANDING = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
-
-_MARK = "_fsdp_dp_of_rows"
-
-
-def mark_rows(x: Tensor) -> None:
-    """Say that a tensor descends from the rows of the microbatch."""
-    if not isinstance(x, SharedValue):
-        setattr(x, _MARK, True)
-
-
-def is_marked(x: Tensor) -> bool:
-    """Whether a tensor is known to descend from the rows; in the first forward this is complete."""
-    return not isinstance(x, SharedValue) and (x.requires_grad or hasattr(x, _MARK))
 
 
 @dataclasses.dataclass
@@ -234,7 +223,7 @@ class _Use:
         return SharedValue(per_row, self.owner, self.meetings, expanded)
 
     def _with_rows(self) -> Any:
-        if self.name in _ELEMENTWISE or self.name == "scaled_dot_product_attention":
+        if self.name in _ELEMENTWISE or self.name == "scaled_dot_product_attention" or self._is_batched_product():
             ndim = self.row_data[0].ndim
             if any(x.ndim != ndim for x in self.row_data) or any(
                 isinstance(x, Tensor) and x.ndim > ndim for x in self.leaves
@@ -250,6 +239,10 @@ class _Use:
         if self.name in _ROWWISE or self._looks_up():
             return self._row_by_row()
         raise _unsupported(self.first, self.name)
+
+    def _is_batched_product(self) -> bool:
+        """A product of matrices whose leading dimensions broadcast, rows among them."""
+        return self.name in _PRODUCTS and all(x.ndim > 2 for x in self.leaves if isinstance(x, Tensor))
 
     def _looks_up(self) -> bool:
         """``table[ids]`` with the rows' own indices."""
@@ -308,7 +301,7 @@ class _Use:
         place = 1 if layout == "second" else 0
         if self.name == "einsum":
             self._check_einsum()
-        if self.name in ("matmul", "__matmul__", "__rmatmul__") and any(x.ndim < 2 for x in self.row_data):
+        if self.name in _PRODUCTS and any(x.ndim < 2 for x in self.row_data):
             raise _unsupported(self.first, f"{self.name} with a vector of rows")
         if self.name in ("matmul", "__matmul__") and self.leaves[0] is self.first and self.row_data[0].ndim < 3:
             raise _unsupported(self.first, f"{self.name} from the left, which adds rows up")

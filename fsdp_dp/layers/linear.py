@@ -1,4 +1,7 @@
-"""Linear: ``y_t = W x_t + b`` on any number of positions, so ``G_i = sum_t g_t x_t^T`` and ``sum_t g_t``."""
+"""Linear: ``y_t = W x_t + b`` on any number of positions, so ``G_i = sum_t g_t x_t^T`` and ``sum_t g_t``.
+
+GPT-2's `Conv1D` of Hugging Face is a Linear whose weight is stored transposed, ``[D, P]``.
+"""
 
 from __future__ import annotations
 
@@ -22,4 +25,12 @@ def linear(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> d
         out["weight"] = OuterProduct(a_BTD, g_BTP)
     if "bias" in wanted:
         out["bias"] = Materialized(g_BTP.sum(1, dtype=accumulate_dtype(g.dtype)))
+    return out
+
+
+@layer_rule("transformers.pytorch_utils.Conv1D")
+def transposed_linear(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    out = linear(module, a, g, wanted)
+    if "weight" in out:
+        out["weight"] = OuterProduct(positions(g), positions(a))
     return out

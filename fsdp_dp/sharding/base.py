@@ -211,7 +211,7 @@ def trainable_names(root: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     """
     sites: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for module_name, module in root.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter.requires_grad:
                 full = canonical_name(f"{module_name}.{attribute}" if module_name else attribute)
                 sites.setdefault(id(parameter), []).append((full, module, attribute))

@@ -27,19 +27,26 @@ ORDER = (
         "planner",
         "side_stream",
         "gradients",
+        "patches",
+        "leaf_calls",
         "kernels",
         "layers",
+        "attention",
         "clipping",
+        "losses",
         "groups",
         "adaptive_bounds",
+        "marks",
+        "methods",
         "shared_values",
     ),  # pure
     ("taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),
     ("clipped_sum",),
     ("engine", "summary"),
-    ("wrapper", "checkpoint", "export"),
+    ("wrapper", "checkpoint", "export", "verdict"),
     (INDEX,),
-    ("models", "data", "training", "train", "benchmark"),
+    ("models", "data", "training", "train", "launch", "benchmark", "check"),
+    ("planning", "plan"),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
 
