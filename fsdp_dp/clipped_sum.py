@@ -97,6 +97,7 @@ class ClippedSum:
         """The backward is over: what was not reported has no gradient."""
         while self._groups:
             self._clip(self._groups[0])
+        del self._weigh  # it refers back to the microbatch, which would wait for the garbage collector
 
     @property
     def held(self) -> list[PerSampleGradient]:

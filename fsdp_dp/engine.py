@@ -608,12 +608,13 @@ class PrivacyEngine:
         return lambda call, inputs, grads: self._record(microbatch, layer, Record(call, inputs, grads))
 
     def _require_forward(self, layer: str) -> None:
+        if self._in_forward and self._current is not None:
+            return
         with self._refusals_poison():
-            if not self._in_forward or self._current is None:
-                raise PrivacyError(
-                    f"Layer '{layer}' was called outside the model's own forward, where its gradient cannot be clipped "
-                    "with the rest of the row; call it inside model.forward, or under torch.no_grad()"
-                )
+            raise PrivacyError(
+                f"Layer '{layer}' was called outside the model's own forward, where its gradient cannot be clipped "
+                "with the rest of the row; call it inside model.forward, or under torch.no_grad()"
+            )
 
     def _share_output(self, layer: str, inputs: Sequence[Tensor]) -> Callable[[Tensor], SharedValue] | None:
         """How to carry a layer's output if its inputs are the same for all rows, such as position ids without a batch.
@@ -706,6 +707,8 @@ class PrivacyEngine:
             self._window.close()
 
     def _start_recording(self, microbatch: _Microbatch) -> None:
+        if microbatch.recording and not microbatch.done and microbatch is self._current:
+            return
         self._enter_backward(microbatch)
         if not microbatch.recording:
             microbatch.recording = True
@@ -719,7 +722,8 @@ class PrivacyEngine:
     def _record(self, microbatch: _Microbatch, layer: str, record: Record) -> None:
         self._start_recording(microbatch)
         module = self.layers[layer]
-        names, gradients = self._attributes[module], dict[str, PerSampleGradient]()
+        names = self._attributes[module]
+        gradients: dict[str, PerSampleGradient] = {}
         with exact_arithmetic(self.model.device):
             if any(grad is not None for grad in record.grads):
                 record, complete = self.model.localize(layer, module, record)
