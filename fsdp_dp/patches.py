@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fsdp_dp.gradients import (
     MAX_SCRATCH_ELEMENTS,
-    STORE_AT_MOST,
     Materialized,
     NormTerms,
     OuterProduct,
@@ -36,6 +35,7 @@ from fsdp_dp.numerics import (
     product_roundoff,
     underflow,
 )
+from fsdp_dp.planner import STORE_AT_MOST
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
