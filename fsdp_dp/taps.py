@@ -254,7 +254,7 @@ def _shared_attribute(
         value = raw_attribute(module, attribute)
         if value is _ABSENT:
             raise AttributeError(attribute)
-        by_fsdp = "/torch/distributed/" in sys._getframe(1).f_code.co_filename.replace("\\", "/")
+        by_fsdp = "/torch/distributed/" in _reader()
         if by_fsdp or not isinstance(value, Tensor) or isinstance(value, SharedValue) or not active():
             return value
         return share(name, value)
@@ -266,6 +266,14 @@ def _shared_attribute(
         del module.__dict__[attribute]
 
     return property(as_written(read), write, delete)
+
+
+def _reader() -> str:
+    """The file that reads an attribute, beyond what `as_written` puts in between."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and "/torch/_dynamo/" in frame.f_code.co_filename.replace("\\", "/"):
+        frame = frame.f_back
+    return frame.f_code.co_filename.replace("\\", "/")
 
 
 def raw_attribute(module: nn.Module, attribute: str) -> Any:
