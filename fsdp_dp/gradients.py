@@ -285,12 +285,16 @@ def _gram(x_BTC: Tensor) -> tuple[Tensor, float]:
 
 
 def _product_rounding(S_B: Tensor, a_BTD: Tensor) -> Tensor:
-    """Rounding of ``sum_t (w g_t) a_t^T``: the scaled factor is rounded (or split in two), T products are summed.
+    return product_rounding(a_BTD, *a_BTD.shape[:2]) * S_B
+
+
+def product_rounding(factor: Tensor, rows: int, terms: int) -> float:
+    """Rounding of ``sum_t (w g_t) a_t^T``, relative to S: the scaled factor is rounded (or split in two), products summed.
 
     The kernel rounds 2 B + 2 times more in float32 instead of splitting: its weights are quotients of rows' weights.
     """
-    weighting = SPLIT_ROUNDOFF + gamma(2 * len(a_BTD) + 4, torch.float32) if on_tensor_cores(a_BTD) else 0.0
-    return (1.01 * weighting + 1.01 * gamma(a_BTD.shape[1] + 4, product_roundoff(a_BTD))) * S_B
+    weighting = SPLIT_ROUNDOFF + gamma(2 * rows + 4, torch.float32) if on_tensor_cores(factor) else 0.0
+    return 1.01 * weighting + 1.01 * gamma(terms + 4, product_roundoff(factor))
 
 
 def _instantiated_norms(a_BTD: Tensor, g_BTP: Tensor) -> NormTerms:

@@ -25,12 +25,11 @@ from fsdp_dp.gradients import (
     _norm_sq,
     _token_norms,
     outer_norm_cost,
+    product_rounding,
 )
 from fsdp_dp.numerics import (
-    SPLIT_ROUNDOFF,
     accumulate_dtype,
     gamma,
-    on_tensor_cores,
     product,
     product_roundoff,
     underflow,
@@ -150,13 +149,8 @@ class PatchProduct:
         return NormTerms(
             norm_sq=norm_sq,
             error=2 * off * (norm_sq + error).sqrt() + off**2 + error,
-            rounding_sq=(S_B * self._rounding(terms)) ** 2,
+            rounding_sq=(S_B * product_rounding(self.a, len(self.a), terms)) ** 2,
         )
-
-    def _rounding(self, terms: int) -> float:
-        """Of `OuterProduct.weighted_sum`: the scaled factor is rounded, or split in two, and products are summed."""
-        split = 1.01 * SPLIT_ROUNDOFF if on_tensor_cores(self.a) else 0.0
-        return split + 1.01 * gamma(terms + 4, product_roundoff(self.a))
 
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
         G, _, D, P = self._sizes
