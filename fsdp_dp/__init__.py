@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from fsdp_dp.config import AdaptiveBounds, PrivacyConfig
 
 if TYPE_CHECKING:
+    from fsdp_dp.batch_norm import replace_batch_norm
     from fsdp_dp.engine import PrivacyEngine, make_private
     from fsdp_dp.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
     from fsdp_dp.losses import per_sample_cross_entropy
+    from fsdp_dp.verdict import check_private
     from fsdp_dp.wrapper import FullyShardedDataParallel
 
 __version__ = "0.1.0"
@@ -22,12 +24,17 @@ __version__ = "0.1.0"
 _HOME = {
     "PrivacyEngine": "fsdp_dp.engine",
     "make_private": "fsdp_dp.engine",
+    "check_private": "fsdp_dp.verdict",
     "FullyShardedDataParallel": "fsdp_dp.wrapper",
     "BudgetExceededError": "fsdp_dp.errors",
     "NoEpsilonWarning": "fsdp_dp.errors",
     "PrivacyError": "fsdp_dp.errors",
     "UnsupportedModelError": "fsdp_dp.errors",
+<<<<<<< HEAD
+    "replace_batch_norm": "fsdp_dp.batch_norm",
+=======
     "per_sample_cross_entropy": "fsdp_dp.losses",
+>>>>>>> main
 }
 
 __all__ = [
@@ -39,8 +46,13 @@ __all__ = [
     "PrivacyEngine",
     "PrivacyError",
     "UnsupportedModelError",
+    "check_private",
     "make_private",
+<<<<<<< HEAD
+    "replace_batch_norm",
+=======
     "per_sample_cross_entropy",
+>>>>>>> main
 ]
 
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from fsdp_dp.clipping import RowWeights
 from fsdp_dp.gradients import NormTerms, PerSampleGradient, combine, total_norm_terms, weighted_sums
 from fsdp_dp.groups import Group
+from fsdp_dp.methods import Measured
 from fsdp_dp.sharding import ShardedModel
 from fsdp_dp.side_stream import SideStream
 
@@ -118,7 +119,10 @@ class ClippedSum:
         rows = self._weigh(index, self._norm_terms())
         for unit, names in self._plan.parts[index].items():
             of_unit = {name: self._gradients.pop(name) for name in names if name in self._gradients}
-            self._sums[unit] |= weighted_sums(of_unit, rows.weight_B, rows.keep_B)
+            # A unit that is summed as a whole, and is the next to be reduced, needs no room besides its bucket.
+            alone = self._units[:1] == [unit] and self._unsummed[unit] == len(names)
+            places = self._plan.model.places(unit) if alone else {}
+            self._sums[unit] |= weighted_sums(of_unit, rows.weight_B, rows.keep_B, places)
             self._unsummed[unit] -= len(names)
             self._reduce_ready_units()
 
@@ -158,6 +162,6 @@ class MeasuredNorms:
         if gradient is not None:
             self._uses.setdefault(name, []).append(gradient)
 
-    def finish(self) -> dict[str, Tensor]:
-        """Squared norms ``[B]`` float64 of the parameters that the loss depends on."""
-        return {name: combine(uses).norm_terms().norm_sq for name, uses in self._uses.items()}
+    def finish(self) -> dict[str, Measured]:
+        """Of the parameters that the loss depends on."""
+        return {name: Measured.of(combine(uses)) for name, uses in self._uses.items()}

@@ -46,14 +46,16 @@ from fsdp_dp.gradients import Materialized, NormTerms, PerSampleGradient
 from fsdp_dp.groups import Place, blocks_of_units, clipping_groups
 from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
-from fsdp_dp.kernels.release import Segment, privatize_all_
+from fsdp_dp.kernels.release import Segment, Verdict, privatize_all_
 from fsdp_dp.layers import keeps, per_sample_gradients
+from fsdp_dp.methods import Measured
 from fsdp_dp.numerics import UN_NOISED_MARGIN, accumulate_dtype, exact_arithmetic
 from fsdp_dp.optimizer_gate import OptimizerGate
 from fsdp_dp.records import NO_CALL, Call, Record
 from fsdp_dp.sampling import LogicalBatchLoader
 from fsdp_dp.sharding import open_model
 from fsdp_dp.shared_values import Meetings, SharedValue, is_marked
+from fsdp_dp.side_stream import to_device
 from fsdp_dp.summary import describe
 from fsdp_dp.taps import (
     FreezeWindow,
@@ -64,7 +66,7 @@ from fsdp_dp.taps import (
     recomputing,
     with_boundary,
 )
-from fsdp_dp.watch import ConstantDivisor, FirstForward, buffer_versions
+from fsdp_dp.watch import ConstantDivisor, FirstForward, Uncompiled, buffer_versions
 
 _MECHANISM = (
     "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "max_batch_size", "clipping",
@@ -123,6 +125,7 @@ class PrivacyEngine:
         steps: releases so far.
         seeded: some of them drew their noise from a fixed seed, so that there is no guarantee.
         nonfinite_rows: int64 scalar, rows of this rank zeroed because their gradient was not finite. Not private.
+        measured: parameter -> how its gradients were measured, in the first microbatch. Not private.
     """
 
     def __init__(self, model: nn.Module, privacy: PrivacyConfig, optimizer: Optimizer | None = None) -> None:
@@ -169,6 +172,8 @@ class PrivacyEngine:
         self._released_epochs: set[tuple[int, int]] = set()
         self._earlier_epochs = 0
         self._norm_B: Tensor | None = None
+        self._last_release = Verdict()
+        self.measured: dict[str, Measured] = {}
         self.nonfinite_rows = torch.zeros((), dtype=torch.int64, device=self.model.device)
 
         self._window = FreezeWindow(handles, self._refusals_poison)
@@ -178,6 +183,7 @@ class PrivacyEngine:
         self._same_for_all_rows: set[str] = set()
         self._layouts = RowLayouts(self.layers)
         self._watch: FirstForward | None = None
+        self._uncompiled = Uncompiled()
         self._divisor = ConstantDivisor()
         self._watched: set[tuple[bool, ...]] = set()
         self._buffer_versions: dict[str, tuple[int, int]] = {}
@@ -279,6 +285,7 @@ class PrivacyEngine:
         self._intake.discard()
         self._excess.zero_()
         self._current, self._pending, self._poisoned, self._in_forward = None, 0, None, False
+        self._uncompiled.stop()
 
     def privatize(self) -> None:
         """Release now: every managed ``.grad`` becomes its private gradient, which the next step uses as it is."""
@@ -290,6 +297,7 @@ class PrivacyEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: counts and the mechanism. Nothing secret, and nothing un-noised."""
+        self._last_release.check()
         mechanism = {k: v for k, v in dataclasses.asdict(self.privacy).items() if k != "seed"}
         return {
             **mechanism,
@@ -365,6 +373,11 @@ class PrivacyEngine:
     def vouched(self) -> bool:
         """Whether all rows released so far were sampled as the accountant assumes, so that `epsilon` holds."""
         return self._vouched
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether the check before the first release saw that no row's gradient depends on another (see `independence`)."""
+        return self._checked
 
     # ------------------------------------------------------------------------------------------------- attachment
 
@@ -490,9 +503,11 @@ class PrivacyEngine:
                 kwargs,
                 self.model.device,
                 frozenset(id(p.parameter) for p in self.model.parameters),
+                self.model.data_rank,
             )
         modes = tuple(m.training for m in module.modules())
         if modes not in self._watched or self._buffers_moved():
+            self._uncompiled.start()
             self._watch = FirstForward(module, self.model.names, self._taps.running, (args, kwargs), self._current.rows)
             self._watch.__enter__()
         self._meetings.rows, self._meetings.learning = self._current.rows, self._watch is not None
@@ -519,7 +534,7 @@ class PrivacyEngine:
             )
         mask, from_loader = self._intake.next_mask(rows, pending=self._pending > 0)
         vouched = from_loader or self.privacy.sampling == "external_poisson"
-        microbatch = _Microbatch(rows, mask.to(self.model.device, torch.bool), vouched)
+        microbatch = _Microbatch(rows, to_device(mask.to(torch.bool), self.model.device), vouched)
         microbatch.sums = ClippedSum(self._plan, rows, lambda group, terms: self._weigh(microbatch, group, terms))
         return microbatch
 
@@ -533,6 +548,7 @@ class PrivacyEngine:
             watch.__exit__(None, None, None)
         if output is None:
             self._window.open()
+            self._uncompiled.stop()
             self._poisoned = "a forward raised an exception"
             return None
         if watch is not None:
@@ -607,6 +623,8 @@ class PrivacyEngine:
         """
         if any(isinstance(x, SharedValue) for x in inputs):
             return self._sharing(layer)
+        if any(isinstance(x, DTensor) for x in inputs):
+            return None  # under tensor parallelism every input needs the batch, or its layout is refused
         if self._meetings.learning and not any(map(is_marked, inputs)) and not self._has_equal_rows(inputs):
             self._same_for_all_rows.add(layer)
         return self._sharing(layer) if layer in self._same_for_all_rows else None
@@ -720,7 +738,10 @@ class PrivacyEngine:
         assert microbatch is not None
         with exact_arithmetic(self.model.device):
             if microbatch.norms is not None and self._first_microbatch is not None:
-                self._first_microbatch.measured(microbatch.norms.finish())
+                measured = microbatch.norms.finish()
+                self._first_microbatch.measured({name: m.terms.norm_sq for name, m in measured.items()})
+                if not microbatch.rehearsal:
+                    self.measured = measured
             if microbatch.sums is not None:
                 microbatch.sums.finish()
                 self.model.finish_accumulate()
@@ -730,6 +751,7 @@ class PrivacyEngine:
         microbatch.done, self._poisoned = True, None
         self._intake.finished()
         self._window.open()
+        self._uncompiled.stop()
 
     def _weigh(self, microbatch: _Microbatch, group: int, terms: NormTerms) -> RowWeights:
         """Clip weights of a group's rows, from their norms."""
@@ -813,6 +835,7 @@ class PrivacyEngine:
             )
 
     def _check_before_release(self) -> None:
+        self._last_release.check()
         self._raise_if_poisoned()
         if self._gate.waiting:
             raise PrivacyError("privatize: a released gradient already waits for its optimizer.step()")
@@ -852,6 +875,7 @@ class PrivacyEngine:
         first.loss.stop()
         rehearsal = _Microbatch(first.rows, torch.ones(first.rows, dtype=torch.bool), False, norms=MeasuredNorms())
         self._current = rehearsal
+        self._uncompiled.start()
         try:
             first.run_exchanged()
             told = first.compare(rehearsal.narrowest)
@@ -868,8 +892,16 @@ class PrivacyEngine:
             self._first_microbatch = None
 
     def _private_gradients(self) -> dict[str, Tensor]:
-        """``(sum_i w_i G_i + sigma R xi) / expected_batch_size`` of every local shard, flat; the sums are used up."""
-        out = {p.name: torch.empty_like(p.accumulator, dtype=p.parameter.dtype) for p in self.model.parameters}
+        """``(sum_i w_i G_i + sigma R xi) / expected_batch_size`` of every local shard, flat, in place of the sums.
+
+        The sums' memory goes with the gradients: whoever keeps one of these never sees an un-noised sum in it later.
+        """
+        out = {
+            p.name: p.accumulator.view(-1)
+            if p.accumulator.dtype == p.parameter.dtype
+            else torch.empty_like(p.accumulator, dtype=p.parameter.dtype)
+            for p in self.model.parameters
+        }
         segments = [
             Segment(
                 accumulator=p.accumulator,
@@ -881,7 +913,7 @@ class PrivacyEngine:
             )
             for p in self.model.parameters
         ]
-        privatize_all_(
+        self._last_release = privatize_all_(
             segments,
             key=self._noise_key,
             release=self.steps,
@@ -889,6 +921,7 @@ class PrivacyEngine:
             noise_std=self.gradient_noise_multiplier * self.max_grad_norm,
             divisor=self.privacy.expected_batch_size,
         )
+        self.model.give_accumulators_away()
         return out
 
     def _discard_pending(self) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves, tree_map
@@ -39,15 +40,22 @@ _TO_NUMBERS = (Tensor.item, Tensor.__float__, Tensor.__int__)
 _BY_NUMBERS = frozenset("div div_ true_divide __truediv__ mul mul_ multiply __mul__ __rmul__".split())
 
 
-def exchange_rows(x: Tensor, rows: int) -> Tensor:
-    """``x`` ``[B, ...]`` with each odd row replaced by the row after it; even rows as they were."""
+def exchange_rows(x: Tensor, rows: int, kept: int = 0) -> Tensor:
+    """``x`` ``[B, ...]`` with every second row replaced by the row after it; rows ``kept``, ``kept + 2``, ... stay."""
+    if isinstance(x, DTensor):  # split over features or positions: every rank has all rows
+        here = exchange_rows(x.to_local(), rows, kept)
+        return DTensor.from_local(here, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
     source = torch.arange(rows, device=x.device)
-    source[1::2] = (source[1::2] + 1) % rows
+    source[1 - kept :: 2] = (source[1 - kept :: 2] + 1) % rows
     return x.detach().reshape(rows, -1)[source].view(x.shape)
 
 
 class FirstMicrobatch:
-    """The first microbatch of an engine: its inputs, its random state, its loss, and the two questions."""
+    """The first microbatch of an engine: its inputs, its random state, its loss, and the two questions.
+
+    Ranks with an odd ``data_rank`` keep the odd rows and exchange the even ones. So a forward that couples row i of one
+    rank with row i of another (context parallelism, statistics over ranks) shows as well.
+    """
 
     def __init__(
         self,
@@ -57,8 +65,10 @@ class FirstMicrobatch:
         kwargs: dict[str, Any],
         device: torch.device,
         managed: frozenset[int],
+        data_rank: int = 0,
     ) -> None:
         self._root, self.rows = root, rows
+        self._kept = data_rank % 2 if rows > 1 else 0
         self._norm_sq: list[dict[str, Tensor]] = []
         # Copies: the program may fill the same tensors with the next microbatch.
         self._args, self._kwargs = tree_map(_copy, args), tree_map(_copy, kwargs)
@@ -99,7 +109,7 @@ class FirstMicrobatch:
 
         Returns whether it could have shown: some row was really exchanged, and another one has a gradient.
         """
-        before, after = ({name: x[::2].sqrt() for name, x in norm_sq.items()} for norm_sq in self._norm_sq[-2:])
+        before, after = ({n: x[self._kept :: 2].sqrt() for n, x in norm_sq.items()} for norm_sq in self._norm_sq[-2:])
         tolerance = _TOLERANCE.get(torch.bfloat16 if self._autocast else dtype, _COARSE_TOLERANCE)
         total = torch.stack([x.nan_to_num(0, 0, 0) for x in (*before.values(), *after.values())]).norm(dim=0)
         zeros = torch.zeros_like(total)
@@ -111,10 +121,11 @@ class FirstMicrobatch:
             if bool(moved.any()):
                 row = int(moved.nonzero()[0])
                 raise UnsupportedModelError(
-                    f"Row {2 * row}'s gradient of '{name}' changed (norm {float(old[row]):.4g} -> {float(new[row]):.4g}) "
-                    "when only other rows' inputs were exchanged, so clipping a row does not bound its influence. Look for "
-                    "statistics over the batch, a loss inside the model that averages over all valid tokens, or a layer "
-                    "whose input does not have the batch as its first dimension (positions without a batch dimension)"
+                    f"Row {2 * row + self._kept}'s gradient of '{name}' changed (norm {float(old[row]):.4g} -> "
+                    f"{float(new[row]):.4g}) when only other rows' inputs were exchanged, so clipping a row does not bound "
+                    "its influence. Look for statistics over the batch, a loss inside the model that averages over all valid "
+                    "tokens, a layer whose input does not have the batch as its first dimension (positions without a batch "
+                    "dimension), or activations exchanged with other data-parallel ranks (context parallelism)"
                 )
         return self.rows > 1 and bool((total > 0).any()) and self._something_was_exchanged()
 
@@ -123,7 +134,8 @@ class FirstMicrobatch:
         return any(not torch.equal(x, self._exchange(x)) for x in inputs)
 
     def _exchange(self, x: Any) -> Any:
-        return exchange_rows(x, self.rows) if isinstance(x, Tensor) and x.ndim and x.shape[0] == self.rows else x
+        has_rows = isinstance(x, Tensor) and x.ndim and x.shape[0] == self.rows
+        return exchange_rows(x, self.rows, self._kept) if has_rows else x
 
 
 class LossRecording(TorchFunctionMode):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from fsdp_dp.by_row import by_row
 from fsdp_dp.errors import UnsupportedModelError
 from fsdp_dp.marks import is_marked
 from fsdp_dp.records import layout_of
@@ -36,7 +37,7 @@ METADATA = frozenset(
 )
 """Names of what a tensor can be asked without using its values."""
 
-_READS = frozenset("item tolist numpy __bool__ __float__ __int__ __index__ equal allclose __array__".split())
+_READS = frozenset("data item tolist numpy __bool__ __float__ __int__ __index__ equal allclose __array__".split())
 _ELEMENTWISE = frozenset(
     "add sub subtract rsub mul multiply div divide true_divide floor_divide pow maximum minimum fmax fmin where lerp "
     "addcmul addcdiv atan2 eq ne lt le gt ge masked_fill clamp logical_and logical_or logaddexp hypot remainder fmod "
@@ -46,7 +47,7 @@ _ELEMENTWISE = frozenset(
 )
 _JOINING = frozenset({"cat", "concat", "concatenate", "stack"})
 _ROWWISE = frozenset(
-    "linear matmul __matmul__ __rmatmul__ einsum embedding layer_norm group_norm rms_norm prelu bilinear "
+    "linear matmul __matmul__ __rmatmul__ bmm einsum embedding layer_norm group_norm rms_norm prelu bilinear "
     "conv1d conv2d conv3d".split()
 )
 _PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm"})
@@ -113,6 +114,10 @@ class SharedValue(Tensor):
     def with_rows(self, per_row: Tensor) -> SharedValue:
         """The same value, behind something in the graph."""
         return SharedValue(per_row, self.owner, self.meetings)
+
+    def of_own_row(self) -> Tensor:
+        """``[B, ...]``: of each row its own entry, where the first dimension counts the rows."""
+        return self.expanded if self.expanded is not None else self.per_row.diagonal(0, 0, 1).movedim(-1, 0)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"SharedValue({self.owner}, shape={tuple(self.shape)})"
@@ -196,7 +201,7 @@ class _Use:
             return tuple(flat)
 
         found: list[Any] = []
-        flat = torch.func.vmap(one_row, randomness="same")(*(x.per_row for x in self.shared))
+        flat = by_row(one_row, randomness="same")(*(x.per_row for x in self.shared))
         return tree_unflatten([SharedValue(x, self.owner, self.meetings) for x in flat], found[0])
 
     def _expanded(self) -> SharedValue | None:
@@ -215,7 +220,7 @@ class _Use:
             return None
         front = x.per_row.reshape(self.rows, *own[1:])
         if self.name == "repeat":
-            return self._of_expanded(torch.func.vmap(lambda v: v.repeat(*sizes[1:]))(front) if sizes[1:] else front)
+            return self._of_expanded(by_row(lambda v: v.repeat(*sizes[1:]))(front) if sizes[1:] else front)
         return self._of_expanded(front.expand(self.rows, *sizes[1:]))
 
     def _of_expanded(self, expanded: Tensor) -> SharedValue:
@@ -238,11 +243,25 @@ class _Use:
             return self.call(lambda x: self._lined_up(x, ndim) if isinstance(x, SharedValue) else x)
         if self.name in _ROWWISE or self._looks_up():
             return self._row_by_row()
+        if self.name == "__setitem__" and isinstance(self.leaves[0], Tensor):
+            return self._assigned_by_mask()
         raise _unsupported(self.first, self.name)
 
+<<<<<<< HEAD
+    def _assigned_by_mask(self) -> None:
+        """``x[mask] = value`` with a mask over the leading dimensions and a value for the others."""
+        x, mask, value = self.leaves if len(self.leaves) == 3 else (self.first,) * 3
+        if not (isinstance(mask, Tensor) and mask.dtype == torch.bool and isinstance(value, SharedValue)):
+            raise _unsupported(self.first, self.name)
+        if mask.shape != x.shape[: mask.ndim] or value.ndim > x.ndim - mask.ndim:
+            raise _unsupported(self.first, self.name)
+        where = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+        x.copy_(torch.where(where, self._lined_up(value, x.ndim), x))
+=======
     def _is_batched_product(self) -> bool:
         """A product of matrices whose leading dimensions broadcast, rows among them."""
         return self.name in _PRODUCTS and all(x.ndim > 2 for x in self.leaves if isinstance(x, Tensor))
+>>>>>>> main
 
     def _looks_up(self) -> bool:
         """``table[ids]`` with the rows' own indices."""
@@ -320,12 +339,17 @@ class _Use:
 
         def rows_in_front(x: Tensor) -> Tensor:
             if isinstance(x, SharedValue):
-                return x.per_row
+                return x.of_own_row().unsqueeze(1) if self._is_batched(x, layout) else x.per_row
             return x.unflatten(0, (B, -1)) if layout == "merged" else x.movedim(place, 0)
 
         inputs = [rows_in_front(x) for x in self.leaves if isinstance(x, SharedValue) or id(x) in moved]
-        out = torch.func.vmap(one_row, randomness="same")(*inputs)
+        out = by_row(one_row, randomness="same")(*inputs)
         return out.flatten(0, 1) if layout == "merged" else out.squeeze(place + 1).movedim(0, place)
+
+    def _is_batched(self, x: SharedValue, layout: str) -> bool:
+        """Whether a product takes the first dimension of a shared value for that of the rows: expanded queries, say."""
+        aligned = x.ndim > 2 and x.ndim == self.row_data[0].ndim and x.shape[0] == self.rows
+        return aligned and layout == "rows" and self.name in ("matmul", "__matmul__", "__rmatmul__", "bmm")
 
     def _check_einsum(self) -> None:
         """Rows are the first letter of the data and of the result, and no letter of the shared values."""

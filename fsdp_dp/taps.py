@@ -53,7 +53,9 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        found = tuple(None if g is None or not g.numel() else g for g in grads)  # an expert may be given no token at all
+        found = tuple(
+            None if g is None or not g.numel() else g for g in grads
+        )  # an expert may be given no token at all
         ctx.report(ctx.call, tuple(x.detach() for x in inputs), found)
         return None, None, None, None, *grads, *(None for _ in inputs)
 
@@ -90,6 +92,11 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` leaves ``function`` out of its graphs, where it would run once, or keep buffers that are reused."""
+    return torch.compiler.disable(function, reason="fsdp_dp records what layers were given")  # type: ignore[no-any-return]
+
+
 class Taps:
     """Taps on a set of layers. ``start`` is asked for a report function at every call of a layer.
 
@@ -121,6 +128,7 @@ class Taps:
         for name, layer in layers.items():
             everything = keeps(layer) == "all"
             enter, leave = self._enter_watched if everything else self._enter, self._leave(name, everything)
+            enter, leave = as_written(enter), as_written(leave)
             self._handles.append(layer.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
             hook = layer.register_forward_hook(leave, prepend=True, with_kwargs=True, always_call=True)
             self._handles.append(hook)
@@ -256,7 +264,7 @@ def _shared_attribute(
     def delete(module: nn.Module) -> None:
         del module.__dict__[attribute]
 
-    return property(read, write, delete)
+    return property(as_written(read), write, delete)
 
 
 def raw_attribute(module: nn.Module, attribute: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -98,6 +99,25 @@ class FirstForward(TorchFunctionMode):
                     "data into checkpoints (running statistics, codebooks, load-balance counters): use a layer without "
                     "it, or put that module into eval mode"
                 )
+
+
+class Uncompiled:
+    """While on, what `torch.compile` has compiled runs as it was written: nobody sees what happens inside a graph.
+
+    From a watched forward to the end of its backward, so that activation checkpointing runs again what it ran before.
+    """
+
+    def __init__(self) -> None:
+        self._stance: AbstractContextManager[None] | None = None
+
+    def start(self) -> None:
+        if self._stance is None:
+            self._stance = torch.compiler.set_stance("force_eager")
+
+    def stop(self) -> None:
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+        self._stance = None
 
 
 _LOSSES = (F.cross_entropy, F.nll_loss)

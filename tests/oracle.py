@@ -191,6 +191,11 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), targets_BT, reduction="none").mean(1)
 
 
+def losses_of_four(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """As `token_losses`, of the first four positions."""
+    return token_losses(logits_BTV, targets_BT[:, :4])
+
+
 def square_losses(outputs: Any, targets_BK: Tensor) -> Tensor:
     """Squared distance of each row's outputs, whatever their structure, from its targets."""
     flat = torch.cat([x.flatten(1) for x in _leaves(outputs)], 1)
@@ -274,6 +279,13 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x_BTD = checkpoint(block, x_BTD, use_reentrant=False) if self.checkpointed else block(x_BTD)
         return self.head(self.norm(x_BTD))
+
+
+class FourPositions(Decoder):
+    """The decoder on the first four positions: sequence parallelism wants them divisible."""
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return super().forward(ids_BT[:, :4])
 
 
 class Stage(Unit):
@@ -726,6 +738,11 @@ class Case:
 CASES = {
     "decoder": Case(build=Decoder, rows=11),
     "even decoder": Case(build=functools.partial(Decoder, hidden=38)),
+    "even width": Case(build=functools.partial(Decoder, width=8, hidden=36)),
+    "four positions": Case(build=functools.partial(FourPositions, hidden=38), row_losses=losses_of_four, rows=11),
+    "four positions, tied": Case(
+        build=functools.partial(FourPositions, hidden=38, tied=True), row_losses=losses_of_four
+    ),
     # A table so large that its gradient is kept in factors; in the other tied models it is formed.
     "tied": Case(build=functools.partial(Decoder, tied=True, vocabulary=61), rows=11),
     "checkpointed": Case(build=functools.partial(Decoder, checkpointed=True)),

@@ -128,6 +128,13 @@ class ShardedModel(abc.ABC):
         """
         self._sums.start(self.units[unit], gradients)
 
+    def places(self, unit: int) -> dict[str, Tensor]:
+        """Where the gradients of the unit that `start_accumulate` is called for next may be written at once.
+
+        Name -> ``[P, D]``, or ``[W, P / W, D]`` where W shards lie apart.
+        """
+        return self._sums.places(self.units[unit])
+
     def finish_accumulate(self) -> None:
         """Wait until all that `start_accumulate` began is in the accumulators."""
         self._sums.finish()
@@ -137,8 +144,13 @@ class ShardedModel(abc.ABC):
     def zero_accumulators(self) -> None:
         """Drop what was summed. The next sums replace it; what none replaces is zero after `finish_accumulate`."""
         self._sums.finish()
+        self.give_accumulators_away()
+
+    def give_accumulators_away(self) -> None:
+        """Their memory holds released gradients from now on; the next sums get memory of their own."""
         for unit in self.units:
-            unit.fresh = True
+            if unit.accumulators:
+                unit.give_away()
 
     def dedicate_groups(self) -> None:
         """Sum over process groups of their own from now on. To be called on all ranks.

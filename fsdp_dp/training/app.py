@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -112,7 +113,7 @@ def work(plan: Plan, world: World, stop: StopRequest) -> int:
     if training.log is not None:
         publish(outcome, training.log, folder)
     requeued = world.sum(torch.tensor([stop.requeue], dtype=torch.float64))[0]
-    return EXIT_REQUEUE if requeued else 0
+    return EXIT_REQUEUE if requeued and steps < training.last else 0
 
 
 def assemble(plan: Plan, world: World, folder: Path, ledger: Ledger | None, stop: StopRequest) -> Training:
@@ -120,7 +121,7 @@ def assemble(plan: Plan, world: World, folder: Path, ledger: Ledger | None, stop
     config = plan.config
     privacy = world.from_main(continued(plan.privacy, ledger) if world.is_main else None)
     model = build_model(config, world)
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config)
     engine = build_engine(model, optimizer, privacy)
     budget = log = None
     if ledger is not None and engine is not None:
@@ -226,7 +227,8 @@ def run_or_end(plan: Plan) -> None:
     except KeyboardInterrupt:
         end("interrupted", EXIT_INTERRUPTED)
     except Exception as error:
-        traceback.print_exc()
+        with suppress(OSError):  # the disk that is full may be that of the log
+            traceback.print_exc()
         end(explained(error), EXIT_FAILED)
     if code:
         end("saved, to be started again", code)
@@ -244,6 +246,7 @@ def explained(error: Exception) -> str:
 
 def end(message: str, code: int) -> NoReturn:
     """Say which rank ends and why, and leave at once."""
-    print(f"fsdp_dp.train: rank {os.environ.get('RANK', '0')} ended: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with suppress(OSError):
+        print(f"fsdp_dp.train: rank {os.environ.get('RANK', '0')} ended: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(code)

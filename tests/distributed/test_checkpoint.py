@@ -195,9 +195,7 @@ def test_what_a_checkpoint_holds(folders: Any, initial: Any) -> None:
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt"])
 def test_export_for_use_without_this_library(ending: str, folders: Any, initial: Any, tmp_path: Path) -> None:
-    pytest.importorskip("safetensors")
-    from safetensors.torch import load_file
-
+    load_file = pytest.importorskip("safetensors.torch").load_file
     run_folder = tmp_path / "run"
     run_folder.mkdir()
     (run_folder / "checkpoints").symlink_to(folders["tied", "momentum"])

@@ -16,7 +16,15 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as TorchFSDP
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.distributed.backends import BACKENDS, fsdp1_arguments, fsdp2, played, privacy_config, tensor_parallel
+from tests.distributed.backends import (
+    BACKENDS,
+    fsdp1_arguments,
+    fsdp2,
+    over_data_and_tensor,
+    played,
+    privacy_config,
+    tensor_parallel,
+)
 from tests.oracle import CASES
 
 STEPS, MICROBATCHES = 2, 2
@@ -51,7 +59,7 @@ PLAIN: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fsdp2": fsdp2,
     "fsdp2 root only": functools.partial(fsdp2, units=False),
     "fsdp2 bf16": functools.partial(fsdp2, bf16=True),
-    "tp 2x2": functools.partial(tensor_parallel, data_size=2),
+    "tp 2x2": functools.partial(over_data_and_tensor, split=tensor_parallel, data=(2,)),
 }
 
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from fsdp_dp.ledger import read
 from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.models.gpt import GPT
 
@@ -78,13 +79,15 @@ def records(folder: Path) -> list[dict]:
 
 def saved(folder: Path, tmp_path: Path) -> dict:
     """The checkpoint as one file."""
-    dcp_to_torch_save(folder / "checkpoint", tmp_path / "whole.pt")
+    (newest,) = (folder / "checkpoints").iterdir()
+    assert json.loads((newest / "state.json").read_text())["privacy"]["steps"] == 3
+    dcp_to_torch_save(newest, tmp_path / "whole.pt")
     return torch.load(tmp_path / "whole.pt", weights_only=False)
 
 
 def check_run_folder(folder: Path) -> None:
-    assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoint", "report.md", "loss_epsilon.png"
+    assert {path.name for path in folder.iterdir()} - {"ledger.jsonl"} == {
+        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "ledger.jsonl.lock", "report.md", "loss_epsilon.png"
     }  # fmt: skip
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
     assert (folder / "loss_epsilon.png").read_bytes().startswith(b"\x89PNG")
@@ -108,8 +111,9 @@ def test_a_private_run_on_two_ranks(sharding, corpus, tmp_path):
     assert "3 of 3" in report and "one packed row of 25 bytes" in report
     assert out.count("held-out bits per byte") == 1
 
+    assert "epsilon cross-checked: prv" in out
+    assert read(folder / "ledger.jsonl").standing().counted == 3
     state = saved(folder, tmp_path)
-    assert state["privacy"]["steps"] == 3
     model = GPT(GPTConfig(**yaml.safe_load((folder / "config.yaml").read_text())["model"]))
     fresh = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.load_state_dict(state["model"])
@@ -190,4 +194,4 @@ def test_ctrl_c_ends_a_run_with_its_checkpoint_and_report(corpus, tmp_path):
     last = [record["step"] for record in records(folder)][-1]
     assert last < 5000
     assert f"{last} of 5000 steps" in (folder / "report.md").read_text()
-    assert (folder / "checkpoint" / ".metadata").exists()
+    assert (folder / "checkpoints" / f"step-{last:08d}" / ".metadata").exists()

@@ -24,6 +24,8 @@ ORDER = (
         "noise",
         "sampling",
         "records",
+        "batch_norm",
+        "by_row",
         "planner",
         "side_stream",
         "gradients",
@@ -37,14 +39,16 @@ ORDER = (
         "groups",
         "adaptive_bounds",
         "marks",
+        "methods",
         "shared_values",
     ),  # pure
     ("taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),
     ("clipped_sum",),
     ("engine", "summary"),
-    ("wrapper", "checkpoint", "export"),
+    ("wrapper", "checkpoint", "export", "verdict"),
     (INDEX,),
-    ("models", "data", "training", "train", "launch", "benchmark"),
+    ("models", "data", "training", "train", "launch", "benchmark", "check"),
+    ("planning", "plan"),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
 
