@@ -158,9 +158,9 @@ SEQ2SEQ = TOKENS | {
 }  # fmt: skip
 WAV2VEC2 = SIZES | {
     "conv_dim": [6, 6], "conv_stride": [3, 2], "conv_kernel": [5, 3], "num_feat_extract_layers": 2,
-    "feat_extract_norm": "layer", "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_labels": 3, "hidden_dropout": 0.0,
-    "activation_dropout": 0.0, "attention_dropout": 0.0, "feat_proj_dropout": 0.0, "final_dropout": 0.0, "layerdrop": 0.0,
-    "mask_time_prob": 0.0,
+    "feat_extract_norm": "layer", "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_labels": 3,
+    "hidden_dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0, "feat_proj_dropout": 0.0,
+    "final_dropout": 0.0, "layerdrop": 0.0, "mask_time_prob": 0.0,
 }  # fmt: skip
 DISENTANGLED = ENCODER | {
     "num_labels": 3, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "pooler_dropout": 0.0,
