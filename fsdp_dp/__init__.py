@@ -30,11 +30,8 @@ _HOME = {
     "NoEpsilonWarning": "fsdp_dp.errors",
     "PrivacyError": "fsdp_dp.errors",
     "UnsupportedModelError": "fsdp_dp.errors",
-<<<<<<< HEAD
-    "replace_batch_norm": "fsdp_dp.batch_norm",
-=======
     "per_sample_cross_entropy": "fsdp_dp.losses",
->>>>>>> main
+    "replace_batch_norm": "fsdp_dp.batch_norm",
 }
 
 __all__ = [
@@ -48,11 +45,8 @@ __all__ = [
     "UnsupportedModelError",
     "check_private",
     "make_private",
-<<<<<<< HEAD
-    "replace_batch_norm",
-=======
     "per_sample_cross_entropy",
->>>>>>> main
+    "replace_batch_norm",
 ]
 
 

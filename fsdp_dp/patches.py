@@ -22,7 +22,6 @@ from fsdp_dp.gradients import (
     Materialized,
     NormTerms,
     OuterProduct,
-    PerSampleGradient,
     _norm_sq,
     _token_norms,
     outer_norm_cost,
@@ -35,11 +34,7 @@ from fsdp_dp.numerics import (
     product_roundoff,
     underflow,
 )
-<<<<<<< HEAD
-from fsdp_dp.planner import STORE_AT_MOST, Method
-=======
 from fsdp_dp.planner import STORE_AT_MOST
->>>>>>> main
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,13 +96,9 @@ class PatchProduct:
         return G, self.g[0, 0].numel(), self.a.shape[1] // G * math.prod(self.geometry.kernel), self.g.shape[1] // G
 
     @property
-    def method(self) -> Method:
-        """How the rows are measured; what is kept is smaller than the factors of the product, so `planner` does not fit."""
-        G, T, D, P = self._sizes
-        kept = sum(x[0].numel() * x.element_size() for x in (self.a, self.g))
-        if T * (D + P) < D * P:
-            return "gram"
-        return "store" if G * D * P * self.dtype.itemsize <= STORE_AT_MOST * kept else "instantiate"
+    def uses_gram(self) -> bool:
+        _, T, D, P = self._sizes
+        return T * (D + P) < D * P
 
     @property
     def method(self) -> str:
@@ -132,9 +123,8 @@ class PatchProduct:
         return (slice(start, start + step) for start in range(0, len(self.a), step))
 
     def norm_terms(self) -> NormTerms:
-        uses_gram = self.method == "gram"
-        norms = self._gram_norms if uses_gram else self._instantiated_norms
-        parts = [norms(rows).stack() for rows in self._rows(with_gradient=not uses_gram)]
+        norms = self._gram_norms if self.uses_gram else self._instantiated_norms
+        parts = [norms(rows).stack() for rows in self._rows(with_gradient=not self.uses_gram)]
         return NormTerms.unstack(torch.cat(parts, 1))
 
     def _gram_norms(self, rows: slice) -> NormTerms:
@@ -162,14 +152,6 @@ class PatchProduct:
             rounding_sq=(S_B * product_rounding(self.a, len(self.a), terms)) ** 2,
         )
 
-<<<<<<< HEAD
-    def _rounding(self, terms: int) -> float:
-        """Of `OuterProduct.weighted_sum`, in either of its ways, with so many products summed."""
-        scaling = SPLIT_ROUNDOFF + gamma(2 * len(self.a) + 4, torch.float32) if on_tensor_cores(self.a) else 0.0
-        return 1.01 * (scaling + gamma(terms + 4, product_roundoff(self.a)))
-
-=======
->>>>>>> main
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
         G, _, D, P = self._sizes
         total = torch.zeros(G, P, D, dtype=self.dtype, device=self.a.device)
@@ -192,5 +174,9 @@ class PatchProduct:
     def regroup(self, rows: int) -> Materialized:
         return Materialized(self.dense()).regroup(rows)
 
-    def settle(self) -> PerSampleGradient:
-        return Materialized(self.dense()) if self.method == "store" else self
+    def settle(self) -> PatchProduct | Materialized:
+        G, _, D, P = self._sizes
+        factors = sum(x[0].numel() * x.element_size() for x in (self.a, self.g))
+        if self.uses_gram or G * D * P * self.dtype.itemsize > STORE_AT_MOST * factors:
+            return self
+        return Materialized(self.dense())

@@ -115,10 +115,6 @@ class SharedValue(Tensor):
         """The same value, behind something in the graph."""
         return SharedValue(per_row, self.owner, self.meetings)
 
-    def of_own_row(self) -> Tensor:
-        """``[B, ...]``: of each row its own entry, where the first dimension counts the rows."""
-        return self.expanded if self.expanded is not None else self.per_row.diagonal(0, 0, 1).movedim(-1, 0)
-
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"SharedValue({self.owner}, shape={tuple(self.shape)})"
 
@@ -247,7 +243,6 @@ class _Use:
             return self._assigned_by_mask()
         raise _unsupported(self.first, self.name)
 
-<<<<<<< HEAD
     def _assigned_by_mask(self) -> None:
         """``x[mask] = value`` with a mask over the leading dimensions and a value for the others."""
         x, mask, value = self.leaves if len(self.leaves) == 3 else (self.first,) * 3
@@ -257,11 +252,10 @@ class _Use:
             raise _unsupported(self.first, self.name)
         where = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
         x.copy_(torch.where(where, self._lined_up(value, x.ndim), x))
-=======
+
     def _is_batched_product(self) -> bool:
         """A product of matrices whose leading dimensions broadcast, rows among them."""
         return self.name in _PRODUCTS and all(x.ndim > 2 for x in self.leaves if isinstance(x, Tensor))
->>>>>>> main
 
     def _looks_up(self) -> bool:
         """``table[ids]`` with the rows' own indices."""
@@ -339,17 +333,12 @@ class _Use:
 
         def rows_in_front(x: Tensor) -> Tensor:
             if isinstance(x, SharedValue):
-                return x.of_own_row().unsqueeze(1) if self._is_batched(x, layout) else x.per_row
+                return x.per_row
             return x.unflatten(0, (B, -1)) if layout == "merged" else x.movedim(place, 0)
 
         inputs = [rows_in_front(x) for x in self.leaves if isinstance(x, SharedValue) or id(x) in moved]
         out = by_row(one_row, randomness="same")(*inputs)
         return out.flatten(0, 1) if layout == "merged" else out.squeeze(place + 1).movedim(0, place)
-
-    def _is_batched(self, x: SharedValue, layout: str) -> bool:
-        """Whether a product takes the first dimension of a shared value for that of the rows: expanded queries, say."""
-        aligned = x.ndim > 2 and x.ndim == self.row_data[0].ndim and x.shape[0] == self.rows
-        return aligned and layout == "rows" and self.name in ("matmul", "__matmul__", "__rmatmul__", "bmm")
 
     def _check_einsum(self) -> None:
         """Rows are the first letter of the data and of the result, and no letter of the shared values."""
