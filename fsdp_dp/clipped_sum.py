@@ -97,6 +97,7 @@ class ClippedSum:
         """The backward is over: what was not reported has no gradient."""
         while self._groups:
             self._clip(self._groups[0])
+        del self._weigh  # it refers back to the microbatch, which would wait for the garbage collector
 
     @property
     def held(self) -> list[PerSampleGradient]:
@@ -151,17 +152,32 @@ class ClippedSum:
 
 
 class MeasuredNorms:
-    """Takes the place of a `ClippedSum` where only the norm of every parameter is asked for (see `independence`)."""
+    """Takes the place of a `ClippedSum` where only the norm of every parameter is asked for (see `independence`).
+
+    A parameter is measured as soon as all its uses are in, so that its records can go when its group is finished.
+    """
 
     def __init__(self) -> None:
         self._uses: dict[str, list[PerSampleGradient]] = {}
+        self._outstanding = Counter[str]()
+        self._measured: dict[str, Measured] = {}
 
-    def expect(self, name: str) -> None: ...
+    def expect(self, name: str) -> None:
+        self._outstanding[name] += 1
 
     def report(self, name: str, gradient: PerSampleGradient | None) -> None:
         if gradient is not None:
             self._uses.setdefault(name, []).append(gradient)
+        self._outstanding[name] -= 1
+        if self._outstanding[name] == 0:
+            self._measure(name)
 
     def finish(self) -> dict[str, Measured]:
         """Of the parameters that the loss depends on."""
-        return {name: Measured.of(combine(uses)) for name, uses in self._uses.items()}
+        for name in list(self._uses):
+            self._measure(name)
+        return self._measured
+
+    def _measure(self, name: str) -> None:
+        if name in self._uses:
+            self._measured[name] = Measured.of(combine(self._uses.pop(name)))

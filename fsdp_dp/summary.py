@@ -31,7 +31,8 @@ def _mechanism(engine: PrivacyEngine) -> list[str]:
     spent = "no noise: epsilon is infinite" if sigma == 0 else f"{engine.steps} release(s) so far"
     lines = [
         f"  mechanism        Gaussian, noise_multiplier {sigma:.6g}, max_grad_norm {p.max_grad_norm:g}; {spent}",
-        f"  sampling         {p.sampling}, rate {p.sample_rate:.3g} = {p.expected_batch_size} of {p.dataset_size} rows",
+        f"  sampling         {p.sampling}, rate {p.sample_rate:.3g} = {p.expected_batch_size} of {p.dataset_size} rows"
+        + ("" if p.max_batch_size is None else f", at most {p.max_batch_size}"),
         f"  clipping         {p.clipping}, {p.clip_function}, {p.numerics} numerics; a row is clipped to "
         f"{engine.row_bound:.8g}",
         *_groups(engine),
@@ -149,10 +150,5 @@ def _percent(share: float) -> str:
 def _communication(engine: PrivacyEngine) -> list[str]:
     model = engine.model
     lines = [f"  sharding         {model.kind}, {model.data_size} data-parallel rank(s)"]
-    if model.data_size > 1:
-        lines.append(
-            f"  communication    as FSDP: a reduce-scatter (SUM, {engine.dtype}) for each of {model.unit_count} units"
-        )
-    if model.split_group is not None:
-        lines.append("                   plus one all-reduce of [3, B] norms over the tensor-parallel ranks")
+    lines += [f"    each microbatch  {what}" for what in model.communication()]
     return lines

@@ -274,7 +274,7 @@ class Decoder(nn.Module):
             self.head.weight = self.token.weight
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        position_ids = torch.arange(ids_BT.shape[1]).expand(ids_BT.shape)
+        position_ids = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand(ids_BT.shape)
         x_BTD = self.token(ids_BT) + self.position(position_ids)
         for block in self.blocks:
             x_BTD = checkpoint(block, x_BTD, use_reentrant=False) if self.checkpointed else block(x_BTD)

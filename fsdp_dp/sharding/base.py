@@ -117,6 +117,24 @@ class ShardedModel(abc.ABC):
 
     _global_numel: int
 
+    def communication(self) -> list[str]:
+        """What a microbatch sends over each dimension of the mesh, beside the parameters that FSDP gathers; for people."""
+        units = [unit for unit in self.units if unit.accumulators]
+        sharded = [unit for unit in units if unit.shard_group is not None]
+        replicated = [unit for unit in units if unit.replicate_group is not None]
+        lines = []
+        if sharded:
+            size = sum(unit.buffer.nbytes * unit.shards for unit in sharded)
+            lines.append(f"shard ({sharded[0].shards} ranks): {len(sharded)} reduce-scatter(s), {size:,} bytes in all")
+        if replicated:
+            ranks = dist.get_world_size(replicated[0].replicate_group)
+            size = sum(unit.buffer.nbytes for unit in replicated)
+            lines.append(f"replicate ({ranks} ranks): {len(replicated)} all-reduce(s), {size:,} bytes in all")
+        if self.split_group is not None:
+            ranks = dist.get_world_size(self.split_group)
+            lines.append(f"tensor ({ranks} ranks): all-reduces of norms, [5, B] float64 for each clipping group")
+        return lines
+
     @functools.cached_property
     def _sums(self) -> Sums:
         return Sums(self.device)

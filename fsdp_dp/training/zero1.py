@@ -26,6 +26,9 @@ class Zero1(ZeroRedundancyOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all parameters, gathered on every rank. To be called on all of them."""
+        found: dict[str, Any] = {}
         for rank in range(dist.get_world_size(self.process_group)):
             self.consolidate_state_dict(to=rank)
-        return super().state_dict()  # type: ignore[no-any-return]
+            if rank == self.rank:
+                found = super().state_dict()
+        return found
