@@ -143,6 +143,12 @@ def build(architecture: str, config: dict[str, Any], attention: str | None = Non
     return model.double().train()
 
 
+def architecture(of: Subject) -> str:
+    """The name of its class."""
+    assert isinstance(of.model, functools.partial)
+    return str(of.model.args[0])
+
+
 def subject(
     architecture: str, config: dict[str, Any], batch: Any, losses: Any, *, attention: str | None = None, **options: Any
 ) -> Subject:
