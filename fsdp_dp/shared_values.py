@@ -50,7 +50,7 @@ _ROWWISE = frozenset(
     "linear matmul __matmul__ __rmatmul__ bmm einsum embedding layer_norm group_norm rms_norm prelu bilinear "
     "conv1d conv2d conv3d".split()
 )
-_PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__"})
+_PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm"})
 _KEEPS_SHAPE = frozenset("to type type_as float half bfloat16 double clone contiguous detach __neg__ neg".split())
 _EXPANDING = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
 
