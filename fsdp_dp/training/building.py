@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import (
@@ -13,17 +15,28 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.engine import PrivacyEngine, make_private
+from fsdp_dp.models import llama
 from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.models.gpt import GPT, Block
-from fsdp_dp.training.schema import OptimizerConfig, TrainConfig
+from fsdp_dp.training.schema import REPLICATED, OptimizerConfig, TrainConfig
 from fsdp_dp.training.world import World
 
 FSDP1_STRATEGIES = {
     "full_shard": ShardingStrategy.FULL_SHARD,
     "shard_grad_op": ShardingStrategy.SHARD_GRAD_OP,
+    "no_shard": ShardingStrategy.NO_SHARD,
+    "hybrid_shard": ShardingStrategy.HYBRID_SHARD,
+    "hybrid_shard_zero2": ShardingStrategy._HYBRID_SHARD_ZERO2,
+}
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
 }
 
 
@@ -33,37 +46,44 @@ def build_model(config: TrainConfig, world: World) -> nn.Module:
     One process alone gets FSDP2 where FSDP1 was asked for: with nothing to split, FSDP1 falls back to a deprecated mode.
     """
     torch.manual_seed(config.seed)
-    model = GPT(config.model)
+    model = build_decoder(config.model)
     # Dropout: other rows, other masks; tensor-parallel peers hold the same rows and need the same masks.
     torch.manual_seed(config.seed + world.data_rank)
     if config.sharding.strategy in FSDP1_STRATEGIES and world.data_size > 1:
         return shard_fsdp1(model, config, world)
+    if config.sharding.strategy in REPLICATED:
+        return DistributedDataParallel(model.to(world.device), process_group=world.data_mesh.get_group())
     if world.tensor_mesh is not None:
         split_linears(model, world)
     return shard_fsdp2(model, config, world)
 
 
+def build_decoder(config: GPTConfig) -> GPT | llama.Llama:
+    """The decoder that `config.architecture` names, unsharded, on the default device."""
+    return llama.Llama(config) if config.architecture == "llama" else GPT(config)
+
+
 def parameter_count(config: GPTConfig) -> int:
     """Trainable elements of the whole model; nothing is allocated."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in GPT(config).parameters())
+        return sum(parameter.numel() for parameter in build_decoder(config).parameters())
 
 
-def shard_fsdp1(model: GPT, config: TrainConfig, world: World) -> nn.Module:
+def shard_fsdp1(model: GPT | llama.Llama, config: TrainConfig, world: World) -> nn.Module:
     """FSDP1, one unit a block and one for the rest."""
     precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return FullyShardedDataParallel(
         model,
         device_mesh=world.data_mesh,
         sharding_strategy=FSDP1_STRATEGIES[config.sharding.strategy],
-        auto_wrap_policy=ModuleWrapPolicy({Block}),
+        auto_wrap_policy=ModuleWrapPolicy({Block, llama.Block}),
         mixed_precision=precision if config.precision.compute == "bf16" else None,
         device_id=world.device,
         use_orig_params=True,
     )
 
 
-def shard_fsdp2(model: GPT, config: TrainConfig, world: World) -> nn.Module:
+def shard_fsdp2(model: GPT | llama.Llama, config: TrainConfig, world: World) -> nn.Module:
     """FSDP2, one unit a block and one for the rest; over the data dimension where there is a tensor one as well."""
     policy = MixedPrecisionPolicy()
     if config.precision.compute == "bf16":
@@ -75,7 +95,7 @@ def shard_fsdp2(model: GPT, config: TrainConfig, world: World) -> nn.Module:
     return model
 
 
-def split_linears(model: GPT, world: World) -> None:
+def split_linears(model: GPT | llama.Llama, world: World) -> None:
     """Tensor parallelism: each rank holds some heads and some hidden features, and the outputs are summed."""
     assert world.tensor_mesh is not None
     model.to(world.device)
@@ -88,16 +108,24 @@ def split_linears(model: GPT, world: World) -> None:
             "mlp.up": ColwiseParallel(),
             "mlp.down": RowwiseParallel(),
         }
+        if isinstance(block, llama.Block):
+            plan["mlp.gate"] = ColwiseParallel()
         parallelize_module(block, world.tensor_mesh, plan)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, strategy: str = "full_shard") -> torch.optim.Optimizer:
     """The optimizer over all parameters, as sharded; its learning rate is set at every step."""
-    parameters, rate, decay = list(model.parameters()), config.learning_rate, config.weight_decay
+    parameters, kind = list(model.parameters()), OPTIMIZERS[config.name]
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.name == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, momentum=config.momentum, weight_decay=decay)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
-    return kind(parameters, lr=rate, betas=(config.beta1, config.beta2), weight_decay=decay)
+        options["momentum"] = config.momentum
+    else:
+        options["betas"] = (config.beta1, config.beta2)
+    if strategy == "zero1":
+        from fsdp_dp.training.zero1 import Zero1
+
+        return Zero1(parameters, optimizer_class=kind, **options)
+    return kind(parameters, **options)
 
 
 def build_engine(
