@@ -54,7 +54,9 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        found = tuple(None if g is None or not g.numel() else g for g in grads)  # an expert may be given no token at all
+        found = tuple(
+            None if g is None or not g.numel() else g for g in grads
+        )  # an expert may be given no token at all
         ctx.report(ctx.call, tuple(x.detach() for x in inputs), found)
         return None, None, None, None, *grads, *(None for _ in inputs)
 
