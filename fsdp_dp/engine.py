@@ -756,7 +756,6 @@ class PrivacyEngine:
                     self.measured = measured
             if microbatch.sums is not None:
                 microbatch.sums.finish()
-                self.model.finish_accumulate()
                 self._account_rows(microbatch)
         self.model.after_backward()
         microbatch.norms = None  # it holds every record until the garbage collector finds it
@@ -802,6 +801,7 @@ class PrivacyEngine:
         self._check_before_release()
         if not self._checked:
             self._check_independence()
+        self.model.finish_accumulate()
         self.steps += 1
         if self._drawn_epoch is not None:
             self._released_epochs.add(self._drawn_epoch)
