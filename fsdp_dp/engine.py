@@ -49,7 +49,7 @@ from fsdp_dp.intake import Intake
 from fsdp_dp.kernels.release import Segment, Verdict, privatize_all_
 from fsdp_dp.layers import keeps, per_sample_gradients
 from fsdp_dp.methods import Measured
-from fsdp_dp.numerics import UN_NOISED_MARGIN, accumulate_dtype, exact_arithmetic
+from fsdp_dp.numerics import accumulate_dtype, exact_arithmetic, un_noised_margin
 from fsdp_dp.optimizer_gate import OptimizerGate
 from fsdp_dp.records import NO_CALL, Call, Record
 from fsdp_dp.sampling import LogicalBatchLoader
@@ -439,7 +439,7 @@ class PrivacyEngine:
         """``max_grad_norm`` less what rounding of sums and the noise lattice may add (rules 2 to 4)."""
         bound = self.max_grad_norm
         if self.privacy.numerics == "certified":
-            bound -= self.max_grad_norm * UN_NOISED_MARGIN[self.dtype]
+            bound -= self.max_grad_norm * un_noised_margin(self.dtype, self.model.device)
         if self.noise_multiplier > 0:
             bound -= self._lattice.sensitivity_charge(self.model.global_numel)
         if bound <= 0:

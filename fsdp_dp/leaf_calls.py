@@ -252,6 +252,7 @@ class Recomputed:
     """
 
     method: ClassVar[str] = "recompute"
+    norm_cost: ClassVar[float] = 2.0  # the forward again, and the gradient
 
     call: LeafCall
     name: str

@@ -35,6 +35,15 @@ A row changes not only its own term of ``sum_i c_i G_i`` but also how the others
 the norm of the sum (docs/numerics.md), so the margin covers sums of norm up to about ``2^9 R``.
 """
 
+TENSOR_CORE_MARGIN = 2.0**-11
+"""The same on a GPU for float32 sums: tensor cores truncate, so every row added later takes a little off the others. The
+change points inwards (it shortens the row's own contribution), at most ``1.1e-8 R`` for each token of the microbatch."""
+
+
+def un_noised_margin(dtype: torch.dtype, device: torch.device) -> float:
+    """The share of ``max_grad_norm`` that is kept back for sums in ``dtype`` made on ``device``."""
+    return TENSOR_CORE_MARGIN if device.type == "cuda" and dtype == torch.float32 else UN_NOISED_MARGIN[dtype]
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The format that un-noised sums live in: float64 for float64 tensors, float32 for everything narrower."""

@@ -122,7 +122,7 @@ def assemble(plan: Plan, world: World, folder: Path, ledger: Ledger | None, stop
     config = plan.config
     privacy = world.from_main(continued(plan.privacy, ledger) if world.is_main else None)
     model = build_model(config, world)
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, config.optimizer, config.sharding.strategy)
     engine = build_engine(model, optimizer, privacy)
     ledger = None if engine is None else ledger  # of a plain run, it is no more than the folder's lock
     budget = commit(plan, engine, ledger)

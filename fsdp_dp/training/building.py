@@ -22,7 +22,7 @@ from fsdp_dp.engine import PrivacyEngine, make_private
 from fsdp_dp.models import llama
 from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.models.gpt import GPT, Block
-from fsdp_dp.training.schema import REPLICATED, TrainConfig
+from fsdp_dp.training.schema import REPLICATED, OptimizerConfig, TrainConfig
 from fsdp_dp.training.world import World
 
 FSDP1_STRATEGIES = {
@@ -113,15 +113,15 @@ def split_linears(model: GPT | llama.Llama, world: World) -> None:
         parallelize_module(block, world.tensor_mesh, plan)
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, strategy: str = "full_shard") -> torch.optim.Optimizer:
     """The optimizer over all parameters, as sharded; its learning rate is set at every step."""
-    parameters, kind = list(model.parameters()), OPTIMIZERS[config.optimizer.name]
-    options: dict[str, Any] = {"lr": config.optimizer.learning_rate, "weight_decay": config.optimizer.weight_decay}
-    if config.optimizer.name == "sgd":
-        options["momentum"] = config.optimizer.momentum
+    parameters, kind = list(model.parameters()), OPTIMIZERS[config.name]
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.name == "sgd":
+        options["momentum"] = config.momentum
     else:
-        options["betas"] = (config.optimizer.beta1, config.optimizer.beta2)
-    if config.sharding.strategy == "zero1":
+        options["betas"] = (config.beta1, config.beta2)
+    if strategy == "zero1":
         from fsdp_dp.training.zero1 import Zero1
 
         return Zero1(parameters, optimizer_class=kind, **options)

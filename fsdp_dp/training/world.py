@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class World:
     device: torch.device
     data_mesh: DeviceMesh
     tensor_mesh: DeviceMesh | None
-    store: dist.Store
+    store: dist.Store = field(default_factory=dist.HashStore)
 
     @property
     def is_main(self) -> bool:
@@ -93,7 +93,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def describe_world(config: TrainConfig, device: torch.device, store: dist.Store) -> World:
+def describe_world(config: TrainConfig, device: torch.device, store: dist.Store | None = None) -> World:
     """Rank, size and the mesh (replicate, data, tensor) without the dimensions of size one, neighbours last."""
     size, sharding = dist.get_world_size(), config.sharding
     tensor, replicate = sharding.tensor_parallel_size, sharding.replicate_size
@@ -103,5 +103,10 @@ def describe_world(config: TrainConfig, device: torch.device, store: dist.Store)
     data_mesh = mesh[tuple(name for name in kept if name != "tensor")]
     tensor_mesh = mesh["tensor"] if tensor > 1 else None
     return World(
-        rank=dist.get_rank(), size=size, device=device, data_mesh=data_mesh, tensor_mesh=tensor_mesh, store=store
+        rank=dist.get_rank(),
+        size=size,
+        device=device,
+        data_mesh=data_mesh,
+        tensor_mesh=tensor_mesh,
+        store=dist.HashStore() if store is None else store,
     )

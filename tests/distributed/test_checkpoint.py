@@ -278,6 +278,24 @@ def test_a_checkpoint_of_another_ledger_is_refused(tmp_path: Path) -> None:
     second.engine.detach()
 
 
+@pytest.mark.parametrize("at_first", [True, False])
+def test_a_ledger_is_kept_for_a_whole_run(at_first: bool, tmp_path: Path) -> None:
+    """Seen to fail without the check: releases after the checkpoint would be counted by nobody."""
+    privacy = privacy_config(max_grad_norm=median_norm("decoder"), steps=10)
+    ledger = begin(tmp_path, privacy)
+    ledger.reserve(0)
+    first = plain_run(tmp_path, ledger if at_first else None)
+    first.step(0)
+    first.checkpoints.save(1)
+    first.engine.detach()
+    second = plain_run(tmp_path, None if at_first else ledger)
+    with pytest.raises(
+        LedgerError, match=r"written with a ledger, and there is none" if at_first else "written without"
+    ):
+        second.checkpoints.load()
+    second.engine.detach()
+
+
 @pytest.mark.parametrize("instant", ["write_data", "finish", "state", "rename", "after"])
 def test_a_save_that_dies_leaves_the_checkpoint_before_it(instant: str, tmp_path: Path, monkeypatch: Any) -> None:
     """The process dies while it writes shards, metadata or state, before the rename, and after it."""

@@ -22,6 +22,7 @@ ALONE = [sys.executable, "-m", "fsdp_dp.train"]
 TWO_RANKS = [
     sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fsdp_dp.train"
 ]  # fmt: skip
+FOUR_RANKS = [part.replace("=2", "=4") for part in TWO_RANKS]
 # Small enough for seconds, with a ragged last microbatch and an evaluation on the way.
 SMALL = [
     "device=cpu",
@@ -36,7 +37,8 @@ SMALL = [
     "model.heads=2",
     "model.block_size=24",
 ]
-SHARDINGS = ["full_shard", "shard_grad_op", "fully_shard", "tensor_parallel"]
+SHARDINGS = ["full_shard", "shard_grad_op", "fully_shard", "tensor_parallel", "zero1"]
+OTHER_SHARDINGS = ["no_shard", "ddp", "hybrid_shard", "hybrid_shard_zero2", "hybrid_shard_fsdp2"]
 # Without the engine, shard_grad_op differs from full_shard in torch's code alone.
 PLAIN_SHARDINGS = ["full_shard", "fully_shard", "tensor_parallel"]
 
@@ -99,8 +101,18 @@ def check_run_folder(folder: Path) -> None:
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_a_private_run_on_two_ranks(sharding, corpus, tmp_path):
+    check_private_run(TWO_RANKS, f"sharding={sharding}", corpus, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", OTHER_SHARDINGS)
+def test_a_private_run_on_four_ranks(sharding, corpus, tmp_path):
+    check_private_run(FOUR_RANKS, f"sharding={sharding}", corpus, tmp_path)
+
+
+def check_private_run(command, sharding, corpus, tmp_path):
     folder = tmp_path / "run"
-    out = train(TWO_RANKS, *corpus, f"sharding={sharding}", f"output_dir={folder}")
+    out = train(command, *corpus, sharding, f"output_dir={folder}")
     check_run_folder(folder)
 
     report = (folder / "report.md").read_text()
