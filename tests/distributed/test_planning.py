@@ -75,7 +75,7 @@ def allocator_peak(profiler: Any) -> int:
 
 
 def test_a_plan_is_what_ranks_measure() -> None:
-    results = run(measure, 2)[0]
+    results = run(measure, 2, timeout=300.0)[0]
     for side, (peak, counts) in zip(SIDES, results, strict=True):
         found = trace(step(side))
         # Above the plan by what gloo's threads still hold of a collective that is over.
