@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 from fsdp_dp.config import AdaptiveBounds, PrivacyConfig
 
 if TYPE_CHECKING:
+    from fsdp_dp.batch_norm import replace_batch_norm
     from fsdp_dp.engine import PrivacyEngine, make_private
     from fsdp_dp.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
+    from fsdp_dp.losses import per_sample_cross_entropy
+    from fsdp_dp.verdict import check_private
     from fsdp_dp.wrapper import FullyShardedDataParallel
 
 __version__ = "0.1.0"
@@ -21,11 +24,14 @@ __version__ = "0.1.0"
 _HOME = {
     "PrivacyEngine": "fsdp_dp.engine",
     "make_private": "fsdp_dp.engine",
+    "check_private": "fsdp_dp.verdict",
     "FullyShardedDataParallel": "fsdp_dp.wrapper",
     "BudgetExceededError": "fsdp_dp.errors",
     "NoEpsilonWarning": "fsdp_dp.errors",
     "PrivacyError": "fsdp_dp.errors",
     "UnsupportedModelError": "fsdp_dp.errors",
+    "per_sample_cross_entropy": "fsdp_dp.losses",
+    "replace_batch_norm": "fsdp_dp.batch_norm",
 }
 
 __all__ = [
@@ -37,7 +43,10 @@ __all__ = [
     "PrivacyEngine",
     "PrivacyError",
     "UnsupportedModelError",
+    "check_private",
     "make_private",
+    "per_sample_cross_entropy",
+    "replace_batch_norm",
 ]
 
 

@@ -115,7 +115,7 @@ def row_weights(
     **Formal guarantee.** With ``numerics="certified"``, ``|weight_i * G_i| <= bound`` as summed, for every row.
     """
     norm_B = NORMS[numerics](terms) * loss_factor
-# The reported norm is of the same order whatever `numerics` is; it decides what is kept, before any min or max.
+    # The reported norm is of the same order whatever `numerics` is; it decides what is kept, before any min or max.
     keep_B = (norm_B <= LONGEST_ROW * bound) & mask_B  # False for NaN and infinity
     weight_B = torch.where(keep_B, clip_weights(norm_B, bound, clip_function, stability) * loss_factor, 0.0)
     return RowWeights(

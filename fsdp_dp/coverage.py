@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from fsdp_dp.attention import is_attention, projections, refusal_of_attention
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
-from fsdp_dp.layers import has_rule, refusal, unknown_parameters
+from fsdp_dp.layers import has_rule, layouts, refusal, unknown_parameters
 from fsdp_dp.records import Layout, Record, fits, layout_of
 from fsdp_dp.sharding.base import ShardedModel, canonical_name
 from fsdp_dp.taps import Bare
@@ -25,9 +26,14 @@ def tapped_layers(model: ShardedModel) -> tuple[dict[str, nn.Module], list[Bare]
     problems = []
     owners = {module: [a for m, a in model.names if m is module] for module, _ in model.names}
     for module_name, module in model.root.named_modules():
-        if module not in owners and not _is_training_batch_norm(module):
+        used = module in owners or (is_attention(module) and module.out_proj in owners)
+        if not used and not _is_training_batch_norm(module):
             continue
         name = canonical_name(module_name + ".").rstrip(".")
+        if is_attention(module):
+            layers |= _projections(name, module, model)
+            problems += [f"  '{name}': {reason}" for reason in [refusal_of_attention(module)] if reason]
+            continue
         if not has_rule(module) and (isinstance(module, _CONTAINERS) or next(module.children(), None) is not None):
             bare += [Bare(model.names[module, attribute], module, attribute) for attribute in owners[module]]
             continue
@@ -41,6 +47,16 @@ def tapped_layers(model: ShardedModel) -> tuple[dict[str, nn.Module], list[Bare]
     if not model.parameters:
         raise UnsupportedModelError("The model has no trainable parameter (all have requires_grad=False)")
     return layers, bare
+
+
+def _projections(name: str, module: nn.Module, model: ShardedModel) -> dict[str, nn.Module]:
+    """The layers of an attention, as further places of its parameters."""
+    layers = {f"{name}.{part}".lstrip("."): layer for part, layer in projections(module).items()}
+    for layer in layers.values():
+        for attribute, site in (("weight", (module, layer.weight_name)), ("bias", (module, "in_proj_bias"))):
+            if site in model.names:
+                model.names[layer, attribute] = model.names[site]
+    return dict(layers)
 
 
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
@@ -105,11 +121,13 @@ def unmark_attached(layers: Iterable[nn.Module]) -> None:
 class RowLayouts:
     """Where the rows are in each layer's records: guessed from shapes, verified by the rehearsal, and kept from then on.
 
-    After `verified`, a layer's records must have a layout that it had before; a layer that was not seen until then (an
-    expert that no token chose) must have the batch in front.
+    After `verified`, a layer's records must have a layout that it had before. A layer that was not seen until then (an
+    expert that no token chose) must have rows in front that cannot be mistaken for entries picked from all rows: whole
+    sequences or images, not vectors.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._layers = layers
         self._seen: dict[str, set[Layout]] = {}
         self.verified = False
 
@@ -117,16 +135,20 @@ class RowLayouts:
         """Raises UnsupportedModelError if no layout can be right."""
         inputs = [record.inputs[0].shape] if record.call.spec is None else []
         shapes = [*inputs, *(grad.shape for grad in record.grads if grad is not None)]
+        if rows == 1:  # whatever it is, it is all of that row
+            return "rows" if all(len(shape) > 0 and shape[0] == 1 for shape in shapes) else "merged"
         seen = self._seen.setdefault(layer, set())
         fitting = [layout for layout in seen if fits(layout, shapes, rows)]
         if len(fitting) == 1:
             return fitting[0]
-        guess = layout_of(shapes, rows)
-        if guess is None or (self.verified and guess != "rows") or len(fitting) > 1:
+        guess = layout_of(shapes, rows, layouts(self._layers[layer]))
+        vectors = any(len(shape) < 3 for shape in shapes)
+        if guess is None or (self.verified and (guess != "rows" or vectors)) or len(fitting) > 1:
             raise UnsupportedModelError(
                 f"Layer '{layer}': its {'input' if inputs else 'output'} has shape {tuple(shapes[0])} and its output "
                 f"gradient {tuple(shapes[-1])}, but the microbatch has {rows} rows, so its gradient cannot be told apart "
-                "by row. Give every layer an input that has the batch as its first dimension"
+                "by row. Give every layer an input that has the batch as its first dimension, and call it in the first "
+                "microbatch already, where that is verified"
             )
         if not self.verified:
             seen.add(guess)

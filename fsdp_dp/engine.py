@@ -46,14 +46,16 @@ from fsdp_dp.gradients import Materialized, NormTerms, PerSampleGradient
 from fsdp_dp.groups import Place, blocks_of_units, clipping_groups
 from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
-from fsdp_dp.kernels.release import Segment, privatize_all_
+from fsdp_dp.kernels.release import Segment, Verdict, privatize_all_
 from fsdp_dp.layers import keeps, per_sample_gradients
-from fsdp_dp.numerics import UN_NOISED_MARGIN, accumulate_dtype, exact_arithmetic
+from fsdp_dp.methods import Measured
+from fsdp_dp.numerics import accumulate_dtype, exact_arithmetic, un_noised_margin
 from fsdp_dp.optimizer_gate import OptimizerGate
 from fsdp_dp.records import NO_CALL, Call, Record
 from fsdp_dp.sampling import LogicalBatchLoader
 from fsdp_dp.sharding import open_model
 from fsdp_dp.shared_values import Meetings, SharedValue, is_marked
+from fsdp_dp.side_stream import to_device
 from fsdp_dp.summary import describe
 from fsdp_dp.taps import (
     FreezeWindow,
@@ -64,7 +66,7 @@ from fsdp_dp.taps import (
     recomputing,
     with_boundary,
 )
-from fsdp_dp.watch import FirstForward, buffer_versions
+from fsdp_dp.watch import ConstantDivisor, FirstForward, Uncompiled, buffer_versions
 
 _MECHANISM = (
     "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "max_batch_size", "clipping",
@@ -123,6 +125,7 @@ class PrivacyEngine:
         steps: releases so far.
         seeded: some of them drew their noise from a fixed seed, so that there is no guarantee.
         nonfinite_rows: int64 scalar, rows of this rank zeroed because their gradient was not finite. Not private.
+        measured: parameter -> how its gradients were measured, in the first microbatch. Not private.
     """
 
     def __init__(self, model: nn.Module, privacy: PrivacyConfig, optimizer: Optimizer | None = None) -> None:
@@ -169,15 +172,19 @@ class PrivacyEngine:
         self._released_epochs: set[tuple[int, int]] = set()
         self._earlier_epochs = 0
         self._norm_B: Tensor | None = None
+        self._last_release = Verdict()
+        self.measured: dict[str, Measured] = {}
         self.nonfinite_rows = torch.zeros((), dtype=torch.int64, device=self.model.device)
 
         self._window = FreezeWindow(handles, self._refusals_poison)
-        self._taps = Taps(self.layers, keeps, self._start_record, self._share_output)
+        self._taps = Taps(self.layers, keeps, self._start_record, self._share_output, lambda: self._meetings.rows)
         self._shared_parameters = SharedParameters(bare, self._is_sharing, self._share_parameter)
         self._meetings = Meetings()
         self._same_for_all_rows: set[str] = set()
-        self._layouts = RowLayouts()
+        self._layouts = RowLayouts(self.layers)
         self._watch: FirstForward | None = None
+        self._uncompiled = Uncompiled()
+        self._divisor = ConstantDivisor()
         self._watched: set[tuple[bool, ...]] = set()
         self._buffer_versions: dict[str, tuple[int, int]] = {}
         self._first_microbatch: FirstMicrobatch | None = None
@@ -278,6 +285,7 @@ class PrivacyEngine:
         self._intake.discard()
         self._excess.zero_()
         self._current, self._pending, self._poisoned, self._in_forward = None, 0, None, False
+        self._uncompiled.stop()
 
     def privatize(self) -> None:
         """Release now: every managed ``.grad`` becomes its private gradient, which the next step uses as it is."""
@@ -289,6 +297,7 @@ class PrivacyEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: counts and the mechanism. Nothing secret, and nothing un-noised."""
+        self._last_release.check()
         mechanism = {k: v for k, v in dataclasses.asdict(self.privacy).items() if k != "seed"}
         return {
             **mechanism,
@@ -322,13 +331,18 @@ class PrivacyEngine:
                     f"load_state_dict: {name} was {state[name]!r} when the state was saved and is {now[name]!r} now; "
                     "releases of two mechanisms are not accounted together. Use the saved value"
                 )
+        if len(state["bounds"]) != len(self.groups):
+            raise PrivacyError(
+                f"load_state_dict: the state has bounds of {len(state['bounds'])} clipping groups, this model has "
+                f"{len(self.groups)}; load the state of a run of the same model, with the same parameters trainable"
+            )
         self.discard()
         self._earlier_epochs = max(self._epochs(), int(state["epochs"]))
         self._released_epochs.clear()
         self.steps = max(self.steps, int(state["steps"]))
         self._vouched = self._vouched and bool(state["vouched"])
         self.seeded = self.seeded or bool(state["seeded"])
-        self._set_bounds(state["bounds"])
+        self._agree_on_bounds(state["bounds"])
         self._new_keys()
 
     def detach(self) -> None:
@@ -364,6 +378,11 @@ class PrivacyEngine:
     def vouched(self) -> bool:
         """Whether all rows released so far were sampled as the accountant assumes, so that `epsilon` holds."""
         return self._vouched
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether the check before the first release saw that no row's gradient depends on another (see `independence`)."""
+        return self._checked
 
     # ------------------------------------------------------------------------------------------------- attachment
 
@@ -420,7 +439,7 @@ class PrivacyEngine:
         """``max_grad_norm`` less what rounding of sums and the noise lattice may add (rules 2 to 4)."""
         bound = self.max_grad_norm
         if self.privacy.numerics == "certified":
-            bound -= self.max_grad_norm * UN_NOISED_MARGIN[self.dtype]
+            bound -= self.max_grad_norm * un_noised_margin(self.dtype, self.model.device)
         if self.noise_multiplier > 0:
             bound -= self._lattice.sensitivity_charge(self.model.global_numel)
         if bound <= 0:
@@ -474,9 +493,11 @@ class PrivacyEngine:
         rehearsal = self._current is not None and self._current.rehearsal and not self._current.entered
         if not rehearsal:
             self._check_before_forward()
+            self._divisor.check(kwargs)
             self._current = self._next_microbatch(args, kwargs)
         assert self._current is not None
         self._window.close()
+        self._taps.of_forward.clear()
         self._in_forward = True
         if not rehearsal and not self._checked and not self._pending:
             self._forget_first_microbatch()
@@ -488,10 +509,12 @@ class PrivacyEngine:
                 kwargs,
                 self.model.device,
                 frozenset(id(p.parameter) for p in self.model.parameters),
+                self.model.data_rank,
             )
         modes = tuple(m.training for m in module.modules())
         if modes not in self._watched or self._buffers_moved():
-            self._watch = FirstForward(module, self.model.names, self._taps.running, (args, kwargs))
+            self._uncompiled.start()
+            self._watch = FirstForward(module, self.model.names, self._taps.running, (args, kwargs), self._current.rows)
             self._watch.__enter__()
         self._meetings.rows, self._meetings.learning = self._current.rows, self._watch is not None
 
@@ -517,7 +540,7 @@ class PrivacyEngine:
             )
         mask, from_loader = self._intake.next_mask(rows, pending=self._pending > 0)
         vouched = from_loader or self.privacy.sampling == "external_poisson"
-        microbatch = _Microbatch(rows, mask.to(self.model.device, torch.bool), vouched)
+        microbatch = _Microbatch(rows, to_device(mask.to(torch.bool), self.model.device), vouched)
         microbatch.sums = ClippedSum(self._plan, rows, lambda group, terms: self._weigh(microbatch, group, terms))
         return microbatch
 
@@ -531,6 +554,7 @@ class PrivacyEngine:
             watch.__exit__(None, None, None)
         if output is None:
             self._window.open()
+            self._uncompiled.stop()
             self._poisoned = "a forward raised an exception"
             return None
         if watch is not None:
@@ -590,12 +614,13 @@ class PrivacyEngine:
         return lambda call, inputs, grads: self._record(microbatch, layer, Record(call, inputs, grads))
 
     def _require_forward(self, layer: str) -> None:
+        if self._in_forward and self._current is not None:
+            return
         with self._refusals_poison():
-            if not self._in_forward or self._current is None:
-                raise PrivacyError(
-                    f"Layer '{layer}' was called outside the model's own forward, where its gradient cannot be clipped "
-                    "with the rest of the row; call it inside model.forward, or under torch.no_grad()"
-                )
+            raise PrivacyError(
+                f"Layer '{layer}' was called outside the model's own forward, where its gradient cannot be clipped "
+                "with the rest of the row; call it inside model.forward, or under torch.no_grad()"
+            )
 
     def _share_output(self, layer: str, inputs: Sequence[Tensor]) -> Callable[[Tensor], SharedValue] | None:
         """How to carry a layer's output if its inputs are the same for all rows, such as position ids without a batch.
@@ -605,13 +630,17 @@ class PrivacyEngine:
         """
         if any(isinstance(x, SharedValue) for x in inputs):
             return self._sharing(layer)
+        if any(isinstance(x, DTensor) for x in inputs):
+            return None  # under tensor parallelism every input needs the batch, or its layout is refused
         if self._meetings.learning and not any(map(is_marked, inputs)) and not self._has_equal_rows(inputs):
             self._same_for_all_rows.add(layer)
         return self._sharing(layer) if layer in self._same_for_all_rows else None
 
     def _has_equal_rows(self, inputs: Sequence[Tensor]) -> bool:
         rows = self._meetings.rows
-        return rows > 1 and all(x.ndim > 1 and x.shape[0] == rows and bool((x == x[:1]).all()) for x in inputs)
+        if rows < 2 or not inputs:
+            return False
+        return all(x.ndim > 1 and x.shape[0] == rows and bool((x == x[:1]).all()) for x in inputs)
 
     def _sharing(self, owner: str) -> Callable[[Tensor], SharedValue]:
         rows = self._meetings.rows
@@ -684,10 +713,14 @@ class PrivacyEngine:
             self._window.close()
 
     def _start_recording(self, microbatch: _Microbatch) -> None:
+        if microbatch.recording and not microbatch.done and microbatch is self._current:
+            return
         self._enter_backward(microbatch)
         if not microbatch.recording:
             microbatch.recording = True
             at_end_of_backward(self._finish_backward)
+            for report in self._taps.unreached():  # or their groups would wait for the end, longer than on other ranks
+                report(NO_CALL, (), (None,))
 
     @staticmethod
     def _note_dtypes(microbatch: _Microbatch, grads: Sequence[Tensor | None]) -> None:
@@ -697,13 +730,14 @@ class PrivacyEngine:
     def _record(self, microbatch: _Microbatch, layer: str, record: Record) -> None:
         self._start_recording(microbatch)
         module = self.layers[layer]
-        names, gradients = self._attributes[module], dict[str, PerSampleGradient]()
+        names = self._attributes[module]
+        gradients: dict[str, PerSampleGradient] = {}
         with exact_arithmetic(self.model.device):
             if any(grad is not None for grad in record.grads):
                 record, complete = self.model.localize(layer, module, record)
                 layout = self._layouts.of(layer, record, microbatch.rows)
                 self._note_dtypes(microbatch, record.grads)
-                gradients = per_sample_gradients(module, record.arranged(layout), frozenset(names))
+                gradients = per_sample_gradients(module, record.arranged(layout, microbatch.rows), frozenset(names))
                 if layout == "merged":
                     gradients = {name: gradient.regroup(microbatch.rows) for name, gradient in gradients.items()}
                 gradients = {name: gradient.settle() for name, gradient in complete(gradients).items()}
@@ -716,16 +750,19 @@ class PrivacyEngine:
         assert microbatch is not None
         with exact_arithmetic(self.model.device):
             if microbatch.norms is not None and self._first_microbatch is not None:
-                self._first_microbatch.measured(microbatch.norms.finish())
+                measured = microbatch.norms.finish()
+                self._first_microbatch.measured({name: m.terms.norm_sq for name, m in measured.items()})
+                if not microbatch.rehearsal:
+                    self.measured = measured
             if microbatch.sums is not None:
                 microbatch.sums.finish()
-                self.model.finish_accumulate()
                 self._account_rows(microbatch)
         self.model.after_backward()
         microbatch.norms = None  # it holds every record until the garbage collector finds it
         microbatch.done, self._poisoned = True, None
         self._intake.finished()
         self._window.open()
+        self._uncompiled.stop()
 
     def _weigh(self, microbatch: _Microbatch, group: int, terms: NormTerms) -> RowWeights:
         """Clip weights of a group's rows, from their norms."""
@@ -764,6 +801,7 @@ class PrivacyEngine:
         self._check_before_release()
         if not self._checked:
             self._check_independence()
+        self.model.finish_accumulate()
         self.steps += 1
         if self._drawn_epoch is not None:
             self._released_epochs.add(self._drawn_epoch)
@@ -771,13 +809,13 @@ class PrivacyEngine:
             gradients = self._private_gradients()
             for parameter in self.model.parameters:
                 self.model.publish(parameter, gradients[parameter.name])
+            self._adapt_bounds()
         except BaseException:
             self._poisoned = "a release failed halfway"
             for parameter in self.model.parameters:
                 parameter.parameter.grad = None
             raise
         self._pending = 0
-        self._adapt_bounds()
         self._intake.released()
         self._warn_unless_vouched()
         grads = {name: p.parameter.grad for name, p in self._parameters.items()}
@@ -792,10 +830,15 @@ class PrivacyEngine:
         normals = noise.standard_normal(self._bounds_key, release=self.steps, parameter=0, start=0, count=groups)
         first = [group.bound for group in self.groups]
         counts = [self._count_noise * x for x in normals.tolist()]
-        bounds = next_bounds(self.bounds, first, excess, counts, self.privacy.expected_batch_size, options)
-        packed = self.model.agree(struct.pack(f"<{groups}d", *bounds))  # to the last digit
-        self._set_bounds(struct.unpack(f"<{groups}d", packed))
+        self._agree_on_bounds(
+            next_bounds(self.bounds, first, excess, counts, self.privacy.expected_batch_size, options)
+        )
         self._excess.zero_()
+
+    def _agree_on_bounds(self, bounds: Sequence[float]) -> None:
+        """Rank 0's, to the last digit: noise is made for the bounds that every rank clips to."""
+        form = f"<{len(self.groups)}d"
+        self._set_bounds(struct.unpack(form, self.model.agree(struct.pack(form, *bounds))))
 
     def _warn_unless_vouched(self) -> None:
         if not self._vouched and not self._warned:
@@ -809,6 +852,7 @@ class PrivacyEngine:
             )
 
     def _check_before_release(self) -> None:
+        self._last_release.check()
         self._raise_if_poisoned()
         if self._gate.waiting:
             raise PrivacyError("privatize: a released gradient already waits for its optimizer.step()")
@@ -848,6 +892,7 @@ class PrivacyEngine:
         first.loss.stop()
         rehearsal = _Microbatch(first.rows, torch.ones(first.rows, dtype=torch.bool), False, norms=MeasuredNorms())
         self._current = rehearsal
+        self._uncompiled.start()
         try:
             first.run_exchanged()
             told = first.compare(rehearsal.narrowest)
@@ -864,8 +909,16 @@ class PrivacyEngine:
             self._first_microbatch = None
 
     def _private_gradients(self) -> dict[str, Tensor]:
-        """``(sum_i w_i G_i + sigma R xi) / expected_batch_size`` of every local shard, flat; the sums are used up."""
-        out = {p.name: torch.empty_like(p.accumulator, dtype=p.parameter.dtype) for p in self.model.parameters}
+        """``(sum_i w_i G_i + sigma R xi) / expected_batch_size`` of every local shard, flat, in place of the sums.
+
+        The sums' memory goes with the gradients: whoever keeps one of these never sees an un-noised sum in it later.
+        """
+        out = {
+            p.name: p.accumulator.view(-1)
+            if p.accumulator.dtype == p.parameter.dtype
+            else torch.empty_like(p.accumulator, dtype=p.parameter.dtype)
+            for p in self.model.parameters
+        }
         segments = [
             Segment(
                 accumulator=p.accumulator,
@@ -877,7 +930,7 @@ class PrivacyEngine:
             )
             for p in self.model.parameters
         ]
-        privatize_all_(
+        self._last_release = privatize_all_(
             segments,
             key=self._noise_key,
             release=self.steps,
@@ -885,6 +938,7 @@ class PrivacyEngine:
             noise_std=self.gradient_noise_multiplier * self.max_grad_norm,
             divisor=self.privacy.expected_batch_size,
         )
+        self.model.give_accumulators_away()
         return out
 
     def _discard_pending(self) -> None:

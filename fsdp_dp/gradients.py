@@ -94,6 +94,11 @@ class PerSampleGradient(Protocol):
         """How it is measured, for people."""
         ...
 
+    @property
+    def norm_cost(self) -> float:
+        """Of the norm, in products as large as the one that makes the parameter's own gradient; for people."""
+        ...
+
     def norm_terms(self) -> NormTerms: ...
 
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor: ...
@@ -147,6 +152,7 @@ class Materialized:
 
     value: Tensor
     method: ClassVar[str] = "store"
+    norm_cost: ClassVar[float] = 0.0
 
     def norm_terms(self) -> NormTerms:
         return _stored_norm_terms([self.value])
@@ -183,14 +189,17 @@ class OuterProduct:
     def dtype(self) -> torch.dtype:
         return accumulate_dtype(torch.promote_types(self.a_BTD.dtype, self.g_BTP.dtype))
 
-    @property
-    def method(self) -> planner.Method:
+    @functools.cached_property
+    def is_fused(self) -> bool:
+        """Whether the kernels of `kernels.outer` take these factors."""
+        return fused.usable(self.a_BTD, self.g_BTP)
+
+    @functools.cached_property
+    def method(self) -> planner.Method:  # type: ignore[override]
         """How the rows are measured (see `planner`)."""
         a, g = self.a_BTD, self.g_BTP
         narrower = min(a.element_size(), g.element_size())
-        return planner.method(
-            *a.shape[1:], g.shape[2], narrower, self.dtype.itemsize, fused=fused.usable(a, g)
-        )
+        return planner.method(*a.shape[1:], g.shape[2], narrower, self.dtype.itemsize, fused=self.is_fused)
 
     @property
     def uses_gram(self) -> bool:
@@ -200,7 +209,11 @@ class OuterProduct:
     @property
     def in_fused_gram(self) -> bool:
         """Whether one launch measures this and other layers that share the input."""
-        return self.uses_gram and fused.usable(self.a_BTD, self.g_BTP)
+        return self.is_fused and self.uses_gram
+
+    @property
+    def norm_cost(self) -> float:
+        return outer_norm_cost(self.a_BTD.shape[1], self.a_BTD.shape[2], self.g_BTP.shape[2])
 
     def settle(self) -> PerSampleGradient:
         """``G_i`` itself where it is what the norm needs and takes little more room than its factors, else unchanged."""
@@ -216,7 +229,7 @@ class OuterProduct:
         return NormTerms.unstack(torch.cat(parts, dim=1))
 
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
-        if fused.usable(self.a_BTD, self.g_BTP):
+        if self.is_fused:
             return fused.weighted_outer(self.a_BTD, self.g_BTP, _kept(weight_B, keep_B).to(self.dtype))
         a = _kept(self.a_BTD, keep_B).flatten(0, 1)
         scaled = (_kept(self.g_BTP, keep_B) * weight_B.to(self.dtype)[:, None, None]).flatten(0, 1)
@@ -231,6 +244,11 @@ class OuterProduct:
     def regroup(self, rows: int) -> OuterProduct:
         a, g = (x.reshape(rows, -1, x.shape[2]) for x in (self.a_BTD, self.g_BTP))
         return OuterProduct(a, g)
+
+
+def outer_norm_cost(T: int, D: int, P: int) -> float:
+    """Of two Gram matrices, or of the gradient itself where that is cheaper, in products of T x D and T x P."""
+    return min(1.0, T * (D + P) / (D * P))
 
 
 def _fused_norm_terms(outers: Sequence[OuterProduct]) -> NormTerms:
@@ -267,15 +285,16 @@ def _gram(x_BTC: Tensor) -> tuple[Tensor, float]:
 
 
 def _product_rounding(S_B: Tensor, a_BTD: Tensor) -> Tensor:
-    """Rounding of ``sum_t (w g_t) a_t^T``: the scaled factor is rounded (or split in two), T products are summed.
+    return product_rounding(a_BTD, *a_BTD.shape[:2]) * S_B
+
+
+def product_rounding(factor: Tensor, rows: int, terms: int) -> float:
+    """Rounding of ``sum_t (w g_t) a_t^T``, relative to S: the scaled factor is rounded (or split in two), products summed.
 
     The kernel rounds 2 B + 2 times more in float32 instead of splitting: its weights are quotients of rows' weights.
     """
-    if on_tensor_cores(a_BTD):
-        split = 1.01 * SPLIT_ROUNDOFF + 1.01 * gamma(2 * len(a_BTD) + 4, torch.float32)
-    else:
-        split = 0.0
-    return (split + 1.01 * gamma(a_BTD.shape[1] + 4, product_roundoff(a_BTD))) * S_B
+    weighting = SPLIT_ROUNDOFF + gamma(2 * rows + 4, torch.float32) if on_tensor_cores(factor) else 0.0
+    return 1.01 * weighting + 1.01 * gamma(terms + 4, product_roundoff(factor))
 
 
 def _instantiated_norms(a_BTD: Tensor, g_BTP: Tensor) -> NormTerms:
@@ -333,6 +352,7 @@ class IndexedRows:
     value_BTP: Tensor
     vocabulary: int
     method: ClassVar[str] = "rows"
+    norm_cost: ClassVar[float] = 0.0
 
     @staticmethod
     def compress(index_BT: Tensor, g_BTP: Tensor, vocabulary: int) -> IndexedRows:
@@ -383,6 +403,10 @@ class TiedSum:
     @property
     def method(self) -> str:
         return f"{self.outer.method} + rows"
+
+    @property
+    def norm_cost(self) -> float:
+        return self.outer.norm_cost + self.rows.index_BT.shape[1] / self.rows.vocabulary
 
     def norm_terms(self) -> NormTerms:
         """``|X + Y|^2 = |X|^2 + |Y|^2 + 2 <X, Y>``; leaving out the last term breaks the bound (DESIGN section 4)."""
@@ -472,12 +496,29 @@ def total_norm_terms(gradients: Sequence[PerSampleGradient], rows: int, device: 
     return functools.reduce(NormTerms.__add__, map(_stored_norm_terms, stored.values()), total)
 
 
-def weighted_sums(gradients: Mapping[str, PerSampleGradient], weight_B: Tensor, keep_B: Tensor) -> dict[str, Tensor]:
-    """``weighted_sum`` of each; small stored gradients together, in one product."""
+def weighted_sums(
+    gradients: Mapping[str, PerSampleGradient],
+    weight_B: Tensor,
+    keep_B: Tensor,
+    into: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """``weighted_sum`` of each; small stored gradients together, in one product.
+
+    Sums that a kernel makes are written to their place ``into``, if there is one (see `fused.weighted_outer`).
+    """
+    into = into or {}
+    effective_B = _kept(weight_B, keep_B)
     small = {n: g.value for n, g in gradients.items() if isinstance(g, Materialized) and g.value[0].numel() <= SMALL}
-    sums = {n: g.weighted_sum(weight_B, keep_B) for n, g in gradients.items() if n not in small}
+    sums = {n: _weighted_sum(g, effective_B, keep_B, into.get(n)) for n, g in gradients.items() if n not in small}
     if small:
         joint = Materialized(torch.cat([x.flatten(1) for x in small.values()], 1)).weighted_sum(weight_B, keep_B)
         pieces = joint.split([x[0].numel() for x in small.values()])
         sums |= {n: piece.view(x.shape[1:]) for (n, x), piece in zip(small.items(), pieces, strict=True)}
     return sums
+
+
+def _weighted_sum(gradient: PerSampleGradient, effective_B: Tensor, keep_B: Tensor, place: Tensor | None) -> Tensor:
+    """``effective_B`` is zero for rows that are not kept, which is all that the kernel asks about them."""
+    if isinstance(gradient, OuterProduct) and gradient.is_fused:
+        return fused.weighted_outer(gradient.a_BTD, gradient.g_BTP, effective_B, place)
+    return gradient.weighted_sum(effective_B, keep_B)

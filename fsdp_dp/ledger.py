@@ -297,6 +297,11 @@ def check_run(folder: Path) -> Chain:
     return chain
 
 
+def verdict(chain: Chain) -> str:
+    """What `verify` says of a ledger that holds together."""
+    return f"ok: {len(chain.links)} records, unbroken; {chain.standing().counted} releases count as spent"
+
+
 def describe(chain: Chain) -> Iterator[str]:
     """What a ledger says, line by line."""
     standing = chain.standing()
@@ -329,7 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     try:
         chain = check_run(asked.run)
-        lines = list(describe(chain)) if asked.command == "show" else [f"ok: {len(chain.links)} records, unbroken"]
+        lines = list(describe(chain)) if asked.command == "show" else [verdict(chain)]
     except (LedgerError, accounting.AccountingError, OSError) as error:
         print(f"fsdp_dp.ledger: {error}", file=sys.stderr)
         return 1

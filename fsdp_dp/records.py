@@ -16,12 +16,18 @@ class Call:
     """How a layer was called, without its tensors: these travel through ``save_for_backward``.
 
     ``leaves`` and ``spec`` are the flattened ``(args, kwargs)``, with ``places`` of the tensors that were taken out.
+    ``shared`` says of each of these, and ``gives_shared`` of the outputs, whether the layer had it without rows, for being
+    the same for all (see `shared_values`); the record has it once a row. ``outputs`` are kept where a rule is to prove that
+    it computes them.
     """
 
     leaves: tuple[Any, ...]
     spec: TreeSpec | None
     places: tuple[int, ...]
-    autocast: tuple[bool, torch.dtype] | None = None
+    autocast: bool = False
+    shared: tuple[bool, ...] = ()
+    gives_shared: bool = False
+    outputs: tuple[Tensor, ...] | None = None
 
     @staticmethod
     def of(args: tuple[Any, ...], kwargs: dict[str, Any], *, first_only: bool) -> tuple[Call, list[Tensor]]:
@@ -31,10 +37,9 @@ class Call:
         leaves, spec = tree_flatten((args, kwargs))
         places = tuple(i for i, x in enumerate(leaves) if isinstance(x, Tensor))
         tensors = [leaves[i] for i in places]
-        kind = tensors[0].device.type if tensors else "cpu"
-        autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         rest = tuple(None if i in places else x for i, x in enumerate(leaves))
-        return Call(rest, spec, places, autocast), tensors
+        autocast = torch.is_autocast_enabled(tensors[0].device.type if tensors else "cpu")
+        return Call(rest, spec, places, autocast, (False,) * len(places)), tensors
 
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``(args, kwargs)`` again, with these tensors."""
@@ -52,12 +57,14 @@ _FIRST = NO_CALL = Call((), None, ())
 class Record:
     """One call of a layer: what it was given, and the gradient with respect to each of its floating-point outputs.
 
-    ``grads`` has None for an output that the loss does not use.
+    ``grads`` has None for an output that the loss does not use. ``layout`` says where the ``rows`` are in these.
     """
 
     call: Call
     inputs: tuple[Tensor, ...]
     grads: tuple[Tensor | None, ...]
+    rows: int = 0
+    layout: Layout = "rows"
 
     @property
     def a(self) -> Tensor:
@@ -71,11 +78,11 @@ class Record:
         assert grad is not None
         return grad
 
-    def arranged(self, layout: Layout) -> Record:
-        """The same with rows (or entries of rows) in front, where the rule looks for them."""
+    def arranged(self, layout: Layout, rows: int) -> Record:
+        """The same with rows (or entries of rows) in front, where a rule of the first input looks for them."""
         if layout != "second" or self.call.spec is not None:
-            return self
-        return Record(self.call, (self.a.transpose(0, 1),), (self.g.transpose(0, 1),))
+            return dataclasses.replace(self, layout=layout, rows=rows)
+        return Record(self.call, (self.a.transpose(0, 1),), (self.g.transpose(0, 1),), rows)
 
 
 Layout = Literal["rows", "merged", "second"]
@@ -87,22 +94,18 @@ Layout = Literal["rows", "merged", "second"]
 """
 
 
-def layout_of(shapes: Sequence[torch.Size], rows: int) -> Layout | None:
-    """The layout that shapes of a record suggest, None if there is none.
+ALL_LAYOUTS: tuple[Layout, ...] = ("rows", "merged", "second")
+
+
+def layout_of(shapes: Sequence[torch.Size], rows: int, allowed: Sequence[Layout] = ALL_LAYOUTS) -> Layout | None:
+    """The layout that shapes of a record suggest, of those allowed; None if there is none.
 
     It is a guess that the engine verifies before the first release (see `independence`), and keeps from then on.
     """
-    if all(len(shape) > 0 and shape[0] == rows for shape in shapes):
-        return "rows"
-    if all(len(shape) > 2 and shape[1] == rows for shape in shapes):
-        return "second"
-    if (
-        len({shape[0] if shape else 0 for shape in shapes}) == 1
-        and shapes[0]
-        and shapes[0][0] % rows == 0 < shapes[0][0]
-    ):
-        return "merged"
-    return None
+    # [B windows, heads, T, D] with as many heads as rows is attention over windows; [T, B, D] is a sequence first.
+    wide = any(len(shape) > 3 for shape in shapes)
+    likely: tuple[Layout, ...] = ("rows", "merged", "second") if wide else ("rows", "second", "merged")
+    return next((layout for layout in likely if layout in allowed and fits(layout, shapes, rows)), None)
 
 
 def fits(layout: Layout, shapes: Sequence[torch.Size], rows: int) -> bool:
@@ -111,4 +114,4 @@ def fits(layout: Layout, shapes: Sequence[torch.Size], rows: int) -> bool:
         return all(len(shape) > 0 and shape[0] == rows for shape in shapes)
     if layout == "second":
         return all(len(shape) > 2 and shape[1] == rows for shape in shapes)
-    return all(len(shape) > 0 and shape[0] == shapes[0][0] and shape[0] % rows == 0 for shape in shapes)
+    return all(len(shape) > 0 and shape[0] == shapes[0][0] and shape[0] % rows == 0 < shape[0] for shape in shapes)

@@ -43,8 +43,8 @@ def compared(prv: EpsilonBounds, pld: EpsilonBounds) -> str:
     if pld.upper < prv.lower or pld.estimate > prv.upper * (1 + PLD_LOOSENESS):
         raise AccountingError(
             f"The accountants contradict each other: 'prv' puts epsilon between {prv.lower:.6g} and {prv.upper:.6g}, 'pld' "
-            f"at {pld.estimate:.6g} and at most {pld.upper:.6g}. One of them is wrong: report neither, and compare the versions "
-            "of prv-accountant and dp-accounting with constraints.txt"
+            f"at {pld.estimate:.6g} and at most {pld.upper:.6g}. One of them is wrong: report neither, and compare the "
+            "versions of prv-accountant and dp-accounting with constraints.txt"
         )
     return f"epsilon cross-checked: prv {prv.lower:.4g} to {prv.upper:.4g}, pld at most {pld.upper:.4g}"
 
@@ -64,6 +64,6 @@ def cost_of_cap(privacy: PrivacyConfig, noise_multiplier: float, steps: int) -> 
     ).upper
     cut = binom.sf(privacy.max_batch_size, privacy.dataset_size, privacy.sample_rate)
     return (
-        f"every step has the same shape: at most {privacy.max_batch_size} rows, and a draw is cut with probability {cut:.2g}; "
+        f"every step has the same shape: at most {privacy.max_batch_size} rows; a draw is cut with probability {cut:.2g}; "
         f"epsilon {capped:.4g} (zeroing out one row), where the same noise on uncut draws has {free:.4g}"
     )

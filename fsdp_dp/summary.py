@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from fsdp_dp.layers.registry import layer_type
+from fsdp_dp.methods import Measured, inflation
 
 if TYPE_CHECKING:
     from fsdp_dp.engine import PrivacyEngine
@@ -26,7 +31,8 @@ def _mechanism(engine: PrivacyEngine) -> list[str]:
     spent = "no noise: epsilon is infinite" if sigma == 0 else f"{engine.steps} release(s) so far"
     lines = [
         f"  mechanism        Gaussian, noise_multiplier {sigma:.6g}, max_grad_norm {p.max_grad_norm:g}; {spent}",
-        f"  sampling         {p.sampling}, rate {p.sample_rate:.3g} = {p.expected_batch_size} of {p.dataset_size} rows",
+        f"  sampling         {p.sampling}, rate {p.sample_rate:.3g} = {p.expected_batch_size} of {p.dataset_size} rows"
+        + ("" if p.max_batch_size is None else f", at most {p.max_batch_size}"),
         f"  clipping         {p.clipping}, {p.clip_function}, {p.numerics} numerics; a row is clipped to "
         f"{engine.row_bound:.8g}",
         *_groups(engine),
@@ -54,18 +60,95 @@ def _groups(engine: PrivacyEngine) -> list[str]:
 
 
 def _model(engine: PrivacyEngine) -> list[str]:
-    kinds = Counter(layer_type(module).__name__ for module in engine.layers.values())
-    tapped = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-    return [f"  layers           {tapped}; {engine.model.global_numel:,} trainable elements"]
+    kinds = kinds_of_layers(engine)
+    lines = [
+        f"  layers           {len(engine.layers)}, of {len(kinds)} kinds; {engine.model.global_numel:,} trainable elements"
+    ]
+    lines += [f"    {line}" for line in _aligned([_HEADER, *(kind.cells(engine.measured) for kind in kinds)])]
+    if not engine.measured:
+        return [*lines, "    (methods and slack are known after the first backward)"]
+    slack = inflation(engine.measured.values())
+    whole = "" if slack is None else f"; of a whole row {_percent(slack)}"
+    return [
+        *lines,
+        f"    slack: by how much certified norms exceed computed ones{whole}. From private rows: not private",
+    ]
+
+
+_HEADER = ("count", "layer", "trained", "method", "norm cost", "kept a row", "slack")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Layers that look the same in print, and whose gradients are measured in the same way."""
+
+    layer: str
+    trained: str
+    method: str
+    members: tuple[tuple[str, ...], ...]
+    """The parameters of each layer of this kind."""
+
+    def cells(self, measured: Mapping[str, Measured]) -> tuple[str, ...]:
+        """A line of the table; the norm's cost is in products as large as that of the layer's own weight gradient."""
+        of_layer = [[measured[name] for name in names if name in measured] for names in self.members]
+        found = [m for of_one in of_layer for m in of_one]
+        line = (str(len(self.members)), self.layer, self.trained, self.method)
+        slack = inflation(found)
+        if slack is None:
+            return (*line, "", "", "")
+        kept = sum(m.kept for m in found) / len(self.members)
+        return (*line, f"{max(m.cost for m in found):.2f}", _size(kept), _percent(slack))
+
+
+def kinds_of_layers(engine: PrivacyEngine) -> list[Kind]:
+    """In the order of the model; parameters outside of layers are a kind of their own."""
+    layer_of = {module: layer for layer, module in engine.layers.items()}
+    owned: dict[str, list[tuple[str, str]]] = {layer: [] for layer in engine.layers}
+    uses = Counter(engine.model.names.values())
+    for (module, attribute), name in engine.model.names.items():
+        owned.setdefault(layer_of.get(module, name), []).append((attribute, name))
+    kinds: dict[tuple[str, str, str], list[tuple[str, ...]]] = {}
+    for layer, parameters in owned.items():
+        names = tuple(name for _, name in parameters)
+        methods = dict.fromkeys(engine.measured[name].method for name in names if name in engine.measured)
+        printed = _printed(engine.layers[layer]) if layer in engine.layers else "parameter of a module with children"
+        trained = (
+            ", ".join(f"{a} (tied)" if uses[name] > 1 else a for a, name in parameters)
+            if layer in engine.layers
+            else ""
+        )
+        kinds.setdefault((printed, trained, " + ".join(methods)), []).append(names)
+    return [
+        Kind(layer=layer, trained=trained, method=method, members=tuple(members))
+        for (layer, trained, method), members in kinds.items()
+    ]
+
+
+def _printed(layer: nn.Module) -> str:
+    """A layer as torch prints it, without its children and without what sharding adds to its class's name."""
+    own = repr(layer) if next(layer.children(), None) is None else f"{type(layer).__name__}({layer.extra_repr()})"
+    return own.replace(type(layer).__name__, layer_type(layer).__name__, 1)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} GiB"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
 
 
 def _communication(engine: PrivacyEngine) -> list[str]:
     model = engine.model
     lines = [f"  sharding         {model.kind}, {model.data_size} data-parallel rank(s)"]
-    if model.data_size > 1:
-        lines.append(
-            f"  communication    as FSDP: a reduce-scatter (SUM, {engine.dtype}) for each of {model.unit_count} units"
-        )
-    if model.split_group is not None:
-        lines.append("                   plus one all-reduce of [3, B] norms over the tensor-parallel ranks")
+    lines += [f"    each microbatch  {what}" for what in model.communication()]
     return lines

@@ -16,16 +16,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from fsdp_dp.attention import Attentions
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
+from fsdp_dp.layers.leaf import is_proven
+from fsdp_dp.marks import is_picked
 from fsdp_dp.records import Call
 from fsdp_dp.shared_values import SharedValue, unwrapped
 
@@ -50,7 +54,10 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        ctx.report(ctx.call, tuple(x.detach() for x in inputs), grads)
+        found = tuple(
+            None if g is None or not g.numel() else g for g in grads
+        )  # an expert may be given no token at all
+        ctx.report(ctx.call, tuple(x.detach() for x in inputs), found)
         return None, None, None, None, *grads, *(None for _ in inputs)
 
 
@@ -86,6 +93,16 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` leaves ``function`` out of its graphs, where it would run once, or keep buffers that are reused."""
+    return torch.compiler.disable(function, reason="fsdp_dp records what layers were given")  # type: ignore[no-any-return]
+
+
+def _is_reached(node: Any) -> bool:
+    """Whether the current backward runs this node of the graph (None: the graph is gone)."""
+    return node is not None and torch._C._will_engine_execute_node(node)
+
+
 class Taps:
     """Taps on a set of layers. ``start`` is asked for a report function at every call of a layer.
 
@@ -95,6 +112,7 @@ class Taps:
         start: called with the layer's name in forward; returns what to do in backward.
         share: called with the layer's name and inputs; a function that makes an output `SharedValue`, for inputs that
             are the same for all rows, else None.
+        rows: how many the microbatch has.
     """
 
     def __init__(
@@ -103,19 +121,28 @@ class Taps:
         keeps: Callable[[nn.Module], Literal["first", "all"]],
         start: Callable[[str], Report],
         share: Callable[[str, Sequence[Tensor]], Callable[[Tensor], SharedValue] | None],
+        rows: Callable[[], int],
     ) -> None:
-        self._start, self._keeps, self._share = start, keeps, share
+        self._start, self._share, self._rows = start, share, rows
+        self._versions: dict[nn.Module, list[int]] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self.running: list[nn.Module] = []
+        self.of_forward: list[tuple[weakref.ref[Any], Report]] = []
         self._handles: list[RemovableHandle] = []
         self._hook_ids: dict[str, int] = {}
+        self._attentions = Attentions(layers)
+        self._picked: set[str] = set()
         for name, layer in layers.items():
-            self._handles.append(layer.register_forward_pre_hook(self._enter, prepend=True))
-            leave = layer.register_forward_hook(self._leave(name), prepend=True, with_kwargs=True, always_call=True)
-            self._handles.append(leave)
-            self._hook_ids[name] = leave.id
+            everything = keeps(layer) == "all"
+            enter, leave = self._enter_watched if everything else self._enter, self._leave(name, everything)
+            enter, leave = as_written(enter), as_written(leave)
+            self._handles.append(layer.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+            hook = layer.register_forward_hook(leave, prepend=True, with_kwargs=True, always_call=True)
+            self._handles.append(hook)
+            self._hook_ids[name] = hook.id
 
     def remove(self) -> None:
+        self._attentions.remove()
         for handle in self._handles:
             handle.remove()
 
@@ -123,12 +150,24 @@ class Taps:
         self, call: Call, report: Report, outputs: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """``outputs`` behind a tap that keeps ``inputs``."""
-        return _Tap.apply(self._anchor, call, report, len(outputs), *outputs, *inputs)  # type: ignore[no-any-return]
+        tapped: tuple[Tensor, ...] = _Tap.apply(self._anchor, call, report, len(outputs), *outputs, *inputs)
+        if tapped and not recomputing():
+            self.of_forward.append((weakref.ref(tapped[0].grad_fn), report))
+        return tapped
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def unreached(self) -> list[Report]:
+        """Reports of the forward's taps that the backward which runs now will not come to. Asked once in a backward."""
+        taps, self.of_forward = self.of_forward, []
+        return [report for node, report in taps if not _is_reached(node())]
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.running.append(module)
 
-    def _leave(self, name: str) -> Callable[..., Tensor | None]:
+    def _enter_watched(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.running.append(module)
+        self._versions[module] = _versions(args, kwargs)
+
+    def _leave(self, name: str, everything: bool) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self.running and self.running[-1] is module:
                 self.running.pop()
@@ -140,22 +179,57 @@ class Taps:
                     "see is not the layer's own output. Register it without prepend, or before make_private"
                 )
             report = self._start(name)
-            call, inputs = Call.of(args, kwargs, first_only=self._keeps(module) == "first")
-            leaves, spec = tree_flatten(output)
-            tapped = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
-            share = self._share(name, inputs)
-            if share is not None:
-                inputs = [x if isinstance(x, SharedValue) else share(x) for x in inputs]
-                leaves = [
-                    share(x) if i in tapped and not isinstance(x, SharedValue) else x for i, x in enumerate(leaves)
-                ]
-            outputs = [leaves[i] for i in tapped]
-            through = self.through(call, report, unwrapped(outputs), unwrapped(inputs))
-            for i, x in zip(tapped, through, strict=True):
-                leaves[i] = leaves[i].with_rows(x) if isinstance(leaves[i], SharedValue) else x
-            return tree_unflatten(leaves, spec)
+            if everything and self._versions.pop(module) != _versions(args, kwargs):
+                raise UnsupportedModelError(
+                    f"Layer '{name}' ({type(module).__name__}) writes to its input in place, so what it was given is gone "
+                    "when its gradient is computed; write to a copy"
+                )
+            call, inputs = Call.of(args, kwargs, first_only=not everything)
+            return self._tapped(name, module, call, inputs, report, output)
 
         return hook
+
+    def _tapped(
+        self, name: str, module: nn.Module, call: Call, inputs: list[Tensor], report: Report, output: Any
+    ) -> Any:
+        """``output`` with a tap behind each of its floating-point tensors."""
+        self._refuse_picked(name, inputs)
+        are_shared = [isinstance(x, SharedValue) for x in inputs]
+        share = None if any(are_shared) else self._share(name, inputs)
+        if share is None and not any(are_shared) and call.spec is None and type(output) is Tensor:
+            return self.through(call, report, [output], inputs)[0]  # most calls, and they are many
+        leaves, spec = tree_flatten(output)
+        tapped = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
+        if any(are_shared) and any(isinstance(leaves[i], SharedValue) for i in tapped):
+            share = self._share(name, inputs)
+        if share is not None:
+            are_shared = [True] * len(inputs)
+            inputs = [x if isinstance(x, SharedValue) else share(x) for x in inputs]
+            leaves = [share(x) if i in tapped and not isinstance(x, SharedValue) else x for i, x in enumerate(leaves)]
+        outputs, inputs = unwrapped([leaves[i] for i in tapped]), unwrapped(inputs)
+        if call.spec is not None:
+            call = dataclasses.replace(call, shared=tuple(are_shared), gives_shared=share is not None)
+            if not is_proven(module, call, inputs, self._rows()):
+                call = dataclasses.replace(call, outputs=tuple(x.detach().clone() for x in outputs))
+        through = self.through(call, report, outputs, inputs)
+        for i, x in zip(tapped, through, strict=True):
+            leaves[i] = leaves[i].with_rows(x) if isinstance(leaves[i], SharedValue) else x
+        return tree_unflatten(leaves, spec)
+
+    def _refuse_picked(self, name: str, inputs: Sequence[Tensor]) -> None:
+        if any(map(is_picked, inputs)):
+            self._picked.add(name)
+        if name in self._picked and self._rows() > 1:
+            raise UnsupportedModelError(
+                f"Layer '{name}' is given entries that were picked from all rows by the data or by chance (tokens of an "
+                "expert, positions without padding), so they cannot be told apart by row. Run one row a microbatch, keep "
+                "the batch as the first dimension, or put what picks them and the parameters into one module without children"
+            )
+
+
+def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """Which change when a tensor is written to."""
+    return [x._version for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and not isinstance(x, SharedValue)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +271,7 @@ def _shared_attribute(
         value = raw_attribute(module, attribute)
         if value is _ABSENT:
             raise AttributeError(attribute)
-        by_fsdp = "/torch/distributed/" in sys._getframe(1).f_code.co_filename.replace("\\", "/")
+        by_fsdp = "/torch/distributed/" in _reader()
         if by_fsdp or not isinstance(value, Tensor) or isinstance(value, SharedValue) or not active():
             return value
         return share(name, value)
@@ -208,7 +282,15 @@ def _shared_attribute(
     def delete(module: nn.Module) -> None:
         del module.__dict__[attribute]
 
-    return property(read, write, delete)
+    return property(as_written(read), write, delete)
+
+
+def _reader() -> str:
+    """The file that reads an attribute, beyond what `as_written` puts in between."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and "/torch/_dynamo/" in frame.f_code.co_filename.replace("\\", "/"):
+        frame = frame.f_back
+    return frame.f_code.co_filename.replace("\\", "/")
 
 
 def raw_attribute(module: nn.Module, attribute: str) -> Any:

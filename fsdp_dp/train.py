@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -46,8 +47,8 @@ def writable_schema(kind: type[TrainConfig] = TrainConfig) -> DictConfig:
     return schema
 
 
-def checked(config: DictConfig) -> TrainConfig:
-    """The configuration as the dataclasses of the schema, for this number of processes.
+def checked(config: DictConfig, world_size: int | None = None) -> TrainConfig:
+    """The configuration as the dataclasses of the schema, for this number of processes (default: those that there are).
 
     Raises:
         ValueError: a value is not allowed.
@@ -56,7 +57,7 @@ def checked(config: DictConfig) -> TrainConfig:
     known = OmegaConf.merge(writable_schema(), OmegaConf.to_container(config))
     train_config = OmegaConf.to_object(known)
     assert isinstance(train_config, TrainConfig)
-    check_world(train_config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_world(train_config, int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size)
     return train_config
 
 
@@ -83,12 +84,17 @@ def refuse(message: str) -> NoReturn:
 
 def main() -> None:
     """The entry point of `python -m fsdp_dp.train` and of the console script."""
+    run_command(run_job)
+
+
+def run_command(job: Callable[[DictConfig], None]) -> None:
+    """Have Hydra read the configuration for a job; a bad one ends the program."""
     os.environ["HYDRA_FULL_ERROR"] = (
         "1"  # Hydra then raises instead of printing, and `explain` can add what is allowed.
     )
     ConfigStore.instance().store(name="train_schema", node=writable_schema())
     try:
-        hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(run_job)()
+        hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(job)()
     except (ValueError, HydraException, OmegaConfBaseException) as error:
         refuse(explain(error))
 

@@ -1,22 +1,28 @@
-"""What only running the model shows: parameters used behind their layer's back, and buffers written from data (rule 9).
+"""What only running the model shows: parameters used behind their layer's back, buffers written from data (rule 9), and
+losses inside the model that average over all labels of the batch (rule 8).
 
-Both are looked for in the first training forward, and refused there: a parameter that is used outside its own layer
-would lose that part of its gradient, and a buffer that a forward changes carries un-noised data into checkpoints.
+They are looked for in the first training forward, and refused: a parameter that is used outside its own layer would lose
+that part of its gradient, a buffer that a forward changes carries un-noised data into checkpoints, and where the number of
+labels divides the loss, one row changes the gradients of others (in a later microbatch, if not in the first).
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from fsdp_dp.errors import UnsupportedModelError
-from fsdp_dp.shared_values import METADATA, SharedValue, function_name, is_marked, mark_rows
+from fsdp_dp.attention import Projection
+from fsdp_dp.errors import PrivacyError, UnsupportedModelError
+from fsdp_dp.marks import mark, mark_rows, marks_of
+from fsdp_dp.shared_values import METADATA, SharedValue, function_name
 from fsdp_dp.taps import raw_attribute
 
 Site = tuple[nn.Module, str]
@@ -30,15 +36,17 @@ class FirstForward(TorchFunctionMode):
     Args:
         sites: (module, attribute) -> canonical name, for every managed parameter.
         running: the stack of layers whose forward is running now.
+        rows: of the microbatch.
     """
 
     def __init__(
-        self, root: nn.Module, sites: Mapping[Site, str], running: Sequence[nn.Module], inputs: Any = ()
+        self, root: nn.Module, sites: Mapping[Site, str], running: Sequence[nn.Module], inputs: Any = (), rows: int = 1
     ) -> None:
         super().__init__()
         for tensor in _tensors((inputs,), {}):
-            mark_rows(tensor)
-        self._root, self._sites, self._running = root, sites, running
+            if rows == 1 or tensor.shape[:1] != (1,):  # positions [1, T] are the same for all rows
+                mark_rows(tensor)
+        self._root, self._sites, self._running, self._rows = root, sites, running, rows
         self._shapes: set[tuple[int, ...]] | None = None
         self._buffers: dict[str, Tensor] = {}
         self.settled = True
@@ -58,14 +66,18 @@ class FirstForward(TorchFunctionMode):
             if not isinstance(tensor, SharedValue):
                 self._check_use(tensor, func)
         result = func(*args, **kwargs)
-        if any(map(is_marked, tensors)):
-            for tensor in _tensors((result,), {}):
-                mark_rows(tensor)
+        if func in _LOSSES and result.requires_grad and _averages_over_labels(args, kwargs, self._rows):
+            result.register_hook(_refuse_average)  # in backward, since the program may have a loss of its own
+        marks = marks_of(function_name(func), args, kwargs, tensors)
+        for tensor in _tensors((result,), {}) if marks else ():
+            mark(tensor, marks)
         return result
 
     def _check_use(self, tensor: Tensor, func: Callable[..., Any]) -> None:
         owners = [(module, name) for (module, attribute), name in self._sites.items() if _is(module, attribute, tensor)]
-        if not owners or (self._running and any(module is self._running[-1] for module, _ in owners)):
+        running = self._running[-1] if self._running else None
+        running = running.owner if isinstance(running, Projection) else running
+        if not owners or any(module is running for module, _ in owners):
             return
         if _called_from_torch_distributed():
             return
@@ -87,6 +99,66 @@ class FirstForward(TorchFunctionMode):
                     "data into checkpoints (running statistics, codebooks, load-balance counters): use a layer without "
                     "it, or put that module into eval mode"
                 )
+
+
+class Uncompiled:
+    """While on, what `torch.compile` has compiled runs as it was written: nobody sees what happens inside a graph.
+
+    From a watched forward to the end of its backward, so that activation checkpointing runs again what it ran before.
+    """
+
+    def __init__(self) -> None:
+        self._stance: AbstractContextManager[None] | None = None
+
+    def start(self) -> None:
+        if self._stance is None:
+            self._stance = torch.compiler.set_stance("force_eager")
+
+    def stop(self) -> None:
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+        self._stance = None
+
+
+_LOSSES = (F.cross_entropy, F.nll_loss)
+_CONSTANT_DIVISOR = (
+    "Give the model a constant num_items_in_batch (a Python number, with loss_reduction='sum'), or take "
+    "fsdp_dp.per_sample_cross_entropy(logits, labels).mean() as the loss"
+)
+
+
+def _averages_over_labels(args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> bool:
+    """Whether a cross entropy divides by how many labels there are, and a row may have several or none."""
+    target = args[1] if len(args) > 1 else kwargs.get("target")
+    reduction = args[6] if len(args) > 6 else kwargs.get("reduction", "mean")
+    return (
+        reduction == "mean" and isinstance(target, Tensor) and not target.is_floating_point() and target.numel() > rows
+    )
+
+
+def _refuse_average(grad: Tensor) -> None:
+    raise UnsupportedModelError(
+        "The model computes its loss as a mean over all labels of the batch, which couples rows: how many labels one row has "
+        f"changes the gradients of others. {_CONSTANT_DIVISOR}"
+    )
+
+
+class ConstantDivisor:
+    """``num_items_in_batch``, by which Hugging Face models divide a sum over labels, must not be counted from the data."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[Any] | None = None
+
+    def check(self, kwargs: Mapping[str, Any]) -> None:
+        """Raises PrivacyError if the number is a tensor, as it is where it was counted, or not that of the last forward."""
+        items = kwargs.get("num_items_in_batch")
+        if isinstance(items, Tensor) or self._seen not in (None, (items,)):
+            before = "" if self._seen is None else f" after {self._seen[0]!r}"
+            raise PrivacyError(
+                f"num_items_in_batch={items!r}{before}: a number that is counted from the batch divides the loss, so one row "
+                f"changes the gradients of others. {_CONSTANT_DIVISOR}"
+            )
+        self._seen = (items,)
 
 
 def buffer_versions(root: nn.Module) -> dict[str, tuple[int, int]]:

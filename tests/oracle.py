@@ -191,6 +191,11 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), targets_BT, reduction="none").mean(1)
 
 
+def losses_of_four(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """As `token_losses`, of the first four positions."""
+    return token_losses(logits_BTV, targets_BT[:, :4])
+
+
 def square_losses(outputs: Any, targets_BK: Tensor) -> Tensor:
     """Squared distance of each row's outputs, whatever their structure, from its targets."""
     flat = torch.cat([x.flatten(1) for x in _leaves(outputs)], 1)
@@ -269,11 +274,18 @@ class Decoder(nn.Module):
             self.head.weight = self.token.weight
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        position_ids = torch.arange(ids_BT.shape[1]).expand(ids_BT.shape)
+        position_ids = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand(ids_BT.shape)
         x_BTD = self.token(ids_BT) + self.position(position_ids)
         for block in self.blocks:
             x_BTD = checkpoint(block, x_BTD, use_reentrant=False) if self.checkpointed else block(x_BTD)
         return self.head(self.norm(x_BTD))
+
+
+class FourPositions(Decoder):
+    """The decoder on the first four positions: sequence parallelism wants them divisible."""
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return super().forward(ids_BT[:, :4])
 
 
 class Stage(Unit):
@@ -417,6 +429,138 @@ class Bare(nn.Module):
         for block in self.blocks:
             x_BTD = block(x_BTD)
         return self.head(x_BTD[:, 1:])
+
+
+class RootMeanSquare(nn.Module):
+    """As Llama's: a norm of its own, in float32 or wider."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+
+class Mixture(nn.Module):
+    """Parameters of three dimensions and of one element, a frozen one, a buffer, keywords, an output unused at times."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.experts, self.gain = nn.Parameter(torch.randn(3, width, width) / 2), nn.Parameter(torch.tensor([0.5]))
+        self.frozen = nn.Parameter(torch.ones(width), requires_grad=False)
+        self.register_buffer("ramp", torch.linspace(0, 1, width))
+
+    def forward(self, x_BTD: Tensor, *, gate: Tensor, table: Tensor, scale: float = 1.0) -> dict[str, Any]:
+        y = torch.einsum("btd,edk,bte->btk", x_BTD, self.experts, gate.softmax(-1)) * scale
+        return {"main": y + self.gain * self.ramp * self.frozen + table, "rest": [y.sin()]}
+
+
+class Sorted(nn.Module):
+    """What it does depends on the data, so it is run row by row; and a subclass of Linear with a forward of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width) / 2)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y = torch.zeros_like(x_BTD)
+        rows, positions = torch.where(x_BTD[..., 0] > 0)
+        if len(rows):
+            y = y.index_put((rows, positions), x_BTD[rows, positions] @ self.weight)
+        return y
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x).tanh()
+
+
+class Named(nn.Linear):
+    """Computes what its base computes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width)
+        self.label = "named"
+
+
+class Positions(nn.Module):
+    """A table that is given no tensor, and gives no rows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(POSITIONS, width) / 2)
+
+    def forward(self, length: int) -> Tensor:
+        return self.table[:length]
+
+
+class LeafBlock(Unit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mixture, self.router = RootMeanSquare(WIDTH), Mixture(WIDTH), nn.Linear(WIDTH, 3)
+        self.sorted, self.doubled, self.named = Sorted(WIDTH), Doubled(WIDTH, WIDTH), Named(WIDTH)
+        self.positions = Positions(WIDTH)
+
+    def forward(self, x_BTD: Tensor, cheap: bool) -> Tensor:
+        h = self.norm(x_BTD) + self.positions(x_BTD.shape[1])
+        table = torch.linspace(-1, 1, WIDTH, dtype=h.dtype).expand(h.shape[1], WIDTH)
+        mixed = self.mixture(h, gate=self.router(h), table=table, scale=0.7)
+        h = mixed["main"] if cheap else mixed["main"] * mixed["rest"][0]
+        return x_BTD + self.sorted(h) + self.named(self.doubled(self.norm(h)))
+
+
+class Leaves(nn.Module):
+    """Modules without children and without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.blocks = nn.Embedding(VOCABULARY, WIDTH), nn.ModuleList(LeafBlock() for _ in range(2))
+        self.wide = Doubled(WIDTH, 61)
+        self.head = nn.Linear(61, VOCABULARY)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        x_BTD = self.blocks[1](self.blocks[0](self.token(ids_BT), cheap=True), cheap=False)
+        return self.head(x_BTD.flatten(1).unflatten(1, (-1, WIDTH)) @ x_BTD.mT @ self.wide(x_BTD))
+
+
+class Stem(Unit):
+    """Convolutions of every kind of padding, stride and groups, and the norms that go with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 6, 3, stride=2, padding=1, padding_mode="circular", bias=False)
+        self.norm, self.depth = nn.GroupNorm(3, 6), nn.Conv2d(6, 6, (3, 1), padding="same", groups=3)
+        self.lines, self.line_norm = nn.Conv1d(6, WIDTH, 3, dilation=2, padding=2), nn.InstanceNorm1d(6, affine=True)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x = self.depth(F.gelu(self.norm(self.conv(x_BCHW))))
+        return self.lines(self.line_norm(x.flatten(2))).mT
+
+
+class Encoder(Unit):
+    """torch's own layers, whose attention projects with functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 1, 5, dropout=0.0, batch_first=True)
+        self.cross = nn.MultiheadAttention(WIDTH, 1, batch_first=True)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = self.layer(x_BTD)
+        return x_BTD + self.cross(x_BTD[:, 1:], y := x_BTD.sin(), y, need_weights=False)[0].mean(1, keepdim=True)
+
+
+class Vision(nn.Module):
+    """Convolutions, then attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.encoder, self.head = Stem(), Encoder(), nn.Linear(WIDTH, 3)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.head(self.encoder(self.stem(x_BCHW)))
 
 
 class Shared(nn.Module):
@@ -594,6 +738,11 @@ class Case:
 CASES = {
     "decoder": Case(build=Decoder, rows=11),
     "even decoder": Case(build=functools.partial(Decoder, hidden=38)),
+    "even width": Case(build=functools.partial(Decoder, width=8, hidden=36)),
+    "four positions": Case(build=functools.partial(FourPositions, hidden=38), row_losses=losses_of_four, rows=11),
+    "four positions, tied": Case(
+        build=functools.partial(FourPositions, hidden=38, tied=True), row_losses=losses_of_four
+    ),
     # A table so large that its gradient is kept in factors; in the other tied models it is formed.
     "tied": Case(build=functools.partial(Decoder, tied=True, vocabulary=61), rows=11),
     "checkpointed": Case(build=functools.partial(Decoder, checkpointed=True)),
@@ -611,6 +760,8 @@ CASES = {
     "unit called twice": Case(build=Twice),
     "shared weights": Case(build=Shared),
     "bare parameters": Case(build=Bare),
+    "leaf modules": Case(build=Leaves),
+    "vision": Case(build=Vision, row_losses=square_losses, input_shape=(2, 4, 6)),
     "fewer rows than ranks": Case(build=Narrow, row_losses=square_losses),
     "routed": Case(build=Routed, one_at_a_time=True),
     "branches": Case(build=Branches, row_losses=square_losses, input_shape=(WIDTH,)),

@@ -18,13 +18,17 @@ def tables(rows: Sequence[Row]) -> str:
     sections = []
     for case in dict.fromkeys(row["case"] for row in rows):
         of_case = [row for row in rows if row["case"] == case]
-        sections.append("\n".join([f"### {case}", "", *_stamp(of_case), "", *_HEADER, *_lines(of_case), *_account(of_case)]))
+        sections.append(
+            "\n".join([f"### {case}", "", *_stamp(of_case), "", *_HEADER, *_lines(of_case), *_account(of_case)])
+        )
     return "\n\n".join(sections)
 
 
 def _stamp(rows: Sequence[Row]) -> list[str]:
     """Device, versions, commit and command; once where the rows agree."""
-    stamps = dict.fromkeys(", ".join([row["device"], f"torch {row['torch']}", f"commit `{row['commit']}`"]) for row in rows)
+    stamps = dict.fromkeys(
+        ", ".join([row["device"], f"torch {row['torch']}", f"commit `{row['commit']}`"]) for row in rows
+    )
     return [*stamps, "", *(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))]
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fsdp_dp import chacha, noise
 from fsdp_dp.kernels.release import Segment
+from fsdp_dp.side_stream import to_device
 
 LANES = tl.constexpr(noise.LANES)
 PAIRS = tl.constexpr(noise.PAIRS)
@@ -55,10 +56,11 @@ _DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16:
 
 def privatize_all_(
     segments: Sequence[Segment], *, key: bytes, release: int, lattice: noise.Lattice, noise_std: float, divisor: float
-) -> None:
+) -> Tensor:
     """`release.privatize_all_` for one or more segments that are not empty, on a CUDA device; `noise_std` > 0.
 
-    Where it raises FloatingPointError, the outputs have been overwritten with zeros.
+    Returns an int32 on the device that is not zero if an element was not an exact number of lattice units. A second
+    launch has then overwritten all outputs with zeros, so that nobody needs to wait for the answer.
 
     **Formal guarantee.** That of `noise.standard_normal` (same nonces, counters, uniforms) and of `noise.Lattice`, with
     one change in its step 1: n = floor(x), where x is clamp(S) * (1 / lambda) + 1/2 rounded once. The reciprocal is off
@@ -75,19 +77,20 @@ def privatize_all_(
     scales = (lattice.clamp, 1 / lattice.spacing, units_of_noise, lattice.spacing / divisor)
     head = [*_key_and_release(key, release), *map(_bits, scales)]
     inexact = torch.zeros(1, dtype=torch.int32, device=segments[0].out.device)
+    launches = []
     for kind in dict.fromkeys(map(_kind, segments)):
-        accumulator_dtype, out_dtype, columns = kind
+        accumulator_dtype, out_dtype, columns, in_place = kind
         table, programs, count = _table(head, [segment for segment in segments if _kind(segment) == kind])
+        launches.append((table, programs, count, _DTYPES[out_dtype], columns))
         _privatize[(programs,)](
             table, inexact, count, ACCUMULATOR=_DTYPES[accumulator_dtype], OUT=_DTYPES[out_dtype], COLUMNS=columns,
-            CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS,
+            CLEAR=not in_place, CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS,
         )  # fmt: skip
-    if int(inexact):
-        for segment in segments:
-            segment.out.zero_()
-        raise FloatingPointError(
-            "release: an element is not an exact number of lattice units; the clipped sum holds NaN. Nothing was released"
+    for table, programs, count, out_dtype, columns in launches:
+        _zero_if_inexact[(programs,)](
+            table, inexact, count, OUT=out_dtype, COLUMNS=columns, CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS
         )
+    return inexact
 
 
 def standard_normal(
@@ -114,9 +117,9 @@ def keystream(key: bytes, nonce: chacha.Nonce, first_block: int, blocks: int, de
     return words
 
 
-def _kind(segment: Segment) -> tuple[torch.dtype, torch.dtype, bool]:
+def _kind(segment: Segment) -> tuple[torch.dtype, torch.dtype, bool, bool]:
     """What the kernel is compiled for."""
-    return segment.accumulator.dtype, segment.out.dtype, segment.columns is not None
+    return segment.accumulator.dtype, segment.out.dtype, segment.columns is not None, segment.in_place
 
 
 def _check(segment: Segment, release: int, device: torch.device) -> None:
@@ -154,13 +157,14 @@ def _table(head: Sequence[int], segments: Sequence[Segment]) -> tuple[Tensor, in
         rows += [programs, *addresses, segment.parameter, segment.start, segment.count, width, offset, size]
         chunks = -(-(segment.start + segment.count) // noise.CHUNK) - segment.start // noise.CHUNK
         programs += -(-chunks // _CHUNKS_OF_A_PROGRAM)
-    return torch.tensor(rows, dtype=torch.int64, device=segments[0].out.device), programs, len(segments)
+    table = to_device(torch.tensor(rows, dtype=torch.int64), segments[0].out.device)
+    return table, programs, len(segments)
 
 
 @triton.jit(do_not_specialize=["segments"])
 def _privatize(
     table, inexact, segments,
-    ACCUMULATOR: tl.constexpr, OUT: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
+    ACCUMULATOR: tl.constexpr, OUT: tl.constexpr, COLUMNS: tl.constexpr, CLEAR: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """One program: `CHUNKS` chunks of the segment that `_find` gives, from accumulator to gradient."""
     row = _find(table, segments)
@@ -188,8 +192,29 @@ def _privatize(
             total += tl.floor(tl.fma(cosine if half == 0 else sine, units_of_noise, 0.5))
             wrong = wrong | tl.where(tl.abs(total) <= _EXACT, 0, 1)
             _store(out + place, total * scale, inside, OUT)
-            tl.store(accumulator + place, tl.zeros([LANES * CHUNKS], ACCUMULATOR), mask=inside)
+            if CLEAR:
+                tl.store(accumulator + place, tl.zeros([LANES * CHUNKS], ACCUMULATOR), mask=inside)
     tl.store(inexact, 1, mask=tl.max(wrong) != 0)
+
+
+@triton.jit(do_not_specialize=["segments"])
+def _zero_if_inexact(
+    table, inexact, segments, OUT: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr
+):  # fmt: skip
+    """One program: the same chunks as in `_privatize`, zeroed if any program of that launch found an inexact sum."""
+    if tl.load(inexact) != 0:
+        row = _find(table, segments)
+        out = tl.load(row + _OUT).to(tl.pointer_type(OUT))
+        start, count = tl.load(row + _START), tl.load(row + _COUNT)
+        chunk = start // CHUNK + (tl.program_id(0) - tl.load(row + _FIRST_PROGRAM)).to(tl.int64) * CHUNKS
+        place = chunk * CHUNK + tl.arange(0, CHUNK * CHUNKS) - start
+        inside = (place >= 0) & (place < count)
+        if COLUMNS:
+            width, offset, size = tl.load(row + _WIDTH), tl.load(row + _OFFSET), tl.load(row + _SIZE)
+            column = place % width - offset
+            inside = inside & (column >= 0) & (column < size)
+            place = place // width * size + column
+        tl.store(out + place, tl.zeros([CHUNK * CHUNKS], OUT), mask=inside)
 
 
 @triton.jit

@@ -36,7 +36,10 @@ def _runs_on(device: torch.device) -> bool:
 
 
 def weighted_outer(a_BTD: Tensor, g_BTP: Tensor, weight_B: Tensor, out: Tensor | None = None) -> Tensor:
-    """``sum_i w_i g_i^T a_i`` ``[P, D]`` float32; rows of weight zero are not looked at. See `weighted_outer`."""
+    """``sum_i w_i g_i^T a_i`` ``[P, D]`` float32, in ``out`` if given; rows of weight zero are not looked at.
+
+    ``out`` may be ``[W, P / W, D]`` with any strides but a last one of 1.
+    """
     from fsdp_dp.kernels import weighted_outer as implementation
 
     if out is None:

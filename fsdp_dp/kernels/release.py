@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fsdp_dp import kernels, noise
@@ -20,7 +21,8 @@ class Segment:
 
     Attributes:
         accumulator: clipped sum, flat and contiguous, float32 or float64.
-        out: where its private gradient is written: as many elements, flat and contiguous, any floating dtype.
+        out: where its private gradient is written: as many elements, flat and contiguous, any floating dtype. It may be
+            the accumulator itself.
         parameter: canonical index of the parameter, part of the noise nonce.
         start, count: the run of global elements that the shard is, or lies in.
         columns: (width, offset, size) if the shard is columns `offset .. offset + size` of the run seen as rows of
@@ -34,11 +36,48 @@ class Segment:
     count: int
     columns: tuple[int, int, int] | None = None
 
+    @property
+    def in_place(self) -> bool:
+        return self.out.data_ptr() == self.accumulator.data_ptr()
+
+
+class Verdict:
+    """Whether a release on a GPU was exact: known once the device has come to it, asked for without making it wait.
+
+    Until then nothing is lost: the gradients of a release that was not are zeros.
+    """
+
+    def __init__(self, inexact: Tensor | None = None) -> None:
+        self._flag: Tensor | None = None
+        if inexact is not None and inexact.is_cuda:
+            self._flag = torch.empty(1, dtype=inexact.dtype, pin_memory=True)
+            self._flag.copy_(inexact, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        elif inexact is not None:
+            self._flag = inexact
+
+    def check(self) -> None:
+        """Wait for the answer.
+
+        Raises:
+            FloatingPointError: an element was not an exact number of lattice units.
+        """
+        if self._flag is None:
+            return
+        if hasattr(self, "_copied"):
+            self._copied.synchronize()
+        if int(self._flag):
+            raise FloatingPointError(
+                "release: an element is not an exact number of lattice units; the clipped sum holds NaN. Nothing was "
+                "released: the gradients are zeros"
+            )
+
 
 def privatize_all_(
     segments: Sequence[Segment], *, key: bytes, release: int, lattice: noise.Lattice, noise_std: float, divisor: float
-) -> None:
-    """Write each segment's noised sum, divided by `divisor`, into its `out`, and zeros into its accumulator.
+) -> Verdict:
+    """Write each segment's noised sum, divided by `divisor`, into its `out`, and zeros into an accumulator beside it.
 
     Args:
         segments: on one device, none overlapping another.
@@ -51,7 +90,8 @@ def privatize_all_(
     Raises:
         ValueError: a tensor, or `noise_std`, is not as described.
         OverflowError: the release, a parameter index or an element does not fit its counter.
-        FloatingPointError: a result is not an exact number of lattice units; nothing may be released.
+        FloatingPointError: a result is not an exact number of lattice units; nothing may be released. On a GPU that is
+            what the `Verdict` raises, and gradients are zeros.
 
     **Formal guarantee.** That of `noise.Lattice` with the normals of `noise.standard_normal`, on every element.
     """
@@ -59,13 +99,13 @@ def privatize_all_(
     if segments and noise_std > 0 and kernels.available(segments[0].out.device):
         from fsdp_dp.kernels import chacha_normal as implementation
 
-        implementation.privatize_all_(
-            segments, key=key, release=release, lattice=lattice, noise_std=noise_std, divisor=divisor
+        return Verdict(
+            implementation.privatize_all_(
+                segments, key=key, release=release, lattice=lattice, noise_std=noise_std, divisor=divisor
+            )
         )
-    else:
-        privatize_all_in_torch_(
-            segments, key=key, release=release, lattice=lattice, noise_std=noise_std, divisor=divisor
-        )
+    privatize_all_in_torch_(segments, key=key, release=release, lattice=lattice, noise_std=noise_std, divisor=divisor)
+    return Verdict()
 
 
 def privatize_all_in_torch_(
@@ -85,7 +125,8 @@ def privatize_all_in_torch_(
             )
             total = lattice.privatize(total, select(run, segment.columns), noise_std)
         segment.out.copy_(total / divisor)
-        segment.accumulator.zero_()
+        if not segment.in_place:
+            segment.accumulator.zero_()
 
 
 def select(run: Tensor, columns: tuple[int, int, int] | None) -> Tensor:

@@ -4,14 +4,16 @@ A rule is a function ``rule(module, a, g, wanted) -> {parameter name: PerSampleG
 works while FSDP has them resharded. Adding a layer is one file: write the rule, decorate it with `layer_rule`.
 """
 
-from fsdp_dp.layers import embedding, linear, normalization
+from fsdp_dp.layers import convolution, embedding, leaf, linear, normalization
 from fsdp_dp.layers.registry import (
     Rule,
     has_rule,
     keeps,
     layer_rule,
+    layouts,
     per_sample_gradients,
     refusal,
+    refused,
     rule_for,
     supported,
     unknown_parameters,
@@ -19,14 +21,18 @@ from fsdp_dp.layers.registry import (
 
 __all__ = [
     "Rule",
+    "convolution",
     "embedding",
     "has_rule",
     "keeps",
     "layer_rule",
+    "layouts",
+    "leaf",
     "linear",
     "normalization",
     "per_sample_gradients",
     "refusal",
+    "refused",
     "rule_for",
     "supported",
     "unknown_parameters",

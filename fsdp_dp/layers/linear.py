@@ -1,4 +1,7 @@
-"""Linear: ``y_t = W x_t + b`` on any number of positions, so ``G_i = sum_t g_t x_t^T`` and ``sum_t g_t``."""
+"""Linear: ``y_t = W x_t + b`` on any number of positions, so ``G_i = sum_t g_t x_t^T`` and ``sum_t g_t``.
+
+GPT-2's `Conv1D` of Hugging Face is a Linear whose weight is stored transposed, ``[D, P]``.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,20 @@ def positions(x: Tensor) -> Tensor:
 
 @layer_rule(nn.Linear)
 def linear(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """An outer product of input and output gradient over positions; two Gram matrices where that is cheaper."""
     a_BTD, g_BTP = positions(a), positions(g)
     out: dict[str, PerSampleGradient] = {}
     if "weight" in wanted:
         out["weight"] = OuterProduct(a_BTD, g_BTP)
     if "bias" in wanted:
         out["bias"] = Materialized(g_BTP.sum(1, dtype=accumulate_dtype(g.dtype)))
+    return out
+
+
+@layer_rule("transformers.pytorch_utils.Conv1D")
+def transposed_linear(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """As for Linear, transposed."""
+    out = linear(module, a, g, wanted)
+    if "weight" in out:
+        out["weight"] = OuterProduct(positions(g), positions(a))
     return out

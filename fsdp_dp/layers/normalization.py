@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm: scale and shift gradients are small, so they are stored per row as soon as they are known."""
+"""Norm layers: scale and shift gradients are small, so they are stored per row as soon as they are known."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fsdp_dp.errors import UnsupportedModelError
 from fsdp_dp.gradients import Materialized, PerSampleGradient
 from fsdp_dp.kernels import norm_rows
 from fsdp_dp.layers.linear import positions
@@ -21,6 +22,7 @@ def _over_positions(x: Tensor, parameter_dims: int) -> Tensor:
 
 @layer_rule(nn.LayerNorm)
 def layer_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """Stored for every row."""
     assert isinstance(module, nn.LayerNorm)
     if norm_rows.usable(a, g, module.normalized_shape):
         return _in_one_pass(a, g, module.eps, wanted, centered=True)
@@ -31,6 +33,7 @@ def layer_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) 
 
 @layer_rule(nn.RMSNorm)
 def rms_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """Stored for every row."""
     assert isinstance(module, nn.RMSNorm)
     if norm_rows.usable(a, g, module.normalized_shape):
         eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
@@ -56,3 +59,39 @@ def _scale_and_shift(x: Tensor, g: Tensor, dims: int, wanted: frozenset[str]) ->
     if "bias" in wanted:
         out["bias"] = Materialized(_over_positions(g, dims))
     return out
+
+
+@layer_rule(nn.GroupNorm, layouts=("rows", "merged"))
+def group_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """Stored for every row."""
+    assert isinstance(module, nn.GroupNorm)
+    dtype = accumulate_dtype(a.dtype)
+    normalized = F.group_norm(a.to(dtype), module.num_groups, None, None, module.eps)
+    return _of_channels(normalized, g.to(dtype), wanted)
+
+
+def _keeps_no_statistics(module: nn.Module) -> str | None:
+    assert isinstance(module, nn.modules.instancenorm._InstanceNorm)
+    if module.track_running_stats:
+        return "track_running_stats=True keeps statistics of the data, un-noised, in buffers; set it to False"
+    return None
+
+
+@layer_rule(
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, check=_keeps_no_statistics, layouts=("rows", "merged")
+)
+def instance_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """Stored for every row. Not with track_running_stats."""
+    assert isinstance(module, nn.modules.instancenorm._InstanceNorm)
+    dtype = accumulate_dtype(a.dtype)
+    if a.ndim != module._get_no_batch_dim() + 1:
+        raise UnsupportedModelError(
+            f"A {type(module).__name__} was given an input of shape {tuple(a.shape)} without a batch dimension; give it "
+            f"{module._get_no_batch_dim() + 1} dimensions, [rows, channels, ...]"
+        )
+    return _of_channels(F.instance_norm(a.to(dtype), eps=module.eps), g.to(dtype), wanted)
+
+
+def _of_channels(x: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """Scale and shift of ``[B, C, ...]`` channel by channel."""
+    return _scale_and_shift(x.movedim(1, -1), g.movedim(1, -1), 1, wanted)

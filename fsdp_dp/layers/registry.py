@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from fsdp_dp.gradients import PerSampleGradient
-from fsdp_dp.records import Record
+from fsdp_dp.records import ALL_LAYOUTS, Layout, Record
 
 Rule = Callable[..., dict[str, PerSampleGradient]]
 Check = Callable[[nn.Module], str | None]
@@ -19,12 +19,14 @@ AnyRule = TypeVar("AnyRule", bound=Rule)
 @dataclasses.dataclass(frozen=True)
 class _Entry:
     rule: Rule
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...] | None
     check: Check
     keeps: Literal["first", "all"]
+    layouts: tuple[Layout, ...]
 
 
 _ENTRIES: dict[type[nn.Module] | str, _Entry] = {}
+_ANY_LEAF: list[_Entry] = []
 
 
 def layer_rule(
@@ -32,32 +34,60 @@ def layer_rule(
     parameters: tuple[str, ...] = ("weight", "bias"),
     check: Check = lambda module: None,
     keeps: Literal["first", "all"] = "first",
+    layouts: tuple[Layout, ...] = ALL_LAYOUTS,
 ) -> Callable[[AnyRule], AnyRule]:
-    """Register a rule for exactly these types (a subclass may compute something else, so it is not covered).
+    """Register a rule for these types, and for subclasses that override nothing of what they do.
 
     A type of a package that may be absent is given by name: ``"package.module.Class"``. ``parameters`` are all that the
-    rule knows; ``check(module)`` returns why an instance cannot be exact, or None. The rule is called as
-    ``rule(module, a, g, wanted)``, with the layer's first input and the gradient of its output, the batch in front; or,
-    with ``keeps="all"``, as ``rule(module, record, wanted)`` with all that the layer was given.
+    rule knows; ``check(module)`` returns why an instance cannot be exact, or None; ``layouts`` are where the layer's rows
+    can be. The rule is called as ``rule(module, a, g, wanted)``, with the layer's first input and the gradient of its
+    output, the batch in front; or, with ``keeps="all"``, as ``rule(module, record, wanted)`` with all that the layer was
+    given.
     """
 
     def register(rule: AnyRule) -> AnyRule:
         for kind in types:
-            _ENTRIES[kind] = _Entry(rule, parameters, check, keeps)
+            _ENTRIES[kind] = _Entry(rule, parameters, check, keeps, layouts)
         return rule
 
     return register
 
 
+def rule_of_any_leaf(rule: AnyRule) -> AnyRule:
+    """Register what is done with modules without children that have no rule of their own."""
+    _ANY_LEAF[:] = [_Entry(rule, None, _why_not_as_a_leaf, "all", ALL_LAYOUTS)]
+    return rule
+
+
 def _entry(module: nn.Module) -> _Entry | None:
+    """The rule made for a module's type, or for a base that the type changes nothing of."""
     kind = layer_type(module)
-    return _ENTRIES.get(kind) or _ENTRIES.get(f"{kind.__module__}.{kind.__qualname__}")
+    if kind in _ENTRIES:
+        return _ENTRIES[kind]
+    for base in kind.__mro__:
+        entry = _ENTRIES.get(base) or _ENTRIES.get(f"{base.__module__}.{base.__qualname__}")
+        if entry is not None:
+            return entry if _computes_the_same(kind, base) else None
+    return None
+
+
+_HARMLESS = frozenset("__init__ reset_parameters _reset_parameters extra_repr from_pretrained reset __doc__ __module__ "
+                      "__qualname__ __annotations__ __firstlineno__ __static_attributes__ __annotate_func__ "
+                      "__annotations_cache__ __constants__ __parameters__ __abstractmethods__ _abc_impl".split())  # fmt: skip
+
+
+def _computes_the_same(kind: type, base: type) -> bool:
+    """Whether a subclass overrides nothing that its base's forward could use; new names cannot be reached from there."""
+    known = {name for ancestor in base.__mro__ for name in vars(ancestor)} | {"weight", "bias"}
+    return all(
+        name not in known or name in _HARMLESS
+        for derived in kind.__mro__[: kind.__mro__.index(base)]
+        for name in vars(derived)
+    )
 
 
 def _known(module: nn.Module) -> _Entry:
-    entry = _entry(module)
-    assert entry is not None
-    return entry
+    return _entry(module) or _ANY_LEAF[0]
 
 
 def layer_type(module: nn.Module) -> type[nn.Module]:
@@ -69,6 +99,11 @@ def layer_type(module: nn.Module) -> type[nn.Module]:
 
 def has_rule(module: nn.Module) -> bool:
     return _entry(module) is not None
+
+
+def layouts(module: nn.Module) -> tuple[Layout, ...]:
+    """Where the rows of a layer's records can be."""
+    return _known(module).layouts
 
 
 def rule_for(module: nn.Module) -> Rule:
@@ -87,14 +122,29 @@ def per_sample_gradients(module: nn.Module, record: Record, wanted: frozenset[st
     return entry.rule(module, *arguments, wanted)
 
 
-def supported() -> list[str]:
-    """Names of the supported layers, for messages."""
-    return sorted((kind if isinstance(kind, str) else kind.__name__).split(".")[-1] for kind in _ENTRIES)
+def supported() -> dict[str, str]:
+    """Name of every layer with a rule, and what the rule does: the first line of its text."""
+    return {_name(kind): _first_line(entry.rule) for kind, entry in sorted(_ENTRIES.items(), key=lambda e: _name(e[0]))}
+
+
+def refused() -> dict[str, str]:
+    """Name of every family of layers that is refused, and why."""
+    return {types[0].__name__.lstrip("_"): reason for types, reason in _REFUSED.items()}
+
+
+def _name(kind: type[nn.Module] | str) -> str:
+    name = kind if isinstance(kind, str) else getattr(kind, "documented_as", kind.__name__)
+    return str(name).split(".")[-1]
+
+
+def _first_line(rule: Rule) -> str:
+    return (rule.__doc__ or "").strip().split("\n")[0]
 
 
 def unknown_parameters(module: nn.Module, owned: Iterable[str]) -> str | None:
     """Why a layer's additional parameters cannot be made private: its rule does not know them."""
-    unknown = [name for name in owned if name not in _known(module).parameters]
+    known = _known(module).parameters
+    unknown = [name for name in owned if known is not None and name not in known]
     if not unknown:
         return None
     return (
@@ -105,23 +155,41 @@ def unknown_parameters(module: nn.Module, owned: Iterable[str]) -> str | None:
 
 def refusal(module: nn.Module) -> str | None:
     """Why the parameters of ``module`` cannot be made private exactly, and what to do; None if they can."""
-    kind = layer_type(module).__name__
     if "forward" in vars(module):
+        kind = layer_type(module).__name__
         return f"the forward of this {kind} was replaced on the instance, so its rule may not hold; make it a class"
-    if has_rule(module):
-        return _known(module).check(module)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    return _known(module).check(module)
+
+
+def _why_not_as_a_leaf(module: nn.Module) -> str | None:
+    kind = layer_type(module).__name__
+    for types, reason in _REFUSED.items():
+        if isinstance(module, types):
+            return f"{kind} {reason}"
+    hooks = [hook for hook in module._forward_pre_hooks.values() if not _is_of_torch_distributed(hook)]
+    if hooks:
         return (
-            f"{kind} mixes the rows of a batch, so no row has a gradient of its own; "
-            "use GroupNorm or LayerNorm, or freeze its parameters, if any, and keep it in eval mode"
+            f"{kind} has no layer rule, and a forward pre-hook that may compute its parameters (weight norm, spectral norm), "
+            "which running its forward again would leave out; remove the hook, or use torch.nn.utils.parametrizations"
         )
-    base = next((b.__name__ for b in type(module).__mro__ if b in _ENTRIES), None)
-    if base:
-        return (
-            f"{kind} is a subclass of {base} and may compute something else; use {base} itself, or register a rule "
-            "with fsdp_dp.layers.layer_rule"
-        )
-    return (
-        f"{kind} has no layer rule (supported: {', '.join(supported())}); move its parameters into supported layers, "
-        "freeze them with requires_grad_(False), or register a rule with fsdp_dp.layers.layer_rule"
-    )
+    return None
+
+
+_REFUSED: dict[tuple[type[nn.Module], ...], str] = {
+    (nn.modules.batchnorm._BatchNorm,): (
+        "mixes the rows of a batch, so no row has a gradient of its own; use fsdp_dp.replace_batch_norm(model), which puts "
+        "GroupNorm in its place, or freeze its parameters, if any, and keep it in eval mode"
+    ),
+    (nn.RNNBase,): (
+        "is recurrent inside one fused kernel, where the gradient of a step cannot be recorded; use attention or "
+        "convolutions, or a loop over a cell (nn.LSTMCell, nn.GRUCell)"
+    ),
+    (nn.modules.conv._ConvTransposeNd,): (
+        "is a transposed convolution, which has no rule; use nn.Upsample and a convolution, or nn.PixelShuffle"
+    ),
+}  # fmt: skip
+
+
+def _is_of_torch_distributed(hook: Callable[..., Any]) -> bool:
+    function = getattr(hook, "func", hook)
+    return str(getattr(function, "__module__", "")).startswith(("torch.distributed", "fsdp_dp"))

@@ -117,6 +117,24 @@ class ShardedModel(abc.ABC):
 
     _global_numel: int
 
+    def communication(self) -> list[str]:
+        """What a microbatch sends over each dimension of the mesh, beside the parameters that FSDP gathers; for people."""
+        units = [unit for unit in self.units if unit.accumulators]
+        sharded = [unit for unit in units if unit.shard_group is not None]
+        replicated = [unit for unit in units if unit.replicate_group is not None]
+        lines = []
+        if sharded:
+            size = sum(unit.buffer.nbytes * unit.shards for unit in sharded)
+            lines.append(f"shard ({sharded[0].shards} ranks): {len(sharded)} reduce-scatter(s), {size:,} bytes in all")
+        if replicated:
+            ranks = dist.get_world_size(replicated[0].replicate_group)
+            size = sum(unit.buffer.nbytes for unit in replicated)
+            lines.append(f"replicate ({ranks} ranks): {len(replicated)} all-reduce(s), {size:,} bytes in all")
+        if self.split_group is not None:
+            ranks = dist.get_world_size(self.split_group)
+            lines.append(f"tensor ({ranks} ranks): all-reduces of norms, [5, B] float64 for each clipping group")
+        return lines
+
     @functools.cached_property
     def _sums(self) -> Sums:
         return Sums(self.device)
@@ -128,8 +146,18 @@ class ShardedModel(abc.ABC):
         """
         self._sums.start(self.units[unit], gradients)
 
+    def places(self, unit: int) -> dict[str, Tensor]:
+        """Where the gradients of the unit that `start_accumulate` is called for next may be written at once.
+
+        Name -> ``[P, D]``, or ``[W, P / W, D]`` where W shards lie apart.
+        """
+        return self._sums.places(self.units[unit])
+
     def finish_accumulate(self) -> None:
-        """Wait until all that `start_accumulate` began is in the accumulators."""
+        """Wait until all that `start_accumulate` began is in the accumulators.
+
+        Asked for by a release alone, so that the last sums of a microbatch travel while the next one is run forward.
+        """
         self._sums.finish()
         for unit in self.units:
             unit.zero_if_fresh()
@@ -137,8 +165,13 @@ class ShardedModel(abc.ABC):
     def zero_accumulators(self) -> None:
         """Drop what was summed. The next sums replace it; what none replaces is zero after `finish_accumulate`."""
         self._sums.finish()
+        self.give_accumulators_away()
+
+    def give_accumulators_away(self) -> None:
+        """Their memory holds released gradients from now on; the next sums get memory of their own."""
         for unit in self.units:
-            unit.fresh = True
+            if unit.accumulators:
+                unit.give_away()
 
     def dedicate_groups(self) -> None:
         """Sum over process groups of their own from now on. To be called on all ranks.
@@ -199,7 +232,7 @@ def trainable_names(root: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     """
     sites: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for module_name, module in root.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter.requires_grad:
                 full = canonical_name(f"{module_name}.{attribute}" if module_name else attribute)
                 sites.setdefault(id(parameter), []).append((full, module, attribute))

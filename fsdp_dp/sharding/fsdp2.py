@@ -189,15 +189,41 @@ class _Unit(Unit):
         for name, x, piece in zip(placed, local, buffer.split(widths), strict=True):
             self.accumulators[name] = piece[: x.numel()]
 
+    def places(self, bucket: Tensor) -> dict[str, Tensor]:
+        """Of matrices that are cut into equal parts along dimension 0."""
+        return {
+            name: part.unflatten(1, (-1, p.shape[1]))
+            for (name, p), part in zip(self._placed.items(), self._parts(bucket), strict=True)
+            if len(p.shape) == 2 and p.dim == 0 and p.shape[0] % self.shards == 0
+        }
+
     def fill(self, bucket: Tensor, gradients: Mapping[str, Tensor]) -> None:
-        full = [
-            self._shards_first(p, gradients[name])
-            if name in gradients
-            else self._shards_first(p, bucket.new_zeros(p.shape))
-            for name, p in self._placed.items()
-        ]
-        # As FSDP2 fills its own bucket: cut along dimension 0, padded with zeros, side by side, in one kernel.
-        torch._chunk_cat(full, dim=0, num_chunks=self.shards, out=bucket.view(self.shards, -1))
+        inside = {
+            name
+            for name, x in gradients.items()
+            if x.untyped_storage()._cdata == bucket.untyped_storage()._cdata  # fake tensors have no address
+        }
+        if inside:
+            for (name, p), part in zip(self._placed.items(), self._parts(bucket), strict=True):
+                if name not in inside:
+                    self._chunk([self._whole(bucket, p, gradients.get(name))], part)
+        else:
+            self._chunk([self._whole(bucket, p, gradients.get(name)) for name, p in self._placed.items()], bucket)
+
+    def _parts(self, bucket: Tensor) -> tuple[Tensor, ...]:
+        """``[shards, padded shard]`` of every parameter."""
+        return bucket.view(self.shards, -1).split([p.padded_shard_numel for p in self._placed.values()], dim=1)
+
+    def _whole(self, bucket: Tensor, p: _Placed, gradient: Tensor | None) -> Tensor:
+        return self._shards_first(p, bucket.new_zeros(p.shape) if gradient is None else gradient)
+
+    def _chunk(self, whole: list[Tensor], out: Tensor) -> None:
+        """As FSDP2 fills its own bucket: cut along dimension 0, padded with zeros, side by side, in one kernel."""
+        out = out.view(self.shards, -1)
+        if out.is_contiguous():
+            torch._chunk_cat(whole, dim=0, num_chunks=self.shards, out=out)
+        else:
+            out.copy_(torch._chunk_cat(whole, dim=0, num_chunks=self.shards))
 
     def _shards_first(self, p: _Placed, gradient: Tensor) -> Tensor:
         return gradient if p.dim == 0 else torch.cat(gradient.chunk(self.shards, p.dim))

@@ -29,12 +29,13 @@ class Unit(abc.ABC):
         shard_group: ranks that hold the other shards of the unit; None where this rank holds all of it.
         replicate_group: ranks that hold the same shard; None where nobody does.
         fresh: ``buffer`` holds nothing of this logical batch, so the next sum replaces it.
+        given_away: its memory belongs to released gradients; until the next sum it takes no room and reads as zeros.
     """
 
     def __init__(
         self, buffer: Tensor, shard_group: dist.ProcessGroup | None, replicate_group: dist.ProcessGroup | None
     ) -> None:
-        self.buffer, self.fresh = buffer, True
+        self.buffer, self.fresh, self.given_away = buffer, True, False
         self.accumulators: dict[str, Tensor] = {}
         self.shard_group, self.replicate_group = _unless_alone(shard_group), _unless_alone(replicate_group)
 
@@ -46,8 +47,35 @@ class Unit(abc.ABC):
     def fill(self, bucket: Tensor, gradients: Mapping[str, Tensor]) -> None:
         """Write full gradients, and zeros for those that are missing, shard after shard, each laid out as ``buffer``."""
 
+    def places(self, bucket: Tensor) -> dict[str, Tensor]:
+        """Where in a bucket whole gradients may be written at once: ``[P, D]``, or ``[shards, P / shards, D]``.
+
+        `fill` then finds them there.
+        """
+        return {}
+
+    def give_away(self) -> None:
+        """What the accumulators hold is somebody else's from now on, or nobody's."""
+        if self.given_away:
+            return
+        nothing = self.buffer.new_zeros(1).untyped_storage()
+        self._offsets = {name: x.storage_offset() for name, x in self.accumulators.items()}
+        for x in (self.buffer, *self.accumulators.values()):
+            x.set_(nothing, 0, x.shape, (0,))  # type: ignore[call-overload]
+        self.fresh = self.given_away = True
+
+    def make_room(self) -> None:
+        """Memory of its own again, after `give_away`."""
+        if self.given_away:
+            own = torch.empty(self.buffer.numel(), dtype=self.buffer.dtype, device=self.buffer.device).untyped_storage()
+            self.buffer.set_(own, 0, self.buffer.shape, (1,))  # type: ignore[call-overload]
+            for name, x in self.accumulators.items():
+                x.set_(own, self._offsets[name], x.shape, (1,))  # type: ignore[call-overload]
+            self.given_away = False
+
     def add(self, gradients: Mapping[str, Tensor]) -> None:
         """Accumulate without any other rank."""
+        self.make_room()
         if self.accumulators.keys() - gradients.keys():
             self.zero_if_fresh()
         for name, gradient in gradients.items():
@@ -60,6 +88,7 @@ class Unit(abc.ABC):
     def zero_if_fresh(self) -> None:
         """What the accumulators hold if nothing was added to them."""
         if self.fresh:
+            self.make_room()
             self.buffer.zero_()
             self.fresh = False
 
@@ -74,6 +103,14 @@ class Sums:
     def __init__(self, device: torch.device) -> None:
         self._memories = deque(_Memory(device) for _ in range(MAX_UNDER_WAY))
         self._under_way: deque[_Sum] = deque()
+        self._reserved = False
+
+    @torch.no_grad()
+    def places(self, unit: Unit) -> dict[str, Tensor]:
+        """`Unit.places` in the bucket of the sum that `start` begins next, which is to be this unit's."""
+        if unit.shard_group is None or not unit.accumulators:
+            return {}
+        return unit.places(self._next_memory().bucket(unit))
 
     @torch.no_grad()
     def start(self, unit: Unit, gradients: Mapping[str, Tensor]) -> None:
@@ -83,12 +120,20 @@ class Sums:
         if unit.shard_group is None and unit.replicate_group is None:
             unit.add(gradients)
             return
-        if len(self._under_way) == MAX_UNDER_WAY:
-            self._finish_first()
-        if self._under_way:
-            self._under_way[-1].hand_on()
-        self._memories.rotate()
-        self._under_way.append(_Sum(unit, gradients, self._memories[0]))
+        memory = self._next_memory()
+        self._reserved = False
+        self._under_way.append(_Sum(unit, gradients, memory))
+
+    def _next_memory(self) -> _Memory:
+        """That of the sum before the last one, which must be over by then."""
+        if not self._reserved:
+            self._reserved = True
+            if len(self._under_way) == MAX_UNDER_WAY:
+                self._finish_first()
+            if self._under_way:
+                self._under_way[-1].hand_on()
+            self._memories.rotate()
+        return self._memories[0]
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -115,11 +160,15 @@ class _Memory:
             found = self._tensors[role, dtype] = torch.empty(numel, dtype=dtype, device=self.device)
         return found[:numel]
 
+    def bucket(self, unit: Unit) -> Tensor:
+        return self.take("bucket", unit.buffer.numel() * unit.shards, unit.buffer.dtype)
+
 
 class _Sum:
     """One unit's sum on its way: reduce-scatter into the local shard, all-reduce over its replicas, accumulators."""
 
     def __init__(self, unit: Unit, gradients: Mapping[str, Tensor], memory: _Memory) -> None:
+        unit.make_room()
         self._unit, buffer = unit, unit.buffer
         self._replaces = unit.fresh and buffer.device == memory.device
         self._shard = buffer if self._replaces else memory.take("shard", buffer.numel(), buffer.dtype)
@@ -129,7 +178,7 @@ class _Sum:
             unit.fill(self._shard, gradients)
             self.hand_on()
         else:
-            bucket = memory.take("bucket", buffer.numel() * unit.shards, buffer.dtype)
+            bucket = memory.bucket(unit)
             unit.fill(bucket, gradients)
             self._work = start_reduce_scatter(self._shard, bucket, unit.shard_group)
 

@@ -10,6 +10,7 @@ By the placement of a row's gradient on the tensor-parallel mesh (docs/norms_acr
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +50,13 @@ class TensorParallel(ShardedModel):
         inputs = [_Part.of(layer, x) for x in record.inputs]
         grads = [None if x is None else _Part.of(layer, x) for x in record.grads]
         _check_pattern(layer, module, inputs, [g for g in grads if g is not None], cuts)
-        here = Record(record.call, tuple(x.local for x in inputs), tuple(None if g is None else g.local for g in grads))
+        outputs = record.call.outputs and tuple(_Part.of(layer, x).local for x in record.call.outputs)
+        here = dataclasses.replace(
+            record,
+            call=dataclasses.replace(record.call, outputs=outputs),
+            inputs=tuple(x.local for x in inputs),
+            grads=tuple(None if g is None else g.local for g in grads),
+        )
         if inputs[0].over == "positions":
             return here, self._add_up
         if isinstance(module, nn.Embedding):

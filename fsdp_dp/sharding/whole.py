@@ -119,10 +119,10 @@ def _check_ddp(ddp: DistributedDataParallel) -> None:
 
 
 def blocks(owners: Mapping[str, nn.Module], root: nn.Module) -> dict[str, int]:
-    """Parameter name -> its unit: one for every element of an outermost `ModuleList` or `Sequential`, one for the rest."""
+    """Parameter name -> its unit: one for every element of an outermost list of modules, one for the rest."""
     block_of: dict[nn.Module, nn.Module] = {}
     for module in root.modules():  # parents come first
-        listed = isinstance(module, nn.ModuleList | nn.Sequential) and module not in block_of
+        listed = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential) and module not in block_of
         for child in module.children():
             inherited = block_of.get(module, child if listed else None)
             if inherited is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.fsdp import (
@@ -13,18 +15,28 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.engine import PrivacyEngine, make_private
 from fsdp_dp.models import llama
 from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.models.gpt import GPT, Block
-from fsdp_dp.training.schema import OptimizerConfig, TrainConfig
+from fsdp_dp.training.schema import REPLICATED, OptimizerConfig, TrainConfig
 from fsdp_dp.training.world import World
 
 FSDP1_STRATEGIES = {
     "full_shard": ShardingStrategy.FULL_SHARD,
     "shard_grad_op": ShardingStrategy.SHARD_GRAD_OP,
+    "no_shard": ShardingStrategy.NO_SHARD,
+    "hybrid_shard": ShardingStrategy.HYBRID_SHARD,
+    "hybrid_shard_zero2": ShardingStrategy._HYBRID_SHARD_ZERO2,
+}
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
 }
 
 
@@ -39,6 +51,8 @@ def build_model(config: TrainConfig, world: World) -> nn.Module:
     torch.manual_seed(config.seed + world.data_rank)
     if config.sharding.strategy in FSDP1_STRATEGIES and world.data_size > 1:
         return shard_fsdp1(model, config, world)
+    if config.sharding.strategy in REPLICATED:
+        return DistributedDataParallel(model.to(world.device), process_group=world.data_mesh.get_group())
     if world.tensor_mesh is not None:
         split_linears(model, world)
     return shard_fsdp2(model, config, world)
@@ -99,13 +113,19 @@ def split_linears(model: GPT | llama.Llama, world: World) -> None:
         parallelize_module(block, world.tensor_mesh, plan)
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, strategy: str = "full_shard") -> torch.optim.Optimizer:
     """The optimizer over all parameters, as sharded; its learning rate is set at every step."""
-    parameters, rate, decay = list(model.parameters()), config.learning_rate, config.weight_decay
+    parameters, kind = list(model.parameters()), OPTIMIZERS[config.name]
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.name == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, momentum=config.momentum, weight_decay=decay)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
-    return kind(parameters, lr=rate, betas=(config.beta1, config.beta2), weight_decay=decay)
+        options["momentum"] = config.momentum
+    else:
+        options["betas"] = (config.beta1, config.beta2)
+    if strategy == "zero1":
+        from fsdp_dp.training.zero1 import Zero1
+
+        return Zero1(parameters, optimizer_class=kind, **options)
+    return kind(parameters, **options)
 
 
 def build_engine(

@@ -21,7 +21,9 @@ from fsdp_dp.config import (
 from fsdp_dp.data.config import DataConfig
 from fsdp_dp.models.config import GPTConfig
 
-SHARDINGS = ("full_shard", "shard_grad_op", "fully_shard", "tensor_parallel")
+HYBRIDS = ("hybrid_shard", "hybrid_shard_zero2", "hybrid_shard_fsdp2")
+REPLICATED = ("ddp", "zero1")
+SHARDINGS = ("full_shard", "shard_grad_op", "no_shard", "fully_shard", "tensor_parallel", *HYBRIDS, *REPLICATED)
 MECHANISMS = ("dp_sgd", "none")
 SAMPLINGS = ("poisson", "shuffle")
 OPTIMIZERS = ("adamw", "adam", "sgd")
@@ -32,10 +34,18 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True, kw_only=True)
 class ShardingConfig:
-    """How the model is split: `full_shard`, `shard_grad_op` (FSDP1), `fully_shard` (FSDP2), `tensor_parallel` (2-D)."""
+    """How the model is split.
+
+    Args:
+        strategy: `full_shard`, `shard_grad_op`, `no_shard`, `hybrid_shard`, `hybrid_shard_zero2` (FSDP1); `fully_shard`,
+            `hybrid_shard_fsdp2` (FSDP2); `tensor_parallel` with FSDP2; `ddp`; `zero1` (DDP, optimizer state split).
+        tensor_parallel_size: ranks over which `tensor_parallel` splits layers.
+        replicate_size: copies of the sharded model, with the hybrid strategies, or above `tensor_parallel`.
+    """
 
     strategy: str = "full_shard"
     tensor_parallel_size: int = 1
+    replicate_size: int = 1
 
     def __post_init__(self) -> None:
         require_choice("sharding.strategy", self.strategy, SHARDINGS)
@@ -44,6 +54,12 @@ class ShardingConfig:
             raise ValueError(
                 "sharding.tensor_parallel_size must be at least 2 with sharding=tensor_parallel and 1 otherwise, "
                 f"found {self.tensor_parallel_size} with sharding.strategy={self.strategy}."
+            )
+        require_integer("sharding.replicate_size", self.replicate_size, at_least=2 if self.strategy in HYBRIDS else 1)
+        if self.replicate_size > 1 and self.strategy not in (*HYBRIDS, "tensor_parallel"):
+            raise ValueError(
+                f"sharding.replicate_size is for {', '.join(HYBRIDS)} and tensor_parallel, found {self.replicate_size} with "
+                f"sharding.strategy={self.strategy}."
             )
 
 
@@ -201,6 +217,11 @@ class TrainConfig:
             raise ValueError("resume=true needs output_dir, the folder of the run to go on with, found null.")
         require_integer("seed", self.seed, at_least=0)
         require_choice("device", self.device, DEVICES)
+        if self.sharding.strategy in REPLICATED and self.precision.compute != "fp32":
+            raise ValueError(
+                f"precision={self.precision.compute} is a policy of FSDP, which sharding={self.sharding.strategy} does not "
+                "have: choose precision=fp32, or sharding=no_shard or shard_grad_op."
+            )
         size = self.sharding.tensor_parallel_size
         split = {
             "heads": self.model.heads,
@@ -217,10 +238,11 @@ class TrainConfig:
 def check_world(config: TrainConfig, world_size: int) -> None:
     """Raise ValueError when this many processes cannot run `config`."""
     size = config.sharding.tensor_parallel_size
-    if world_size % size:
+    parts = size * config.sharding.replicate_size
+    if world_size % parts:
         raise ValueError(
-            f"sharding.tensor_parallel_size must divide the number of processes, which is {world_size}, found {size}: "
-            f"start with torchrun --nproc-per-node={size}, or change sharding."
+            "sharding.tensor_parallel_size * sharding.replicate_size must divide the number of processes, which is "
+            f"{world_size}, found {parts}: start with torchrun --nproc-per-node={parts}, or change sharding."
         )
     if config.batch_size < world_size // size:
         raise ValueError(

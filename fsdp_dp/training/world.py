@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ _runs = itertools.count()
 class World:
     """This process among the others.
 
-    `data_mesh` has one entry for each replica of the batch's split; `tensor_mesh` is None without tensor parallelism,
-    and ranks along it hold parts of the same layers and see the same rows.
+    Ranks of `data_mesh` see different rows: (data,), or (replicate, data) where the sharded model has copies.
+    `tensor_mesh` is None without tensor parallelism; ranks along it hold parts of the same layers and see the same rows.
     """
 
     rank: int
@@ -32,7 +32,7 @@ class World:
     device: torch.device
     data_mesh: DeviceMesh
     tensor_mesh: DeviceMesh | None
-    store: dist.Store
+    store: dist.Store = field(default_factory=dist.HashStore)
 
     @property
     def is_main(self) -> bool:
@@ -41,7 +41,10 @@ class World:
 
     @property
     def data_rank(self) -> int:
-        return self.data_mesh.get_local_rank()
+        rank = 0
+        for size, coordinate in zip(self.data_mesh.shape, self.data_mesh.get_coordinate() or (), strict=True):
+            rank = rank * size + coordinate
+        return rank
 
     @property
     def data_size(self) -> int:
@@ -90,14 +93,20 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def describe_world(config: TrainConfig, device: torch.device, store: dist.Store) -> World:
-    """Rank, size and the mesh: (data,) or (data, tensor), the latter with tensor-parallel peers next to each other."""
-    size, tensor_size = dist.get_world_size(), config.sharding.tensor_parallel_size
-    if tensor_size == 1:
-        data_mesh, tensor_mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("data",)), None
-    else:
-        mesh = init_device_mesh(device.type, (size // tensor_size, tensor_size), mesh_dim_names=("data", "tensor"))
-        data_mesh, tensor_mesh = mesh["data"], mesh["tensor"]
+def describe_world(config: TrainConfig, device: torch.device, store: dist.Store | None = None) -> World:
+    """Rank, size and the mesh (replicate, data, tensor) without the dimensions of size one, neighbours last."""
+    size, sharding = dist.get_world_size(), config.sharding
+    tensor, replicate = sharding.tensor_parallel_size, sharding.replicate_size
+    sizes = {"replicate": replicate, "data": size // tensor // replicate, "tensor": tensor}
+    kept = {name: n for name, n in sizes.items() if n > 1 or name == "data"}
+    mesh = init_device_mesh(device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+    data_mesh = mesh[tuple(name for name in kept if name != "tensor")]
+    tensor_mesh = mesh["tensor"] if tensor > 1 else None
     return World(
-        rank=dist.get_rank(), size=size, device=device, data_mesh=data_mesh, tensor_mesh=tensor_mesh, store=store
+        rank=dist.get_rank(),
+        size=size,
+        device=device,
+        data_mesh=data_mesh,
+        tensor_mesh=tensor_mesh,
+        store=dist.HashStore() if store is None else store,
     )

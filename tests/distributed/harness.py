@@ -77,10 +77,13 @@ class Rank:
         return self.stack_file.read_text() if self.stack_file.exists() else ""
 
 
-def run(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Call `fn(rank, world_size, *args)` on `world_size` gloo ranks and return their values in rank order.
+def run(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0, backend: str = "gloo"
+) -> list[Any]:
+    """Call `fn(rank, world_size, *args)` on `world_size` ranks and return their values in rank order.
 
-    Each rank has one torch thread, a default process group and the warning filters of the caller.
+    Each rank has one torch thread, a default process group and the warning filters of the caller; with another backend than
+    gloo ("cpu:gloo,cuda:nccl"), also a GPU of its own.
 
     Raises:
         RankFailure: on the first rank that raised or died, with its traceback, or when `timeout` seconds have passed,
@@ -92,7 +95,7 @@ def run(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 12
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="ranks-") as directory:
         ranks = [
-            _start(index, world_size, Path(directory, f"rank{index}"), store.port, timeout, task, filters)
+            _start(index, world_size, Path(directory, f"rank{index}"), store.port, timeout, task, filters, backend)
             for index in range(world_size)
         ]
         try:
@@ -109,13 +112,14 @@ def _start(
     timeout: float,
     task: bytes,
     filters: list[tuple[Any, ...]],
+    backend: str,
 ) -> Rank:
     server = get_context("forkserver")
     server.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"])
     receiver, sender = server.Pipe(duplex=False)
     process = server.Process(
         target=_rank_main,
-        args=(index, world_size, port, str(stack_file), timeout, task, filters, sender),
+        args=(index, world_size, port, str(stack_file), timeout, task, filters, backend, sender),
         name=f"rank {index}",
         daemon=True,
     )
@@ -191,6 +195,7 @@ def _rank_main(
     timeout: float,
     task: bytes,
     filters: list[tuple[Any, ...]],
+    backend: str,
     sender: connection.Connection,
 ) -> None:
     """One rank's whole life."""
@@ -204,7 +209,9 @@ def _rank_main(
             # The parent's timeout comes first: it knows where every rank stands.
             patience = timedelta(seconds=timeout + 60)
             store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=patience)
-            dist.init_process_group("gloo", store=store, rank=index, world_size=world_size, timeout=patience)
+            if backend != "gloo":
+                torch.cuda.set_device(index)
+            dist.init_process_group(backend, store=store, rank=index, world_size=world_size, timeout=patience)
             fn, args = pickle.loads(task)
             value = pickle.dumps(fn(index, world_size, *args))
             if dist.is_initialized():

@@ -15,23 +15,39 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as TorchFSDP
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from tests.distributed.backends import BACKENDS, fsdp1_arguments, fsdp2, played, privacy_config, tensor_parallel
+from tests.distributed.backends import (
+    BACKENDS,
+    ddp,
+    fsdp1_arguments,
+    fsdp2,
+    fsdp2_hybrid,
+    over_data_and_tensor,
+    played,
+    privacy_config,
+    sequence_parallel,
+    tensor_parallel,
+)
 from tests.oracle import CASES
 
 STEPS, MICROBATCHES = 2, 2
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives that are issued inside, by kind; backward runs on this thread, so its are counted too."""
+    """Counts the collectives that are issued inside, by kind, and their bytes; backward runs on this thread, too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
             self.counts.update(kinds(func._opname))
+            # A gathered output, a bucket to be scattered: the larger side of the collective.
+            size = max((x.nbytes for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)), default=0)
+            self.bytes.update(dict.fromkeys(kinds(func._opname), size))
         return func(*args, **(kwargs or {}))
 
 
@@ -48,10 +64,16 @@ PLAIN: dict[str, Callable[[nn.Module], nn.Module]] = {
     "fsdp1 shard_grad_op": lambda model: TorchFSDP(model, **fsdp1_arguments("SHARD_GRAD_OP")),
     "fsdp1 root only": lambda model: TorchFSDP(model, **fsdp1_arguments(units=False)),
     "fsdp1 bf16": lambda model: TorchFSDP(model, **fsdp1_arguments(bf16=True)),
+    "fsdp1 no_shard": lambda model: TorchFSDP(model, **fsdp1_arguments("NO_SHARD")),
+    "fsdp1 hybrid": lambda model: TorchFSDP(model, **fsdp1_arguments("HYBRID_SHARD")),
+    "fsdp1 hybrid zero2": lambda model: TorchFSDP(model, **fsdp1_arguments("_HYBRID_SHARD_ZERO2")),
+    "fsdp2 hybrid": fsdp2_hybrid,
+    "ddp": ddp,
     "fsdp2": fsdp2,
     "fsdp2 root only": functools.partial(fsdp2, units=False),
     "fsdp2 bf16": functools.partial(fsdp2, bf16=True),
-    "tp 2x2": functools.partial(tensor_parallel, data_size=2),
+    "tp 2x2": functools.partial(over_data_and_tensor, split=tensor_parallel, data=(2,)),
+    "sp 2x2": functools.partial(over_data_and_tensor, split=sequence_parallel, data=(2,)),
 }
 
 
@@ -74,12 +96,13 @@ class Count:
         else:
             model = PLAIN[self.backend](model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        counts: dict[str, list[Any]] = {"microbatches": [], "steps": [], "with grad": []}
+        counts: dict[str, list[Any]] = {"microbatches": [], "bytes": [], "steps": [], "with grad": []}
         for _ in range(STEPS):
             for _ in range(MICROBATCHES):
                 with Collectives() as collectives:
                     case.row_losses(model(inputs), targets).mean().backward()
                 counts["microbatches"].append(dict(collectives.counts))
+                counts["bytes"].append(dict(collectives.bytes))
                 counts["with grad"] += [name for name, p in model.named_parameters() if p.grad is not None]
             with Collectives() as collectives:
                 optimizer.step()
@@ -102,22 +125,45 @@ BACKENDS_COUNTED = (
     "fsdp2 root only",
     "fsdp2 bf16",
 )
+HYBRID = ("fsdp1 hybrid", "fsdp1 hybrid zero2", "fsdp2 hybrid")
 TASKS = {
     2: tasks(("decoder",), BACKENDS_COUNTED) + tasks(CASES_COUNTED[1:], ("fsdp1", "fsdp2")),
-    4: tasks(("decoder", "checkpointed"), ("tp 2x2",)) + tasks(("decoder",), ("fsdp1", "fsdp2")),
+    4: (
+        tasks(("decoder", "checkpointed"), ("tp 2x2",))
+        + tasks(("four positions",), ("sp 2x2",))
+        + tasks(("decoder",), ("fsdp1", "fsdp2", *HYBRID, "fsdp1 no_shard", "ddp"))
+    ),
 }
 results = functools.cache(lambda world_size: played(world_size, TASKS[world_size]))
+
+
+def extra(task: Count) -> Counter[str]:
+    """What privacy adds: norms of rows that ranks hold parts of, and with sequence parallelism the parts themselves."""
+    if task.backend.startswith("tp"):
+        return Counter(allreduce=1)
+    # Five norm layers with eight parameters see a part of the positions. Plain training adds the parts up once a
+    # parameter, we do once a layer.
+    return Counter(allreduce=1 + 5 - 8) if task.backend.startswith("sp") else Counter()
 
 
 @pytest.mark.parametrize("world_size", TASKS)
 def test_forward_and_backward_have_the_collectives_of_plain_fsdp(world_size: int) -> None:
     counts = results(world_size)
     for task in TASKS[world_size]:
-        if task.private:
-            plain = counts[Count(case=task.case, backend=task.backend, private=False)]["microbatches"]
-            more = Counter(allreduce=1) if task.backend.startswith("tp") else Counter()
-            expected = [dict(Counter(one) + more) for one in plain]
+        if task.private and task.backend != "ddp":
+            plain = counts[Count(case=task.case, backend=task.backend, private=False)]
+            expected = [Counter(one) for one in plain["microbatches"]]
+            for one in expected:
+                one.update(extra(task))
             assert counts[task]["microbatches"] == expected, task
+            if not extra(task):
+                assert counts[task]["bytes"] == plain["bytes"], task
+
+
+def test_ddp_sends_the_bytes_of_plain_ddp() -> None:
+    """In one all-reduce a block, where DDP fills buckets of 25 MB."""
+    plain, private = (results(4)[Count(case="decoder", backend="ddp", private=x)]["bytes"][-1] for x in (False, True))
+    assert private == plain != {}
 
 
 @pytest.mark.parametrize("world_size", TASKS)

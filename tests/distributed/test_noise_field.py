@@ -16,15 +16,19 @@ from tests.distributed.backends import (
     BACKENDS,
     EXPECTED_BATCH_SIZE,
     Revealed,
+    optimizer_for,
     played,
     privacy_config,
     seeded,
+    whole_parameters,
 )
-from tests.oracle import Case, Decoder, Gradients, share
+from tests.oracle import Case, Decoder, FourPositions, Gradients, losses_of_four, relative_error, rows_of_step, share
 
 BOUND, SIGMA, RELEASES = 0.35, 1.7, 3
 # Large enough for statistics: 12 000 elements, of which no dimension is divisible by a number of ranks.
 MODEL = Case(build=functools.partial(Decoder, hidden=401), rows=7)
+# For what torch wants even: split positions, and shards of columns.
+EVEN = Case(build=functools.partial(FourPositions, width=8, hidden=408), row_losses=losses_of_four, rows=7)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,54 +41,101 @@ class Field:
     empty: bool = True
     releases: int = RELEASES
     dtype: torch.dtype = torch.float64
+    even: bool = False
 
     def run(self) -> list[Gradients]:
+        case = EVEN if self.even else MODEL
         privacy = privacy_config(max_grad_norm=BOUND, noise_multiplier=self.noise_multiplier, seed=self.seed)
-        model, engine = seeded(lambda: BACKENDS[self.backend](MODEL.model(self.dtype), privacy))
-        revealed, (inputs, targets) = Revealed(model), MODEL.batch()
+        model, engine = seeded(lambda: BACKENDS[self.backend](case.model(self.dtype), privacy))
+        revealed, (inputs, targets) = Revealed(model), case.batch()
         found = []
         for _ in range(self.releases):
             split = {"rank": engine.model.data_rank, "size": engine.model.data_size}
-            for numbers, mask in share(range(MODEL.rows), **split, microbatch=4):
+            for numbers, mask in share(range(case.rows), **split, microbatch=4):
                 with engine.microbatch(mask & (not self.empty)):
-                    MODEL.row_losses(model(inputs[numbers]), targets[numbers]).mean().backward()
+                    case.row_losses(model(inputs[numbers]), targets[numbers]).mean().backward()
             found.append({n: g * EXPECTED_BATCH_SIZE for n, g in revealed.release().items()})
         engine.detach()
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """Where some noised steps of momentum take the parameters, from the same data, dealt to whatever ranks there are."""
+
+    backend: str
+    steps: int = 3
+
+    def run(self) -> Gradients:
+        privacy = privacy_config(max_grad_norm=BOUND, noise_multiplier=0.3, seed=11)
+        model, engine = seeded(lambda: BACKENDS[self.backend](MODEL.model(), privacy))
+        optimizer = optimizer_for(self.backend, "momentum", model)
+        inputs, targets = MODEL.batch()
+        for step in range(self.steps):
+            split = {"rank": engine.model.data_rank, "size": engine.model.data_size}
+            for numbers, mask in share(rows_of_step(MODEL.rows, step), **split, microbatch=2):
+                with engine.microbatch(mask):
+                    MODEL.row_losses(model(inputs[numbers]), targets[numbers]).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        engine.detach()
+        return whole_parameters(model)
+
+
 FSDP = ("fsdp1", "fsdp2")
+UNSHARDED = ("fsdp1 no_shard", "ddp", "zero1")
+HYBRID = ("fsdp1 hybrid", "fsdp1 hybrid zero2", "fsdp2 hybrid")
 WITH_ROWS = tuple(
     Field(backend=backend, empty=False, noise_multiplier=sigma)
     for backend in (*FSDP, "tp 2x2")
     for sigma in (0.0, SIGMA)
 )
-TASKS: dict[int, tuple[Field, ...]] = {
-    1: tuple(Field(backend=backend) for backend in FSDP),
+TASKS: dict[int, tuple[Field | Trajectory, ...]] = {
+    1: (*(Field(backend=backend) for backend in FSDP), *(Trajectory(backend=b) for b in (*FSDP, "ddp"))),
     2: (
         *(Field(backend=b) for b in (*FSDP, "fsdp1 shard_grad_op", "fsdp1 root only", "fsdp2 root only", "tp 1x2")),
         *(Field(backend=b, dtype=torch.float32) for b in ("fsdp1", "fsdp2 bf16")),
+        *(Trajectory(backend=b) for b in (*FSDP, "fsdp1 shard_grad_op", "ddp", "tp alone")),
     ),
     3: tuple(Field(backend=backend) for backend in FSDP),
-    4: (*(Field(backend=backend) for backend in (*FSDP, "tp 2x2")), *WITH_ROWS),
+    4: (
+        *(Field(backend=backend) for backend in (*FSDP, "tp 2x2", *HYBRID, "ddp")),
+        *(Field(backend=backend, even=True) for backend in ("sp 2x2", "fsdp2 by columns", "tp 2x2 by columns")),
+        *(Trajectory(backend=b) for b in (*FSDP, "fsdp1 shard_grad_op", *UNSHARDED, *HYBRID, "tp 2x2")),
+        *WITH_ROWS,
+    ),
 }
 results = functools.cache(lambda world_size: played(world_size, TASKS[world_size]))
 
 
 @functools.cache
-def reference() -> list[Gradients]:
+def reference(even: bool = False) -> list[Gradients]:
     """The field on one device."""
-    return Field(backend="plain").run()
+    return Field(backend="plain", even=even).run()
+
+
+@functools.cache
+def trajectory_alone() -> Gradients:
+    return Trajectory(backend="plain").run()
 
 
 @pytest.mark.parametrize("world_size", TASKS)
 def test_every_sharding_draws_the_same_field_to_the_bit(world_size: int) -> None:
     for task, found in results(world_size).items():
-        if task.empty:
-            for release, expected in zip(found, reference(), strict=True):
+        if isinstance(task, Field) and task.empty:
+            for release, expected in zip(found, reference(task.even), strict=True):
                 assert release.keys() == expected.keys()
                 different = [n for n, x in expected.items() if not torch.equal(release[n], x.to(task.dtype))]
                 assert not different, (task, different)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_sharding_takes_the_same_way(world_size: int) -> None:
+    """Same seed, data and model, any number of ranks and any strategy: the same parameters, noise included."""
+    alone = trajectory_alone()
+    found = {task: where for task, where in results(world_size).items() if isinstance(task, Trajectory)}
+    errors = {task.backend: relative_error(where, alone) for task, where in found.items()}
+    assert max(errors.values()) < 1e-11, errors
 
 
 def test_noise_is_added_to_the_sum_and_does_not_depend_on_it() -> None:

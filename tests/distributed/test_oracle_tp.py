@@ -6,8 +6,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
+from fsdp_dp import make_private
+from fsdp_dp.errors import UnsupportedModelError
 from tests.distributed.backends import (
     BACKENDS,
     OPTIMIZERS,
@@ -34,12 +45,17 @@ TASKS: dict[int, tuple[Task, ...]] = {
         Training(case="decoder", backend="tp 1x2", optimizer="adamw", steps=3),
         Training(case="tied", backend="tp 1x2"),
         Training(case="decoder", backend="tp 2x1", empty_last=True),
+        Training(case="decoder", backend="tp alone"),
+        Training(case="four positions", backend="sp alone", optimizer="momentum", steps=2),
     ),
     4: (
         *(Training(case=name, backend="tp 2x2") for name in SPLIT),
         Training(case="decoder", backend="tp 2x2", empty_last=True, optimizer="adamw", steps=3),
         Training(case="tied", backend="tp 2x2", loss_reduction="sum", optimizer="momentum", steps=3),
         Training(case="even decoder", backend="tp 2x2 split head", empty_last=True),
+        Training(case="four positions", backend="sp 2x2", empty_last=True, optimizer="adamw", steps=2),
+        Training(case="four positions, tied", backend="sp 2x2", loss_reduction="sum"),
+        Training(case="four positions", backend="sp 2x2 loss parallel"),
         one_by_one("decoder", "tp 2x2", 0.7),
         *(all_at_once(rows, "tp 2x2", 0.7) for rows in ("decoder", "tied")),
     ),
@@ -58,6 +74,16 @@ def test_no_row_puts_in_more_than_the_bound() -> None:
 
 def test_low_precision_stays_close_to_the_oracle() -> None:
     fail_if_any(inaccuracies(results(4)))
+
+
+@pytest.mark.slow
+def test_three_mesh_dimensions() -> None:
+    """Replicas of shards of tensor-parallel parts, on eight ranks."""
+    tasks = [
+        Training(case=case, backend=backend, empty_last=True, optimizer="momentum", steps=2)
+        for case, backend in (("decoder", "tp 2x2x2"), ("partly frozen", "tp 2x2x2"), ("four positions", "sp 2x2x2"))
+    ]
+    fail_if_any(disagreements(played(8, tasks)))
 
 
 @pytest.mark.slow
@@ -100,3 +126,41 @@ def test_tensor_ranks_clip_a_row_by_the_same_weight() -> None:
         assert torch.equal(first[0], second[0])
         assert any("norm1" in name for name in first[1]) and any("token" in name for name in first[1])
         assert all(torch.equal(first[1][name], second[1][name]) for name in first[1])
+
+
+class HeadNorms(nn.Module):
+    """A norm on the heads of one rank: replicated parameters, but each rank's gradient is a part of a row's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(4, 8), nn.LayerNorm(2), nn.Linear(8, 1)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.down(self.norm(self.up(x_BTD).unflatten(2, (-1, 2))).flatten(2))
+
+
+def refusals(rank: int, world_size: int) -> dict[str, str]:
+    """What is said of plans whose gradients fit none of the known patterns."""
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (world_size,))
+    norm_first = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 1))
+    plans: dict[str, tuple[nn.Module, dict[str, ParallelStyle]]] = {
+        "norm on own heads": (HeadNorms(), {"up": ColwiseParallel(), "down": RowwiseParallel()}),
+        "rows split": (norm_first, {"0": SequenceParallel(sequence_dim=0, use_local_output=True)}),
+    }
+    found = {}
+    for name, (model, plan) in plans.items():
+        make_private(parallelize_module(model, mesh, plan), privacy_config(max_grad_norm=1.0))
+        found[name] = "accepted"
+        try:
+            model(torch.randn(2, 3, 4)).sum((1, 2)).mean().backward()
+        except UnsupportedModelError as error:
+            found[name] = str(error)
+    return found
+
+
+def test_plans_that_fit_no_pattern_are_refused() -> None:
+    """The first seen to be accepted, with half of its norm, without the comparison over ranks."""
+    for found in run(refusals, 2):
+        assert "differ over its ranks" in found["norm on own heads"]
+        assert "ranks would hold different rows" in found["rows split"]

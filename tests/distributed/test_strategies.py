@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from fsdp_dp import make_private
+from fsdp_dp.errors import UnsupportedModelError
 from tests.distributed.backends import (
     BACKENDS,
     Task,
     Training,
     disagreements,
     fail_if_any,
+    fsdp2,
     local,
     played,
     privacy_config,
@@ -22,6 +26,17 @@ from tests.oracle import CASES, share
 
 REPLICATED = ("fsdp1 no_shard", "fsdp1 hybrid", "fsdp1 hybrid zero2", "fsdp2 hybrid", "ddp", "zero1")
 """Strategies under which several ranks hold the same elements."""
+
+
+WRAPPINGS = (
+    "fsdp1 nested",
+    "fsdp1 of meta",
+    "fsdp2 not resharded",
+    "fsdp2 resharded to 2",
+    "fsdp2 offload",
+    "fsdp2 of meta",
+)
+BY_COLUMNS = ("fsdp2 by columns", "tp 2x2 by columns")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +85,36 @@ class Memory:
         return sum(tensor.numel() for tensor in kept), max(units), sum(units)
 
 
+class CoupledOverRanks(nn.Module):
+    """Row i of every rank sees row i of the others, as with context-parallel attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 5), nn.Linear(5, 1)
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        h_BD = self.up(x_BD)
+        others_BD = h_BD.detach().clone()
+        dist.all_reduce(others_BD)
+        return self.down(torch.tanh(h_BD + others_BD))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coupling:
+    """What is said, by the first release at the latest, of a model that couples rows over ranks."""
+
+    def run(self) -> str:
+        torch.manual_seed(dist.get_rank())
+        model = fsdp2(CoupledOverRanks())
+        make_private(model, privacy_config(max_grad_norm=1.0))
+        try:
+            model(torch.randn(4, 3)).squeeze(1).square().mean().backward()
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+        except UnsupportedModelError as error:
+            return str(error)
+        return "accepted"
+
+
 TRAININGS = (
     *(Training(case="decoder", backend=b, empty_last=True, optimizer="adamw", steps=2) for b in REPLICATED),
     *(Training(case="partly frozen", backend=b, steps=2) for b in ("fsdp1 no_shard", "fsdp1 hybrid", "fsdp2 hybrid")),
@@ -79,11 +124,14 @@ TRAININGS = (
     Training(case="checkpointed", backend="fsdp2 hybrid"),
     Training(case="fewer rows than ranks", backend="fsdp2 hybrid", microbatch=1, empty_last=True),
     Training(case="fewer rows than ranks", backend="fsdp1 hybrid", microbatch=1, empty_last=True),
+    *(Training(case="decoder", backend=b, steps=2) for b in WRAPPINGS),
+    *(Training(case="even width", backend=b, optimizer="momentum", steps=2) for b in BY_COLUMNS),
     *(Training(case="decoder", backend=b, dedicated=True) for b in ("fsdp1 hybrid", "fsdp2 hybrid", "fsdp2")),
 )
 TASKS: tuple[Task, ...] = (
     *TRAININGS,
     *(Replicas(backend=backend) for backend in REPLICATED),
+    Coupling(),
     *(Memory(backend=backend) for backend in ("fsdp2", "fsdp1 hybrid", "ddp")),
 )
 results = functools.cache(lambda: played(4, TASKS))
@@ -111,3 +159,8 @@ def test_two_buckets_are_alive_and_used_again(backend: str) -> None:
     """Seen to fail with a bucket for every unit."""
     used, largest, whole = results()[Memory(backend=backend)]
     assert used <= 2 * largest < whole
+
+
+def test_rows_coupled_over_ranks_are_refused() -> None:
+    """Seen to be accepted while all ranks exchanged the same rows."""
+    assert "context parallelism" in results()[Coupling()]

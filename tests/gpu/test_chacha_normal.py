@@ -119,10 +119,10 @@ def test_nan_releases_nothing_and_infinity_is_clamped() -> None:
     broken = segments(torch.float32, torch.float32)
     broken[1].accumulator[17] = torch.nan
     with pytest.raises(FloatingPointError, match="Nothing was released"):
-        privatize_all_(broken, **ARGUMENTS)
+        privatize_all_(broken, **ARGUMENTS).check()
     assert not any(segment.out.any() for segment in broken)
 
     huge = segments(torch.float32, torch.float32)
     huge[1].accumulator[17] = torch.inf
-    privatize_all_(huge, **ARGUMENTS)
+    privatize_all_(huge, **ARGUMENTS).check()
     assert abs(huge[1].out[17].item() - LATTICE.clamp / 512) < 10 * STD / 512

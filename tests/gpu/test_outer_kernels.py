@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from fsdp_dp.clipping import certified_norm
 from fsdp_dp.gradients import OuterProduct, total_norm_terms
 from fsdp_dp.kernels import outer, tiles
-from fsdp_dp.kernels.norm_rows import norm_rows
+from fsdp_dp.layers import per_sample_gradients
 from fsdp_dp.numerics import exact_arithmetic
 from fsdp_dp.records import NO_CALL, Record
-from fsdp_dp.layers import per_sample_gradients
 
 pytestmark = pytest.mark.gpu(count=1)
 DEVICE = torch.device("cuda", 0)
@@ -68,7 +67,13 @@ def test_weighted_sums(dtype: torch.dtype, by_hand: bool, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("kind", ["independent", "cancelling", "one row of NaN"])
 def test_ghost_norms_and_their_bounds(dtype: torch.dtype, kind: str) -> None:
-    for B, T, D, P in [(3, 100, 520, 264), (2, 197, 2048, 2304), (1, 1, 72, 64), (2, 1024, 2048, 5504), (1, 130, 64, 9000)]:
+    for B, T, D, P in [
+        (3, 100, 520, 264),
+        (2, 197, 2048, 2304),
+        (1, 1, 72, 64),
+        (2, 1024, 2048, 5504),
+        (1, 130, 64, 9000),
+    ]:
         a, g = factors(B, T, D, P, dtype)
         if kind == "cancelling":
             a, g = (0.3 * a + a[:, :1]), (g - g.mean(1, keepdim=True))
@@ -86,10 +91,14 @@ def test_ghost_norms_and_their_bounds(dtype: torch.dtype, kind: str) -> None:
         torch.testing.assert_close(alone.stack(), terms.stack(), rtol=1e-9, atol=0)
         if kind == "one row of NaN":
             a[-1, T // 2, 0] = torch.nan
-            assert torch.isfinite(certified_norm(total_norm_terms(gradients, B, DEVICE))).tolist() == [True] * (B - 1) + [False]
+            assert torch.isfinite(certified_norm(total_norm_terms(gradients, B, DEVICE))).tolist() == [True] * (
+                B - 1
+            ) + [False]
 
 
-@pytest.mark.parametrize("shape", [(2, 1024, 2048, 2048), (2, 1024, 2048, 5504), (1, 1024, 4096, 11008), (1, 1024, 2048, 32000)])
+@pytest.mark.parametrize(
+    "shape", [(2, 1024, 2048, 2048), (2, 1024, 2048, 5504), (1, 1024, 4096, 11008), (1, 1024, 2048, 32000)]
+)
 def test_inflation_is_below_one_percent(shape: tuple[int, int, int, int]) -> None:
     a, g = factors(*shape, torch.bfloat16)
     gradient = OuterProduct(a, g)
@@ -109,10 +118,11 @@ def test_norm_layers(dtype: torch.dtype, layer: type[nn.Module]) -> None:
         a = a + 1
         module = layer(C, device=DEVICE)
         with exact_arithmetic(DEVICE):
-            found = per_sample_gradients(module, Record(NO_CALL, (a,), (g,)), frozenset(n for n, _ in module.named_parameters()))
+            found = per_sample_gradients(
+                module, Record(NO_CALL, (a,), (g,)), frozenset(n for n, _ in module.named_parameters())
+            )
         normalize = F.layer_norm if layer is nn.LayerNorm else F.rms_norm
         x = normalize(a.double(), (C,), eps=module.eps or torch.finfo(torch.float32).eps)
         assert off(found["weight"].dense(), (x * g.double()).sum(1)) < 2e-6
         if "bias" in found:
             assert off(found["bias"].dense(), g.double().sum(1)) < 2e-6
-    assert norm_rows is not None

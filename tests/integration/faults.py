@@ -182,20 +182,28 @@ def serve() -> None:
 def run_ranks(task: dict[str, Any]) -> dict[str, Any]:
     """Exit codes (negative: signals) of two ranks that run the application; one that fails ends the other."""
     port = free_port()
-    pids = {fork_rank(rank, port, task): rank for rank in range(2)}
+    # Through pipes: a rank whose disk is full can still say so.
+    copiers = [subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=copy_of(task, rank)) for rank in range(2)]
+    pids = {fork_rank(rank, port, task, copiers): rank for rank in range(2)}
+    for copier in copiers:
+        assert copier.stdin is not None
+        copier.stdin.close()
     codes: dict[int, int] = {}
     failed_at = None
     while len(codes) < 2:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid in pids:
-            codes[pids[pid]] = os.waitstatus_to_exitcode(status)
-            if codes[pids[pid]] != 0 and failed_at is None:
-                failed_at = time.monotonic()
-                end_others(pids, codes, signal.SIGTERM)
-        elif failed_at is not None and time.monotonic() - failed_at > GRACE_S:
+        for waiting, rank in pids.items():
+            pid, status = (0, 0) if rank in codes else os.waitpid(waiting, os.WNOHANG)
+            if pid:
+                codes[rank] = os.waitstatus_to_exitcode(status)
+                if codes[rank] != 0 and failed_at is None:
+                    failed_at = time.monotonic()
+                    end_others(pids, codes, signal.SIGTERM)
+        if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
             end_others(pids, codes, signal.SIGKILL)
         time.sleep(0.02)
     waited = 0.0 if failed_at is None else time.monotonic() - failed_at
+    for copier in copiers:
+        copier.wait(GRACE_S)
     return {"codes": [codes[0], codes[1]], "seconds_after_failure": waited}
 
 
@@ -205,14 +213,20 @@ def end_others(pids: dict[int, int], codes: dict[int, int], number: int) -> None
             os.kill(pid, number)
 
 
-def fork_rank(rank: int, port: int, task: dict[str, Any]) -> int:
+def copy_of(task: dict[str, Any], rank: int) -> int:
+    return os.open(task["output"].format(rank=rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+
+
+def fork_rank(rank: int, port: int, task: dict[str, Any], copiers: list[subprocess.Popen[bytes]]) -> int:
     pid = os.fork()
     if pid:
         return pid
     try:
-        output = os.open(task["output"].format(rank=rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+        pipes = [copier.stdin.fileno() for copier in copiers if copier.stdin is not None]
+        os.dup2(pipes[rank], 1)
+        os.dup2(pipes[rank], 2)
+        for pipe in pipes:
+            os.close(pipe)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
         os.environ.update(rendezvous | task["environment"] | {"RANK": str(rank), "LOCAL_RANK": str(rank)})

@@ -151,7 +151,6 @@ KILLS = [
 
 
 def test_kills_at_eight_points(scenario: Scenario) -> None:
-    """Seen to fail when a resume does not count the lease, when keys are not fresh, and when a torn line counts nothing."""
     for point, count, ranks, action in KILLS:
         codes, said = scenario.start({"point": point, "count": count, "ranks": ranks, "action": action})
         assert -9 in codes and 0 not in codes, (point, codes, said)
@@ -181,8 +180,8 @@ def test_kills_at_random_points(seed: int, scenario: Scenario) -> None:
 FAILURES = [
     ({"point": "microbatch", "count": 5, "ranks": [1], "action": "out of memory"}, "Lower microbatch_size"),
     ({"point": "data", "count": 6, "ranks": [0], "action": "unreadable"}, "Input/output error"),
-    ({"point": "data", "count": 6, "ranks": [0], "action": "unreadable", "workers": 1}, "Input/output error"),
-    ({"point": "data", "count": 4, "ranks": [1], "action": "kill", "workers": 1}, "killed by signal"),
+    ({"point": "data", "count": 6, "ranks": [0], "action": "unreadable", "workers": 1}, "Caught OSError in DataLoader"),
+    ({"point": "data", "count": 4, "ranks": [1], "action": "kill", "workers": 1}, "DataLoader worker (pid"),
     ({"point": "shards", "count": 1, "ranks": [1], "action": "full disk"}, "File too large"),
     ({"point": "ledger", "count": 3, "ranks": [0], "action": "full disk"}, "File too large"),
 ]

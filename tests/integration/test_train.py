@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from fsdp_dp.ledger import read
 from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.models.gpt import GPT
 
@@ -21,6 +22,7 @@ ALONE = [sys.executable, "-m", "fsdp_dp.train"]
 TWO_RANKS = [
     sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fsdp_dp.train"
 ]  # fmt: skip
+FOUR_RANKS = [part.replace("=2", "=4") for part in TWO_RANKS]
 # Small enough for seconds, with a ragged last microbatch and an evaluation on the way.
 SMALL = [
     "device=cpu",
@@ -35,7 +37,8 @@ SMALL = [
     "model.heads=2",
     "model.block_size=24",
 ]
-SHARDINGS = ["full_shard", "shard_grad_op", "fully_shard", "tensor_parallel"]
+SHARDINGS = ["full_shard", "shard_grad_op", "fully_shard", "tensor_parallel", "zero1"]
+OTHER_SHARDINGS = ["no_shard", "ddp", "hybrid_shard", "hybrid_shard_zero2", "hybrid_shard_fsdp2"]
 # Without the engine, shard_grad_op differs from full_shard in torch's code alone.
 PLAIN_SHARDINGS = ["full_shard", "fully_shard", "tensor_parallel"]
 
@@ -78,13 +81,15 @@ def records(folder: Path) -> list[dict]:
 
 def saved(folder: Path, tmp_path: Path) -> dict:
     """The checkpoint as one file."""
-    dcp_to_torch_save(folder / "checkpoint", tmp_path / "whole.pt")
+    (newest,) = (folder / "checkpoints").iterdir()
+    assert json.loads((newest / "state.json").read_text())["privacy"]["steps"] == 3
+    dcp_to_torch_save(newest, tmp_path / "whole.pt")
     return torch.load(tmp_path / "whole.pt", weights_only=False)
 
 
 def check_run_folder(folder: Path) -> None:
-    assert {path.name for path in folder.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoint", "report.md", "loss_epsilon.png"
+    assert {path.name for path in folder.iterdir()} - {"ledger.jsonl"} == {
+        "config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "ledger.jsonl.lock", "report.md", "loss_epsilon.png"
     }  # fmt: skip
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
     assert (folder / "loss_epsilon.png").read_bytes().startswith(b"\x89PNG")
@@ -96,8 +101,18 @@ def check_run_folder(folder: Path) -> None:
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_a_private_run_on_two_ranks(sharding, corpus, tmp_path):
+    check_private_run(TWO_RANKS, f"sharding={sharding}", corpus, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", OTHER_SHARDINGS)
+def test_a_private_run_on_four_ranks(sharding, corpus, tmp_path):
+    check_private_run(FOUR_RANKS, f"sharding={sharding}", corpus, tmp_path)
+
+
+def check_private_run(command, sharding, corpus, tmp_path):
     folder = tmp_path / "run"
-    out = train(TWO_RANKS, *corpus, f"sharding={sharding}", f"output_dir={folder}")
+    out = train(command, *corpus, sharding, f"output_dir={folder}")
     check_run_folder(folder)
 
     report = (folder / "report.md").read_text()
@@ -108,8 +123,9 @@ def test_a_private_run_on_two_ranks(sharding, corpus, tmp_path):
     assert "3 of 3" in report and "one packed row of 25 bytes" in report
     assert out.count("held-out bits per byte") == 1
 
+    assert "epsilon cross-checked: prv" in out
+    assert read(folder / "ledger.jsonl").standing().counted == 3
     state = saved(folder, tmp_path)
-    assert state["privacy"]["steps"] == 3
     model = GPT(GPTConfig(**yaml.safe_load((folder / "config.yaml").read_text())["model"]))
     fresh = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.load_state_dict(state["model"])
@@ -190,4 +206,4 @@ def test_ctrl_c_ends_a_run_with_its_checkpoint_and_report(corpus, tmp_path):
     last = [record["step"] for record in records(folder)][-1]
     assert last < 5000
     assert f"{last} of 5000 steps" in (folder / "report.md").read_text()
-    assert (folder / "checkpoint" / ".metadata").exists()
+    assert (folder / "checkpoints" / f"step-{last:08d}" / ".metadata").exists()

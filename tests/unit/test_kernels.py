@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fsdp_dp import chacha, kernels, noise
-from fsdp_dp.kernels.release import Segment, privatize_all_, privatize_all_in_torch_, select
+from fsdp_dp.kernels.release import Segment, Verdict, privatize_all_, privatize_all_in_torch_, select
 
 KEY = noise.key_from_seed(3)
 RELEASE = 2**40 + 7
@@ -180,12 +180,12 @@ def test_interpreted_release_finds_nan_and_clamps_infinity(interpreted: ModuleTy
     broken = segments()
     broken[1].accumulator[17] = torch.nan
     with pytest.raises(FloatingPointError, match="Nothing was released"):
-        interpreted.privatize_all_(broken, **ARGUMENTS)
+        Verdict(interpreted.privatize_all_(broken, **ARGUMENTS)).check()
     assert not any(segment.out.any() for segment in broken)
 
     huge = segments()
     huge[1].accumulator[17] = -torch.inf
-    interpreted.privatize_all_(huge, **ARGUMENTS)
+    Verdict(interpreted.privatize_all_(huge, **ARGUMENTS)).check()
     assert abs(huge[1].out[17].item() + LATTICE.clamp / 512) < 10 * STD / 512
 
 

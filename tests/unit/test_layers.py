@@ -13,9 +13,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fsdp_dp import patches
+from fsdp_dp.attention import Projection
 from fsdp_dp.gradients import IndexedRows, Materialized, OuterProduct, PerSampleGradient
-from fsdp_dp.layers import layer_rule, refusal, registry, rule_for, supported, unknown_parameters
+from fsdp_dp.layers import (
+    convolution,
+    layer_rule,
+    leaf,
+    refusal,
+    refused,
+    registry,
+    rule_for,
+    supported,
+    unknown_parameters,
+)
 from fsdp_dp.layers.registry import has_rule
+from fsdp_dp.patches import PatchProduct
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Stored sums are float32, of what half precision recorded exactly.
@@ -28,6 +43,19 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def indices(*shape: int, below: int, seed: int = 0) -> Tensor:
     return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Conv1D(nn.Module):
+    """As Hugging Face's, and found under its name."""
+
+    __module__ = "transformers.pytorch_utils"
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(normal(inputs, outputs, seed=3)), nn.Parameter(normal(outputs, seed=4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
 
 
 @dataclasses.dataclass
@@ -74,7 +102,36 @@ CASES: dict[str, Case] = {
     "rms norm [B, T, D]": Case(nn.RMSNorm(5), normal(3, 7, 5) * 3 + 1),
     "rms norm over two dimensions": Case(nn.RMSNorm((4, 5)), normal(3, 2, 4, 5)),
     "rms norm with a large eps": Case(nn.RMSNorm(5, eps=0.5), normal(3, 7, 5)),
+    "group norm [B, C]": Case(nn.GroupNorm(2, 6), normal(3, 6)),
+    "group norm [B, C, H, W]": Case(nn.GroupNorm(3, 6, eps=0.1), normal(3, 6, 4, 5) * 2 + 1),
+    "instance norm 1d": Case(nn.InstanceNorm1d(4, affine=True), normal(3, 4, 7)),
+    "instance norm 2d": Case(nn.InstanceNorm2d(4, affine=True, eps=0.1), normal(3, 4, 3, 5)),
+    "instance norm 3d": Case(nn.InstanceNorm3d(2, affine=True), normal(3, 2, 3, 2, 2)),
+    "transposed linear": Case(Conv1D(5, 4), normal(3, 6, 4)),
+    "transposed linear [B, D]": Case(Conv1D(5, 4), normal(3, 4)),
+    "transposed linear gram": Case(Conv1D(24, 20), normal(3, 4, 20)),
+    "conv 1d": Case(nn.Conv1d(3, 4, 3), normal(3, 3, 9)),
+    "conv 1d same": Case(nn.Conv1d(3, 4, 4, padding="same", dilation=2, bias=False), normal(3, 3, 9)),
+    "conv 2d": Case(nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), normal(3, 3, 8, 7)),
+    "conv 2d patches": Case(nn.Conv2d(3, 40, 4, stride=4), normal(3, 3, 8, 8)),
+    "conv 2d valid": Case(nn.Conv2d(2, 4, 3, padding="valid"), normal(3, 2, 5, 4)),
+    "conv 2d same of even kernel": Case(nn.Conv2d(2, 3, (2, 4), padding="same"), normal(3, 2, 5, 4)),
+    "conv 2d 1 x 1": Case(nn.Conv2d(5, 3, 1), normal(3, 5, 4, 4)),
+    "conv 2d gram": Case(nn.Conv2d(8, 32, 3), normal(2, 8, 4, 5)),
+    "conv 2d of groups": Case(nn.Conv2d(6, 4, 3, groups=2, padding=1, stride=2), normal(3, 6, 5, 6)),
+    "conv 2d of groups, gram": Case(nn.Conv2d(16, 32, 3, groups=2), normal(3, 16, 4, 4)),
+    "conv 2d depthwise": Case(nn.Conv2d(6, 12, 3, groups=6, padding=1), normal(3, 6, 5, 5)),
+    "conv 2d channels last": Case(
+        nn.Conv2d(3, 4, 3, padding=1), normal(3, 3, 8, 7).to(memory_format=torch.channels_last)
+    ),
+    "conv 2d of an expanded input": Case(nn.Conv2d(3, 4, 3), normal(1, 1, 8, 7).expand(3, 3, 8, 7)),
+    "conv 2d of one row": Case(nn.Conv2d(3, 4, 3), normal(1, 3, 8, 7)),
+    "conv 3d": Case(nn.Conv3d(2, 3, (2, 3, 1), padding=(1, 0, 1), stride=(1, 2, 1)), normal(3, 2, 3, 6, 2)),
 }
+for mode in ("reflect", "replicate", "circular"):
+    CASES[f"conv 1d {mode}"] = Case(nn.Conv1d(3, 4, 3, padding=2, padding_mode=mode, stride=2), normal(3, 3, 9))
+    CASES[f"conv 2d {mode}"] = Case(nn.Conv2d(2, 4, 3, padding=(1, 2), padding_mode=mode), normal(3, 2, 5, 6))
+    CASES[f"conv 3d {mode}"] = Case(nn.Conv3d(2, 2, 2, padding="same", padding_mode=mode), normal(2, 2, 3, 4, 3))
 for case in CASES.values():
     case.layer.double()
 
@@ -205,34 +262,112 @@ def test_a_non_finite_row_touches_no_other_row(name: str, where: str) -> None:
             assert not torch.isfinite(terms[0, 1])
 
 
+CONVOLUTIONS = [name for name in CASES if name.startswith("conv")]
+
+
+@pytest.mark.parametrize("scratch", [1, 500])
+def test_patches_cut_piece_by_piece(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few of them fit. Kept rows and weights as of a real microbatch."""
+    for name in CONVOLUTIONS:
+        case = CASES[name]
+        a, g, B = case.a, case.g, len(case.a)
+        weight, keep = torch.linspace(0.5, 2, B).double(), torch.arange(B) != 1
+        expected = one_row_at_a_time(case.layer, a, g)["weight"]
+        found = PatchProduct(a, g, convolution.geometry(case.layer))
+        monkeypatch.setattr(patches, "MAX_SCRATCH_ELEMENTS", scratch)
+        torch.testing.assert_close(found.dense(), expected)
+        torch.testing.assert_close(found.norm_terms().norm_sq, expected.flatten(1).square().sum(1))
+        dirty = PatchProduct(torch.where(keep.view(-1, *[1] * (a.ndim - 1)), a, torch.nan), g, found.geometry)
+        summed = (expected[keep] * weight[keep].view(-1, *[1] * (expected.ndim - 1))).sum(0)
+        torch.testing.assert_close(dirty.weighted_sum(weight, keep), summed)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_rounding_of_a_convolutions_norm_is_within_its_bound(name: str) -> None:
+    """Large means in the input and slopes that cancel: the gradient is a sliver of what is added up."""
+    case = CASES[name]
+    a, g = case.a + 100, case.g - case.g.flatten(2).mean(2).view(*case.g.shape[:2], *[1] * (case.g.ndim - 2))
+    layer = copy.deepcopy(case.layer).float()
+    a, g = a.float(), g.float()
+    truth = one_row_at_a_time(case.layer, a.double(), g.double())["weight"]
+    found = rule_for(layer)(layer, a, g, frozenset(["weight"]))["weight"]
+    terms = found.norm_terms()
+    off = (terms.norm_sq - truth.flatten(1).square().sum(1)).abs()
+    assert bool((off <= terms.error).all()) and bool((off > 0).any())
+    for i in range(len(a)):
+        one = torch.zeros(len(a)).index_fill_(0, torch.tensor([i]), 1.0)
+        rounding = (found.weighted_sum(one, one.bool()).double() - truth[i]).norm()
+        assert rounding <= terms.rounding_sq[i].sqrt() + terms.error[i].sqrt()
+
+
 # --------------------------------------------------------------------------------------------------------- registry
 
 
 def test_supported_layers_are_the_stated_ones() -> None:
-    assert supported() == ["Embedding", "LayerNorm", "Linear", "RMSNorm"]
+    """What is in the table says what it does; so does what is refused."""
+    assert Projection.documented_as in supported()
+    stated = "Conv1D Conv1d Conv2d Conv3d Embedding EmbeddingBag GroupNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d"
+    assert list(supported()) == [*stated.split(), "LayerNorm", "Linear", "MultiheadAttention", "RMSNorm"]
+    assert list(refused()) == ["BatchNorm", "RNNBase", "ConvTransposeNd"]
+    assert all(text.endswith(".") for text in supported().values())
     for case in CASES.values():
         assert has_rule(case.layer) and refusal(case.layer) is None
 
 
-class MyLinear(nn.Linear):
-    pass
+class Named(nn.Linear):
+    """Overrides nothing that its base's forward uses."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.label = "named"
+
+    def extra_repr(self) -> str:
+        return self.label
+
+
+class Squared(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square()
+
+
+class Rounded(nn.Linear):
+    """Its weight is not what it was made to be."""
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        if "weight" not in self._parameters:
+            raise AttributeError("weight")
+        return self._parameters["weight"].round()
+
+
+class Flipped(nn.Conv1d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight.flip(2), bias)
+
+
+@pytest.mark.parametrize("layer", [Named(), nn.modules.linear.NonDynamicallyQuantizableLinear(2, 2)])
+def test_a_subclass_that_changes_nothing_has_its_bases_rule(layer: nn.Module) -> None:
+    assert has_rule(layer) and rule_for(layer) is rule_for(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("layer", [Squared(2, 2), Rounded(2, 2), Flipped(2, 2, 2), nn.Bilinear(2, 2, 2)])
+def test_other_modules_are_run_again_row_by_row(layer: nn.Module) -> None:
+    """Seen to fail for Flipped, where only `forward` is looked at."""
+    assert not has_rule(layer) and refusal(layer) is None
+    assert rule_for(layer) is leaf.leaf
 
 
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        (nn.BatchNorm1d(3), ("BatchNorm1d", "mixes the rows", "GroupNorm or LayerNorm")),
+        (nn.BatchNorm1d(3), ("BatchNorm1d", "mixes the rows", "fsdp_dp.replace_batch_norm(model)")),
         (nn.SyncBatchNorm(3), ("SyncBatchNorm", "mixes the rows")),
-        (
-            nn.Conv2d(1, 1, 1),
-            ("Conv2d has no layer rule", "Embedding, LayerNorm, Linear, RMSNorm", "requires_grad_(False)"),
-        ),
-        (nn.Bilinear(2, 2, 2), ("Bilinear has no layer rule", "layer_rule")),
-        (MyLinear(2, 2), ("MyLinear is a subclass of Linear", "use Linear itself")),
-        (nn.modules.linear.NonDynamicallyQuantizableLinear(2, 2), ("subclass of Linear",)),
+        (nn.InstanceNorm1d(3, affine=True, track_running_stats=True), ("track_running_stats=True", "set it to False")),
         (nn.Embedding(3, 2, scale_grad_by_freq=True), ("scale_grad_by_freq", "set it to False")),
         (nn.Embedding(3, 2, max_norm=1.0), ("max_norm", "set max_norm=None")),
         (nn.Embedding(3, 2, sparse=True), ("sparse=True", "set sparse=False")),
+        (nn.EmbeddingBag(3, 2, sparse=True), ("sparse=True", "set sparse=False")),
+        (nn.EmbeddingBag(3, 2, mode="max"), ("mode='max'", "use 'sum' or 'mean'")),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -252,7 +387,7 @@ def test_a_parameter_that_the_rule_does_not_know_is_named() -> None:
 
 
 def test_a_new_layer_is_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And covers exactly its type, not subclasses."""
+    """And does not cover a subclass that computes something else."""
     for table in ("_ENTRIES",):
         monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
 
@@ -268,7 +403,7 @@ def test_a_new_layer_is_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
-    assert "Scale has no layer rule" in str(refusal(Scale()))
+    assert not has_rule(Scale())
 
     @layer_rule(Scale, parameters=("factor",), check=lambda module: None if module.training else "only in training")
     def scale(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
@@ -277,8 +412,8 @@ def test_a_new_layer_is_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(Scale()) is None
     assert refusal(Scale().eval()) == "only in training"
     assert unknown_parameters(Scale(), ["factor"]) is None
-    assert "subclass of Scale" in str(refusal(Doubled()))
-    assert supported()[-1] == "Scale"
+    assert not has_rule(Doubled())
+    assert "Scale" in supported()
     layer, a, g = Scale().double(), normal(3, 2, 4), normal(3, 2, 4, seed=1)
     found = rule_for(layer)(layer, a, g, frozenset(["factor"]))["factor"].dense()
     torch.testing.assert_close(found, one_row_at_a_time(layer, a, g)["factor"])

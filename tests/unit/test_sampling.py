@@ -18,7 +18,15 @@ from torch.utils.data import Dataset, IterableDataset
 
 from fsdp_dp import noise, sampling
 from fsdp_dp.config import PrivacyConfig
-from fsdp_dp.sampling import PADDING, LogicalBatchLoader, microbatch_rows, poisson_draw, shuffled_batches, zeroed
+from fsdp_dp.sampling import (
+    PADDING,
+    LogicalBatchLoader,
+    cut_draw,
+    microbatch_rows,
+    poisson_draw,
+    shuffled_batches,
+    zeroed,
+)
 
 KEY = noise.key_from_seed(1)
 
@@ -162,6 +170,63 @@ def test_shuffle_is_uniform_and_fresh_every_epoch():
     freedom = (rows - 1) ** 2
     assert abs(chi_square - freedom) < 4.5 * math.sqrt(2 * freedom)
     assert len({tuple(order) for order in orders.tolist()}) > 3500  # of 8! = 40 320 orders, 3 810 are expected
+
+
+# Draws cut to a largest size
+
+
+def test_a_cut_keeps_a_uniform_choice():
+    """Every row of a draw of 12 is as likely to stay, alone and with each other (chi-square). Seen to fail with the first."""
+    drawn = torch.arange(12) * 3
+    kept_TN = torch.zeros(4000, 12)
+    for step in range(4000):
+        kept = cut_draw(drawn, KEY, step, 5)
+        assert len(kept) == 5 == kept.unique().numel() and torch.equal(kept, kept.sort().values)
+        kept_TN[step, kept // 3] = 1
+    expected = 4000 * 5 / 12
+    chi_square = ((kept_TN.sum(0) - expected) ** 2).sum() / (4000 * 5 / 12 * 7 / 12) * 11 / 12
+    assert abs(chi_square - 11) < 4.5 * math.sqrt(22)
+    together = (kept_TN.T @ kept_TN)[~torch.eye(12, dtype=torch.bool)]
+    assert (together / 4000 - 5 * 4 / (12 * 11)).abs().max() < 4.5 * math.sqrt(0.152 * 0.848 / 4000)
+
+
+def test_small_draws_are_not_cut():
+    for drawn in (torch.empty(0, dtype=torch.int64), torch.arange(5)):
+        assert cut_draw(drawn, KEY, 0, 5) is drawn
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_cap_gives_every_step_the_same_shape(world_size):
+    """Seen to fail when an empty draw has one microbatch."""
+    privacy = config(max_batch_size=14, accountant="pld")
+    recorders = [Recorder() for _ in range(world_size)]
+    loaders = [
+        make_loader(recorder=r, rank=rank, world_size=world_size, privacy=privacy, steps=60)
+        for rank, r in enumerate(recorders)
+    ]
+    sizes = []
+    for number, batches in enumerate(zip(*loaders, strict=True)):
+        shares = [taken(batch, recorder) for batch, recorder in zip(batches, recorders, strict=True)]
+        rows = sorted(itertools.chain(*shares))
+        assert set(rows) <= set(expected_rows(number)) and len(rows) == min(14, len(expected_rows(number)))
+        sizes.append(len(rows))
+    assert max(sizes) == 14 > min(sizes)
+    for recorder in recorders:
+        masks = sum(isinstance(call, torch.Tensor) for call in recorder.calls)
+        assert masks == 60 * math.ceil(math.ceil(14 / world_size) / 4)
+
+
+@pytest.mark.parametrize("workers", [{}, pytest.param({"num_workers": 1}, marks=forks_workers)])
+def test_a_row_that_cannot_be_read_is_named(workers):
+    class Broken(Squares):
+        def __getitem__(self, index):
+            raise OSError("Input/output error") if index else IndexError("no zero row")
+
+    with pytest.raises((OSError, IndexError)) as caught:
+        for batch in make_loader(Broken(), **workers):
+            list(batch)
+    told = str(caught.value) + "".join(getattr(caught.value, "__notes__", ()))
+    assert "while Broken read a microbatch of" in told and "this was row" in told
 
 
 # The split over ranks

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from fsdp_dp import UnsupportedModelError
-from fsdp_dp.shared_values import Meetings, SharedValue, is_marked, mark_rows
+from fsdp_dp.marks import is_marked, mark_rows
+from fsdp_dp.shared_values import Meetings, SharedValue
 from tests.unit.toys import ROWS, clipped_sum, flat, moved, private, row_gradients, values
 
 B, T, D = 3, 4, 5

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,13 +14,17 @@ from fsdp_dp import PrivacyConfig
 from fsdp_dp.accounting import epsilon
 from fsdp_dp.data.corpus import Corpus
 from fsdp_dp.data.packing import RowDataset
+from fsdp_dp.standing import opened
+from fsdp_dp.training.app import check_extension, explained, lease
 from fsdp_dp.training.batches import endless_permutations
 from fsdp_dp.training.budget import MOST_POINTS, Budget, plan_budget
 from fsdp_dp.training.building import parameter_count
 from fsdp_dp.training.evaluate import evenly_spaced, loss_totals
-from fsdp_dp.training.interrupt import stop_on_ctrl_c
-from fsdp_dp.training.metrics import finite_or_text
+from fsdp_dp.training.fellows import Fellows
+from fsdp_dp.training.interrupt import stop_on_signals
+from fsdp_dp.training.metrics import RunLog, finite_or_text, whole_lines
 from fsdp_dp.training.report import Outcome, assumptions, claim, guarantee, unprotected
+from fsdp_dp.training.run_folder import check_folder, write_config
 from fsdp_dp.training.schedule import learning_rate
 from fsdp_dp.training.schema import OptimizerConfig, TrainConfig
 
@@ -90,7 +95,7 @@ def test_parameters_are_counted_without_building_them():
 
 def test_ctrl_c_is_noted_and_its_echo_ignored():
     before = signal.getsignal(signal.SIGINT)
-    with stop_on_ctrl_c() as stop:
+    with stop_on_signals() as stop:
         assert not stop.made
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -99,6 +104,102 @@ def test_ctrl_c_is_noted_and_its_echo_ignored():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_sigterm_is_noted_and_usr1_asks_for_another_start():
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.made and not stop.requeue
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.requeue
+
+
+def test_metrics_of_an_interrupted_run_go_on(tmp_path):
+    """A line that a crash cut short goes, and so does what was written of steps that were not reached."""
+    values = {"training_bits_per_byte": math.nan, "rows_per_second": 1.0, "useful_rows": 0.5}
+    log = RunLog(tmp_path, 10)
+    for step in (1, 2, 3):
+        log.step(step, 0.1 * step, 0.01, values)
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "eps')
+    log = RunLog(tmp_path, 10, done=2)
+    log.step(3, 0.3, 0.01, values)
+    log.close()
+    assert [record["step"] for record in whole_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    steps, shown = log.series("training_bits_per_byte")
+    assert steps == [1, 2, 3] and all(map(math.isnan, shown))
+    assert log.mean("useful_rows") == 0.5
+
+
+def test_the_first_failure_is_everybodys(monkeypatch):
+    """Seen to fail when the second failure takes the place of the first."""
+    monkeypatch.setattr("fsdp_dp.training.fellows.SECONDS_BETWEEN_LOOKS", 0.01)
+    store = torch.distributed.HashStore()
+    ranks = [Fellows(store, rank) for rank in range(12)]
+    heard = []
+    with ranks[0].watched(heard.append), ranks[1].watched(heard.append):
+        assert ranks[1].first_failure("ValueError: no luck") is None
+        time.sleep(0.1)
+    assert heard == ["rank 1: ValueError: no luck"]
+    assert ranks[11].first_failure("RuntimeError: lost") == "rank 1: ValueError: no luck"
+
+
+def run_config(folder, **changes):
+    return TrainConfig(output_dir=str(folder), **changes)
+
+
+def test_a_folder_is_taken_unless_its_run_goes_on(tmp_path):
+    check_folder(run_config(tmp_path / "new"))
+    check_folder(run_config(tmp_path, resume=True))
+    write_config(run_config(tmp_path), tmp_path)
+    (tmp_path / "ledger.jsonl").touch()
+    with pytest.raises(ValueError, match="already holds a run: go on with it by resume=true"):
+        check_folder(run_config(tmp_path))
+    # Sharding, microbatches and the length may change; what is trained on what may not.
+    check_folder(run_config(tmp_path, resume=True, microbatch_size=7, steps=900))
+    with pytest.raises(ValueError, match=r"batch_size was 512 when the run in .* began and is 100 now"):
+        check_folder(run_config(tmp_path, resume=True, batch_size=100))
+    with pytest.raises(ValueError, match=r"optimizer\.name was adamw"):
+        check_folder(run_config(tmp_path, resume=True, optimizer=OptimizerConfig(name="sgd")))
+    with pytest.raises(ValueError, match="resume=true needs output_dir"):
+        TrainConfig(resume=True)
+
+
+def test_an_extension_says_what_it_costs():
+    """Seen to fail when a longer run keeps the epsilon that its noise was calibrated for."""
+    privacy = replace(PRIVACY, noise_multiplier=None, target_epsilon=2.0)
+    check_extension(privacy, 2.0, 1.0)
+    with pytest.raises(
+        ValueError, match=r"steps=200 releases .* cost epsilon 2\.5, more than privacy.target_epsilon=2"
+    ):
+        check_extension(privacy, 2.5, 1.0)
+    check_extension(PRIVACY, 99.0, 1.0)
+
+
+def test_errors_say_what_to_do():
+    note = ValueError("broken")
+    note.add_note("this was row 7")
+    assert explained(note) == "ValueError: broken; this was row 7"
+    assert "Lower microbatch_size" in explained(torch.OutOfMemoryError("CUDA out of memory"))
+    assert explained(RuntimeError("Connection closed by peer [::1]")).startswith("lost another rank")
+
+
+def test_a_lease_lasts_longer_than_the_way_to_the_next_checkpoint():
+    assert [lease(every) for every in (1, 2, 4, 50)] == [2, 3, 5, 62]
+
+
+def test_lost_releases_are_in_the_report():
+    standing = opened({"kind": "open", "format": 1, "run": "x", "mechanism": {}, "options": {}, "budget": 200, "lease": 5,
+                       "seeded": False})  # fmt: skip
+    text = guarantee(replace(OUTCOME, standing=replace(standing, lost=7)))
+    assert "200 of 200, 7 of which were lost" in text
+
+
+def test_cut_draws_are_in_the_report():
+    text = guarantee(replace(OUTCOME, privacy=replace(PRIVACY, max_batch_size=30, accountant="pld")))
+    assert "zeroing out one row" in text and "more than 30 rows is cut" in text
+    assert "75% of the rows run were no padding" in unprotected(OUTCOME)
 
 
 def test_json_has_no_infinities():
@@ -116,8 +217,10 @@ OUTCOME = Outcome(
     corpus=Corpus(train=ROWS, held_out=ROWS, held_out_unigram_bits=4.7, unit="one packed row of 5 bytes"),
     noise_multiplier=1.0,
     budget=Budget(steps=(200,), epsilons=(2.5,)),
+    standing=None,
     steps=200,
     nonfinite_rows=0,
+    useful_rows=0.75,
     held_out_bits=3.5,
     parameters=141_056,
     ranks=2,

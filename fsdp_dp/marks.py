@@ -1,0 +1,87 @@
+"""What the first forward knows of its tensors: which descend from the rows, and which hold entries picked by the data.
+
+A layer may be given ``[entries, ...]`` where each row has equally many entries, in order; the rehearsal proves it (see
+`independence`). Entries that were *picked* along the rows, by an index or a mask that depends on the data or on chance (the
+tokens of an expert, unpadded sequences), may line up with the rows once and not the next time, which no rehearsal can rule
+out. So they are told apart here, function by function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+_MARKS = "_fsdp_dp_marks"
+ROWS, CHANCE, PICKED = "rows", "chance", "picked"
+
+_DRAWING = frozenset(
+    "rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal".split()
+)
+_WRITING = frozenset(
+    "index_add index_add_ index_copy index_copy_ index_put index_put_ index_reduce index_reduce_ scatter scatter_ "
+    "scatter_add scatter_add_ scatter_reduce scatter_reduce_ masked_scatter masked_scatter_ __setitem__".split()
+)
+"""Entries go back to where the first argument has them."""
+_ORDERING = frozenset("sort topk msort".split())
+
+
+def marks(x: Tensor) -> frozenset[str]:
+    return getattr(x, _MARKS, frozenset()) | (frozenset({ROWS}) if x.requires_grad else frozenset())
+
+
+def mark(x: Tensor, found: frozenset[str]) -> None:
+    if not hasattr(x, "per_row"):
+        setattr(x, _MARKS, getattr(x, _MARKS, frozenset()) | found)
+
+
+def mark_rows(x: Tensor) -> None:
+    """Say that a tensor descends from the rows of the microbatch."""
+    mark(x, frozenset({ROWS}))
+
+
+def is_marked(x: Tensor) -> bool:
+    """Whether a tensor is known to descend from the rows; in the first forward this is complete."""
+    return not hasattr(x, "per_row") and ROWS in marks(x)
+
+
+def is_picked(x: Tensor) -> bool:
+    """Whether a tensor is known to hold entries that were picked along the rows, by the data or by chance."""
+    return PICKED in getattr(x, _MARKS, ())
+
+
+def marks_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: Iterable[Tensor]) -> frozenset[str]:
+    """The marks of what a function returns."""
+    plain = [x for x in tensors if not hasattr(x, "per_row")]
+    found = frozenset().union(*map(marks, plain))
+    if name in _WRITING and args and isinstance(args[0], Tensor):
+        found = (found - {PICKED}) | (marks(args[0]) & {PICKED})
+    if name in _DRAWING:
+        found |= {CHANCE}
+    return found | {PICKED} if plain and _picks(name, args, kwargs) else found
+
+
+def _picks(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function picks entries of rows along the first dimension, by values that may differ the next time."""
+    x = args[0] if args else kwargs.get("input")
+    if not isinstance(x, Tensor) or not x.ndim or not is_marked(x):
+        return False
+    if name == "__getitem__":
+        index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
+        return isinstance(index, Tensor) and _varies(index)
+    if name in ("masked_select", "take"):
+        return True
+    dim = kwargs.get("dim", next((a for a in args[1:] if isinstance(a, int) and not isinstance(a, bool)), -1))
+    if name == "topk":
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
+    if name in _ORDERING or name in ("index_select", "gather", "take_along_dim"):
+        along_rows = name == "msort" or dim % x.ndim == 0
+        index = next((a for a in (*args[1:], *kwargs.values()) if isinstance(a, Tensor)), None)
+        return along_rows and len(x) > 1 and (index is None or _varies(index))
+    return False
+
+
+def _varies(index: Tensor) -> bool:
+    """An index that was counted up, or is a constant, picks the same entries every time."""
+    return bool(marks(index) & {ROWS, CHANCE})

@@ -1,0 +1,134 @@
+"""Groups that finish inside backward, between FSDP's own collectives, where ranks use different parts of the model.
+
+A rank that reduces a unit later than its peers keeps them waiting inside backward, and they keep it waiting for the
+all-gathers that come next (rule 12). One spawn of two ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.distributed.backends import (
+    BACKENDS,
+    EXPECTED_BATCH_SIZE,
+    TOLERANCE,
+    Revealed,
+    fail_if_any,
+    play,
+    privacy_config,
+)
+from tests.distributed.harness import run
+from tests.oracle import Groups, Unit, is_unit, relative_error, row_gradients, square_losses, trainable
+
+WIDTH, ROWS, UNITS, MICROBATCHES = 5, 4, 6, 2  # more units than sums that may be under way
+
+
+class Collectives(TorchDispatchMode):
+    """What this rank issues, in order: kind and size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = func._opname.replace("_", "")
+        if func.namespace in ("c10d", "_c10d_functional") and ("gather" in kind or "reduce" in kind):
+            self.seen.append(
+                (kind, sum(x.numel() for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)))
+            )
+        return func(*args, **(kwargs or {}))
+
+
+class Forked(Unit):
+    """A unit of which a rank may use nothing, or call a part without using it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.side, self.use = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), "both"
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        if self.use == "nothing":
+            return x_BD * 1.0
+        y_BD, side_BD = self.main(x_BD).tanh() + x_BD, self.side(x_BD)
+        return y_BD if self.use == "side unused" else y_BD + side_BD
+
+
+class Forks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Forked() for _ in range(UNITS))
+        self.first, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.double()
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        x_BD = self.first(x_BD)
+        for block in self.blocks:
+            x_BD = block(x_BD)
+        return self.head(x_BD)
+
+    def uses(self, block: int, use: str) -> Forks:
+        self.blocks[block].use = use
+        return self
+
+
+def rows(rank: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return tuple(torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forking:
+    """Rank 1 leaves a part of the last unit out, which backward comes to first."""
+
+    backend: str
+    clipping: str
+    use: str
+
+    def run(self) -> dict[str, Any]:
+        rank = dist.get_rank()
+        bare = Forks().uses(-1, self.use) if rank else Forks()
+        model, _ = BACKENDS[self.backend](bare, privacy_config(max_grad_norm=1.0, clipping=self.clipping))
+        inputs, targets = rows(rank)
+        with Collectives() as collectives:
+            for _ in range(MICROBATCHES):
+                square_losses(model(inputs), targets).mean().backward()
+        seen: list[Any] = [None, None]
+        dist.all_gather_object(seen, collectives.seen)
+        return {"order": seen, "release": Revealed(model).release()}
+
+    def problems(self, found: dict[str, Any]) -> list[str]:
+        groups, members = Groups(clipping=self.clipping), Groups(clipping=self.clipping).members(Forks(), is_unit)
+        numel = {name: p.numel() for name, p in trainable(Forks()).items()}
+        sums = [
+            groups.clipped_sum(row_gradients(model, rows(rank), square_losses), members, 1.0, numel)
+            for rank, model in enumerate((Forks(), Forks().uses(-1, self.use)))
+        ]
+        expected = {name: MICROBATCHES * (x + sums[1][name]) / EXPECTED_BATCH_SIZE for name, x in sums[0].items()}
+        error, (first, second) = relative_error(found["release"], expected), found["order"]
+        problems = [] if error < TOLERANCE else [f"off by {error:.1e}"]
+        # A unit of which a rank uses nothing is reduced early there: sums have process groups of their own.
+        return problems if first == second or self.use == "nothing" else [*problems, f"{first}\n  is not\n{second}"]
+
+
+TASKS = [
+    Forking(backend=backend, clipping=clipping, use=use)
+    for backend in ("fsdp1", "fsdp2")
+    for clipping in ("block", "layer")
+    for use in ("main", "side unused")
+]
+results = functools.cache(lambda: dict(zip(TASKS, run(play, 2, TASKS, timeout=100.0)[0], strict=True)))
+
+
+@pytest.mark.parametrize("task", TASKS, ids=str)
+def test_no_rank_waits_for_what_another_leaves_out(task: Forking) -> None:
+    """Seen to hang when a group waits for layers that this rank's backward will not reach."""
+    fail_if_any(task.problems(results()[task]))

@@ -1,0 +1,196 @@
+"""Rows that a model merges, splits, permutes or picks from: exact or refused, whatever the sizes happen to be."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fsdp_dp.errors import UnsupportedModelError
+from tests.unit.toys import ROWS, clipped_sum, flat, moved, private, row_gradients, values
+
+T, D = 4, 3
+Route = Callable[[nn.Module, Tensor], Tensor]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Routing(nn.Module):
+    """Experts between two Linears, and a way to them."""
+
+    def __init__(self, route: Route) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.route = nn.Linear(D, D), nn.Linear(D, 2), route
+        self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.route(self, self.first(x)))
+
+
+def row_loss(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).sin().flatten(1).sum(1).mean()
+
+
+def experts_by_mask(m: nn.Module, x: Tensor) -> Tensor:
+    tokens = x.reshape(-1, D)
+    y = torch.zeros_like(tokens)
+    chosen = tokens[:, 0] > 0
+    y[chosen] = m.experts[0](tokens[chosen])
+    y[~chosen] = m.experts[1](tokens[~chosen])
+    return y.view(x.shape)
+
+
+def experts_by_index(m: nn.Module, x: Tensor) -> Tensor:
+    tokens = x.reshape(-1, D)
+    y = torch.zeros_like(tokens)
+    for k in range(2):
+        (places,) = torch.where((tokens[:, 0] > 0) == bool(k))
+        y = y.index_add(0, places, m.experts[k](tokens.index_select(0, places)))
+    return y.view(x.shape)
+
+
+def experts_in_order(m: nn.Module, x: Tensor) -> Tensor:
+    """Sorted by a score, half to each: the same number of tokens for every expert, whatever the data."""
+    tokens = x.reshape(-1, D)
+    order = tokens[:, 0].argsort()
+    halves = tokens[order].chunk(2)
+    y = torch.cat([expert(half) for expert, half in zip(m.experts, halves, strict=True)])
+    return torch.zeros_like(y).index_copy(0, order, y).view(x.shape)
+
+
+def without_padding(m: nn.Module, x: Tensor) -> Tensor:
+    kept = x.detach().sum(-1) > -10
+    packed = m.experts[0](x[kept])
+    return torch.zeros_like(x).masked_scatter(kept[..., None], packed)
+
+
+def shuffled_rows(m: nn.Module, x: Tensor) -> Tensor:
+    order = torch.randperm(len(x))
+    return m.experts[0](x[order])[order.argsort()]
+
+
+def positions_first(m: nn.Module, x: Tensor) -> Tensor:
+    return m.experts[0](x.transpose(0, 1).reshape(-1, D)).view(x.shape[1], -1, D).transpose(0, 1)
+
+
+def turned_rows(m: nn.Module, x: Tensor) -> Tensor:
+    return m.experts[0](x.roll(1, 0)).roll(-1, 0)
+
+
+def position_by_position(m: nn.Module, x: Tensor) -> Tensor:
+    return torch.stack([m.experts[t % 2](x[:, t]) for t in range(x.shape[1])], 1)
+
+
+def beams(m: nn.Module, x: Tensor) -> Tensor:
+    return m.experts[0](x.repeat_interleave(3, 0)).unflatten(0, (-1, 3)).mean(1)
+
+
+def last_positions(m: nn.Module, x: Tensor) -> Tensor:
+    """As sequence classifiers do: an index that counts the rows, beside one that depends on the data."""
+    last = (x.detach()[..., 0] > 0).sum(1).clamp(max=T - 1)
+    return x + m.experts[0](x[torch.arange(len(x)), last])[:, None]
+
+
+def chosen_positions(m: nn.Module, x: Tensor) -> Tensor:
+    """The two best positions of every row, by gather."""
+    best = x.detach()[..., 0].topk(2, dim=1)[1]
+    return m.experts[0](x.gather(1, best[..., None].expand(-1, -1, D)))
+
+
+EXACT: dict[str, Route] = {
+    "tokens": lambda m, x: m.experts[0](x.reshape(-1, D)).view(x.shape),
+    "windows": lambda m, x: m.experts[0](x.reshape(-1, 2, D)).view(x.shape),
+    "position by position": position_by_position,
+    "beams": beams,
+    "last positions": last_positions,
+    "chosen positions": chosen_positions,
+}
+REFUSED: dict[str, Route] = {
+    "experts by mask": experts_by_mask,
+    "experts by index": experts_by_index,
+    "experts in order": experts_in_order,
+    "without padding": without_padding,
+    "shuffled rows": shuffled_rows,
+}
+DISPROVED: dict[str, Route] = {"positions first": positions_first, "turned rows": turned_rows}
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("microbatch", [ROWS, T])
+def test_release_is_the_oracles(name: str, microbatch: int) -> None:
+    if (name, microbatch) == ("beams", T):
+        return  # as many positions as rows look like a sequence in front; that is refused
+    model, x = Routing(EXACT[name]), normal(ROWS, T, D, seed=3)
+    expected = clipped_sum(row_gradients(model, row_loss, x)) / ROWS
+    subject, before = private(model, sampling="external_poisson"), values(model)
+    for part in x.split(microbatch):
+        row_loss(model, part).backward()
+    subject.optimizer.step()
+    torch.testing.assert_close(flat(moved(model, before)), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_entries_picked_from_all_rows_are_refused(name: str) -> None:
+    """Sizes may say what they will: here every expert may get as many tokens as there are rows."""
+    model = Routing(REFUSED[name])
+    private(model, sampling="external_poisson")
+    with pytest.raises(UnsupportedModelError, match=r"'experts\.\d' is given entries that were picked"):
+        row_loss(model, normal(ROWS, T, D, seed=3))
+
+
+@pytest.mark.parametrize("name", [*REFUSED, *EXACT, *DISPROVED])
+def test_one_row_a_microbatch_is_always_exact(name: str) -> None:
+    model, x = Routing((REFUSED | EXACT | DISPROVED)[name]), normal(ROWS, T, D, seed=3)
+    expected = clipped_sum(row_gradients(model, row_loss, x)) / ROWS
+    subject, before = private(model, sampling="external_poisson"), values(model)
+    for part in x.split(1):
+        row_loss(model, part).backward()
+    subject.optimizer.step()
+    torch.testing.assert_close(flat(moved(model, before)), expected, rtol=1e-9, atol=1e-11)
+    if name in REFUSED:
+        subject.optimizer.zero_grad()
+        with pytest.raises(UnsupportedModelError, match="were picked"):
+            row_loss(model, x)
+
+
+@pytest.mark.parametrize("name", DISPROVED)
+def test_rows_in_another_order_are_refused(name: str) -> None:
+    model = Routing(DISPROVED[name])
+    subject = private(model, sampling="external_poisson")
+    row_loss(model, normal(ROWS, T, D, seed=3)).backward()
+    with pytest.raises(UnsupportedModelError, match=r"gradient of 'experts"):
+        subject.optimizer.step()
+
+
+def test_an_expert_that_is_called_later_is_not_taken_at_its_sizes_word() -> None:
+    """Nothing is picked in the first microbatch; in the next as many tokens as there are rows. Seen to fail without."""
+
+    def route(m: nn.Module, x: Tensor) -> Tensor:
+        chosen = x.reshape(-1, D)[:, 0] > 5
+        y = x.reshape(-1, D).clone()
+        if chosen.any():
+            y[chosen] = m.experts[0](y[chosen])
+        return y.view(x.shape)
+
+    model, x = Routing(route), normal(ROWS, T, D, seed=3)
+    with torch.no_grad():
+        model.first.weight.copy_(torch.eye(D))
+    subject = private(model, sampling="external_poisson", max_grad_norm=1e-9)
+    row_loss(model, x.clamp(max=2)).backward()
+    subject.optimizer.step()
+    subject.optimizer.zero_grad()
+    x.view(-1, D)[:ROWS, 0] = 9
+    with pytest.raises(UnsupportedModelError, match=r"'experts\.0'.*first microbatch already"):
+        row_loss(model, x).backward()
