@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fsdp_dp.config import AdaptiveBounds, PrivacyConfig
 
 if TYPE_CHECKING:
+    from fsdp_dp.batch_norm import replace_batch_norm
     from fsdp_dp.engine import PrivacyEngine, make_private
     from fsdp_dp.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
     from fsdp_dp.losses import per_sample_cross_entropy
@@ -30,6 +31,7 @@ _HOME = {
     "PrivacyError": "fsdp_dp.errors",
     "UnsupportedModelError": "fsdp_dp.errors",
     "per_sample_cross_entropy": "fsdp_dp.losses",
+    "replace_batch_norm": "fsdp_dp.batch_norm",
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "check_private",
     "make_private",
     "per_sample_cross_entropy",
+    "replace_batch_norm",
 ]
 
 

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 
 from fsdp_dp.config import AdaptiveBounds
 
-_GRID = 2.0**20
-"""Noise is rounded to this grid; counts are multiples of 1/2, so the sum of both is exact and shows no low-order bits."""
+_GRID = 2.0**10
+"""Noise is rounded to multiples of 1/_GRID, and counts are multiples of 1/2: their sum is exact, and a rounding of count
+plus noise (post-processing). A coarse grid holds many float64 numbers a cell, so that cells are equally likely."""
 
 
 def split_noise(noise_multiplier: float, groups: int, options: AdaptiveBounds | None) -> tuple[float, float]:
@@ -59,5 +60,5 @@ def next_bounds(
 
 
 def _shares(excess: Sequence[float], noise: Sequence[float], expected_batch_size: int) -> list[float]:
-    noised = [count + round(x * _GRID) / _GRID for count, x in zip(excess, noise, strict=True)]
+    noised = [count + math.floor(x * _GRID + 0.5) / _GRID for count, x in zip(excess, noise, strict=True)]
     return [0.5 + count / expected_batch_size for count in noised]

@@ -31,6 +31,7 @@ class Projection(nn.Module):
     """
 
     owner: nn.MultiheadAttention
+    documented_as = "MultiheadAttention"
 
     def __init__(self, owner: nn.MultiheadAttention, part: str) -> None:
         super().__init__()
@@ -54,6 +55,7 @@ class Projection(nn.Module):
 
 @layer_rule(Projection)
 def projection(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """Projections as Linears, packed or separate; masks, dropout, sequence or batch first. Not add_bias_kv, add_zero_attn."""
     assert isinstance(module, Projection)
     out = linear(module, a, g, wanted)
     if "weight" in wanted and module.packed:
@@ -129,16 +131,16 @@ def _forward(
         raise UnsupportedModelError(
             f"MultiheadAttention was given a query of shape {tuple(query.shape)}, without a batch; give it three dimensions"
         )
-    heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in _projected(self, query, key, value)]
+    q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in _projected(self, query, key, value))
     hint = is_causal and key_padding_mask is None and not need_weights
-    mask = None if hint else _mask(attn_mask, key_padding_mask, heads[0])
+    mask = None if hint else _mask(attn_mask, key_padding_mask, q)
     dropout = self.dropout if self.training else 0.0
     weights = None
     if need_weights:
-        weights_BHLS, mixed = _with_weights(*heads, mask, dropout)
+        weights_BHLS, mixed = _with_weights(q, k, v, mask, dropout)
         weights = weights_BHLS.mean(1) if average_attn_weights else weights_BHLS
     else:
-        mixed = F.scaled_dot_product_attention(*heads, mask, dropout, hint)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, hint)
     out_BLE = self.out_proj(mixed.transpose(1, 2).flatten(2))
     return out_BLE if self.batch_first else out_BLE.transpose(0, 1), weights
 

@@ -125,7 +125,7 @@ class Checkpoints:
         checkpoint knows of.
 
         Raises:
-            LedgerError: the ledger does not go through the checkpoint's anchor.
+            LedgerError: the ledger does not go through the checkpoint's anchor, or there is none where there was one.
             PrivacyError: the engine's mechanism is not the checkpoint's.
         """
         found = self._from_main(self._read_newest() if self._is_main else None)
@@ -154,11 +154,23 @@ class Checkpoints:
             return None
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         try:
-            if self._ledger is not None:
-                self._ledger.check(Anchor(*state["ledger"]))
+            self._check_anchor(state["ledger"])
         except LedgerError as error:
             return LedgerError(f"{path}: {error}")
         return {"name": path.name, "state": state}
+
+    def _check_anchor(self, anchor: list[Any] | None) -> None:
+        """A private run keeps its ledger: without it, what was released after the checkpoint would go uncounted."""
+        if self._engine is None:
+            return
+        if (anchor is None) != (self._ledger is None):
+            was, now = ("with", "none") if self._ledger is None else ("without", "one")
+            raise LedgerError(
+                f"this checkpoint was written {was} a ledger, and there is {now} now. Open the run's ledger on rank 0 and "
+                "pass it, from the first step to the last; or load into a model without an engine"
+            )
+        if self._ledger is not None and anchor is not None:
+            self._ledger.check(Anchor(*anchor))
 
     def _load_engine(self, saved: dict[str, Any] | None) -> None:
         """The engine's counts: the checkpoint's, and at least the ledger's."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
@@ -90,13 +91,13 @@ class ClippedSum:
         if self._plan.streams and self._outstanding[group] == 0:
             self._clip_ready_groups()
         elif not self._plan.streams and self._of_part[unit] == 0:
-            with self._plan.side.beside():
-                self._measure(self._plan.parts[group][unit])
+            self._measure(self._plan.parts[group][unit], self._plan.side.beside)
 
     def finish(self) -> None:
         """The backward is over: what was not reported has no gradient."""
         while self._groups:
             self._clip(self._groups[0])
+        del self._weigh  # it refers back to the microbatch, which would wait for the garbage collector
 
     @property
     def held(self) -> list[PerSampleGradient]:
@@ -126,16 +127,22 @@ class ClippedSum:
             self._unsummed[unit] -= len(names)
             self._reduce_ready_units()
 
-    def _measure(self, names: Sequence[str]) -> None:
-        """Take the norms of those of the parameters that have uses and were not measured yet."""
+    def _measure(self, names: Sequence[str], where: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """Take the norms of those of the parameters that have uses and were not measured yet.
+
+        Only that is done ``where``: what it reads is kept until the weights are known, while uses that are combined may
+        be freed at once, and so must be read on the main stream.
+        """
         gradients = {name: combine(self._uses.pop(name)) for name in names if name in self._uses}
-        if gradients:
-            is_split, device = self._plan.is_split, self._plan.model.device
-            split, whole = ([g for name, g in gradients.items() if is_split[name] is side] for side in (True, False))
+        if not gradients:
+            return
+        is_split, device = self._plan.is_split, self._plan.model.device
+        split, whole = ([g for name, g in gradients.items() if is_split[name] is side] for side in (True, False))
+        self._gradients |= gradients
+        with where():
             self._terms.append(
                 (total_norm_terms(split, self._rows, device), total_norm_terms(whole, self._rows, device))
             )
-            self._gradients |= gradients
 
     def _norm_terms(self) -> NormTerms:
         """Squared norms over what was measured, and over all ranks that hold a part of a row's gradient."""
@@ -151,17 +158,32 @@ class ClippedSum:
 
 
 class MeasuredNorms:
-    """Takes the place of a `ClippedSum` where only the norm of every parameter is asked for (see `independence`)."""
+    """Takes the place of a `ClippedSum` where only the norm of every parameter is asked for (see `independence`).
+
+    A parameter is measured as soon as all its uses are in, so that its records can go when its group is finished.
+    """
 
     def __init__(self) -> None:
         self._uses: dict[str, list[PerSampleGradient]] = {}
+        self._outstanding = Counter[str]()
+        self._measured: dict[str, Measured] = {}
 
-    def expect(self, name: str) -> None: ...
+    def expect(self, name: str) -> None:
+        self._outstanding[name] += 1
 
     def report(self, name: str, gradient: PerSampleGradient | None) -> None:
         if gradient is not None:
             self._uses.setdefault(name, []).append(gradient)
+        self._outstanding[name] -= 1
+        if self._outstanding[name] == 0:
+            self._measure(name)
 
     def finish(self) -> dict[str, Measured]:
         """Of the parameters that the loss depends on."""
-        return {name: Measured.of(combine(uses)) for name, uses in self._uses.items()}
+        for name in list(self._uses):
+            self._measure(name)
+        return self._measured
+
+    def _measure(self, name: str) -> None:
+        if name in self._uses:
+            self._measured[name] = Measured.of(combine(self._uses.pop(name)))

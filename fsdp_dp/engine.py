@@ -49,7 +49,7 @@ from fsdp_dp.intake import Intake
 from fsdp_dp.kernels.release import Segment, Verdict, privatize_all_
 from fsdp_dp.layers import keeps, per_sample_gradients
 from fsdp_dp.methods import Measured
-from fsdp_dp.numerics import UN_NOISED_MARGIN, accumulate_dtype, exact_arithmetic
+from fsdp_dp.numerics import accumulate_dtype, exact_arithmetic, un_noised_margin
 from fsdp_dp.optimizer_gate import OptimizerGate
 from fsdp_dp.records import NO_CALL, Call, Record
 from fsdp_dp.sampling import LogicalBatchLoader
@@ -331,13 +331,18 @@ class PrivacyEngine:
                     f"load_state_dict: {name} was {state[name]!r} when the state was saved and is {now[name]!r} now; "
                     "releases of two mechanisms are not accounted together. Use the saved value"
                 )
+        if len(state["bounds"]) != len(self.groups):
+            raise PrivacyError(
+                f"load_state_dict: the state has bounds of {len(state['bounds'])} clipping groups, this model has "
+                f"{len(self.groups)}; load the state of a run of the same model, with the same parameters trainable"
+            )
         self.discard()
         self._earlier_epochs = max(self._epochs(), int(state["epochs"]))
         self._released_epochs.clear()
         self.steps = max(self.steps, int(state["steps"]))
         self._vouched = self._vouched and bool(state["vouched"])
         self.seeded = self.seeded or bool(state["seeded"])
-        self._set_bounds(state["bounds"])
+        self._agree_on_bounds(state["bounds"])
         self._new_keys()
 
     def detach(self) -> None:
@@ -434,7 +439,7 @@ class PrivacyEngine:
         """``max_grad_norm`` less what rounding of sums and the noise lattice may add (rules 2 to 4)."""
         bound = self.max_grad_norm
         if self.privacy.numerics == "certified":
-            bound -= self.max_grad_norm * UN_NOISED_MARGIN[self.dtype]
+            bound -= self.max_grad_norm * un_noised_margin(self.dtype, self.model.device)
         if self.noise_multiplier > 0:
             bound -= self._lattice.sensitivity_charge(self.model.global_numel)
         if bound <= 0:
@@ -492,6 +497,7 @@ class PrivacyEngine:
             self._current = self._next_microbatch(args, kwargs)
         assert self._current is not None
         self._window.close()
+        self._taps.of_forward.clear()
         self._in_forward = True
         if not rehearsal and not self._checked and not self._pending:
             self._forget_first_microbatch()
@@ -608,12 +614,13 @@ class PrivacyEngine:
         return lambda call, inputs, grads: self._record(microbatch, layer, Record(call, inputs, grads))
 
     def _require_forward(self, layer: str) -> None:
+        if self._in_forward and self._current is not None:
+            return
         with self._refusals_poison():
-            if not self._in_forward or self._current is None:
-                raise PrivacyError(
-                    f"Layer '{layer}' was called outside the model's own forward, where its gradient cannot be clipped "
-                    "with the rest of the row; call it inside model.forward, or under torch.no_grad()"
-                )
+            raise PrivacyError(
+                f"Layer '{layer}' was called outside the model's own forward, where its gradient cannot be clipped "
+                "with the rest of the row; call it inside model.forward, or under torch.no_grad()"
+            )
 
     def _share_output(self, layer: str, inputs: Sequence[Tensor]) -> Callable[[Tensor], SharedValue] | None:
         """How to carry a layer's output if its inputs are the same for all rows, such as position ids without a batch.
@@ -706,10 +713,14 @@ class PrivacyEngine:
             self._window.close()
 
     def _start_recording(self, microbatch: _Microbatch) -> None:
+        if microbatch.recording and not microbatch.done and microbatch is self._current:
+            return
         self._enter_backward(microbatch)
         if not microbatch.recording:
             microbatch.recording = True
             at_end_of_backward(self._finish_backward)
+            for report in self._taps.unreached():  # or their groups would wait for the end, longer than on other ranks
+                report(NO_CALL, (), (None,))
 
     @staticmethod
     def _note_dtypes(microbatch: _Microbatch, grads: Sequence[Tensor | None]) -> None:
@@ -719,7 +730,8 @@ class PrivacyEngine:
     def _record(self, microbatch: _Microbatch, layer: str, record: Record) -> None:
         self._start_recording(microbatch)
         module = self.layers[layer]
-        names, gradients = self._attributes[module], dict[str, PerSampleGradient]()
+        names = self._attributes[module]
+        gradients: dict[str, PerSampleGradient] = {}
         with exact_arithmetic(self.model.device):
             if any(grad is not None for grad in record.grads):
                 record, complete = self.model.localize(layer, module, record)
@@ -744,7 +756,6 @@ class PrivacyEngine:
                     self.measured = measured
             if microbatch.sums is not None:
                 microbatch.sums.finish()
-                self.model.finish_accumulate()
                 self._account_rows(microbatch)
         self.model.after_backward()
         microbatch.norms = None  # it holds every record until the garbage collector finds it
@@ -790,6 +801,7 @@ class PrivacyEngine:
         self._check_before_release()
         if not self._checked:
             self._check_independence()
+        self.model.finish_accumulate()
         self.steps += 1
         if self._drawn_epoch is not None:
             self._released_epochs.add(self._drawn_epoch)
@@ -797,13 +809,13 @@ class PrivacyEngine:
             gradients = self._private_gradients()
             for parameter in self.model.parameters:
                 self.model.publish(parameter, gradients[parameter.name])
+            self._adapt_bounds()
         except BaseException:
             self._poisoned = "a release failed halfway"
             for parameter in self.model.parameters:
                 parameter.parameter.grad = None
             raise
         self._pending = 0
-        self._adapt_bounds()
         self._intake.released()
         self._warn_unless_vouched()
         grads = {name: p.parameter.grad for name, p in self._parameters.items()}
@@ -818,10 +830,15 @@ class PrivacyEngine:
         normals = noise.standard_normal(self._bounds_key, release=self.steps, parameter=0, start=0, count=groups)
         first = [group.bound for group in self.groups]
         counts = [self._count_noise * x for x in normals.tolist()]
-        bounds = next_bounds(self.bounds, first, excess, counts, self.privacy.expected_batch_size, options)
-        packed = self.model.agree(struct.pack(f"<{groups}d", *bounds))  # to the last digit
-        self._set_bounds(struct.unpack(f"<{groups}d", packed))
+        self._agree_on_bounds(
+            next_bounds(self.bounds, first, excess, counts, self.privacy.expected_batch_size, options)
+        )
         self._excess.zero_()
+
+    def _agree_on_bounds(self, bounds: Sequence[float]) -> None:
+        """Rank 0's, to the last digit: noise is made for the bounds that every rank clips to."""
+        form = f"<{len(self.groups)}d"
+        self._set_bounds(struct.unpack(form, self.model.agree(struct.pack(form, *bounds))))
 
     def _warn_unless_vouched(self) -> None:
         if not self._vouched and not self._warned:

@@ -189,12 +189,17 @@ class OuterProduct:
     def dtype(self) -> torch.dtype:
         return accumulate_dtype(torch.promote_types(self.a_BTD.dtype, self.g_BTP.dtype))
 
-    @property
-    def method(self) -> planner.Method:
+    @functools.cached_property
+    def is_fused(self) -> bool:
+        """Whether the kernels of `kernels.outer` take these factors."""
+        return fused.usable(self.a_BTD, self.g_BTP)
+
+    @functools.cached_property
+    def method(self) -> planner.Method:  # type: ignore[override]
         """How the rows are measured (see `planner`)."""
         a, g = self.a_BTD, self.g_BTP
         narrower = min(a.element_size(), g.element_size())
-        return planner.method(*a.shape[1:], g.shape[2], narrower, self.dtype.itemsize, fused=fused.usable(a, g))
+        return planner.method(*a.shape[1:], g.shape[2], narrower, self.dtype.itemsize, fused=self.is_fused)
 
     @property
     def uses_gram(self) -> bool:
@@ -204,7 +209,7 @@ class OuterProduct:
     @property
     def in_fused_gram(self) -> bool:
         """Whether one launch measures this and other layers that share the input."""
-        return self.uses_gram and fused.usable(self.a_BTD, self.g_BTP)
+        return self.is_fused and self.uses_gram
 
     @property
     def norm_cost(self) -> float:
@@ -224,7 +229,7 @@ class OuterProduct:
         return NormTerms.unstack(torch.cat(parts, dim=1))
 
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
-        if fused.usable(self.a_BTD, self.g_BTP):
+        if self.is_fused:
             return fused.weighted_outer(self.a_BTD, self.g_BTP, _kept(weight_B, keep_B).to(self.dtype))
         a = _kept(self.a_BTD, keep_B).flatten(0, 1)
         scaled = (_kept(self.g_BTP, keep_B) * weight_B.to(self.dtype)[:, None, None]).flatten(0, 1)
@@ -514,6 +519,6 @@ def weighted_sums(
 
 def _weighted_sum(gradient: PerSampleGradient, effective_B: Tensor, keep_B: Tensor, place: Tensor | None) -> Tensor:
     """``effective_B`` is zero for rows that are not kept, which is all that the kernel asks about them."""
-    if isinstance(gradient, OuterProduct) and fused.usable(gradient.a_BTD, gradient.g_BTP):
+    if isinstance(gradient, OuterProduct) and gradient.is_fused:
         return fused.weighted_outer(gradient.a_BTD, gradient.g_BTP, effective_B, place)
     return gradient.weighted_sum(effective_B, keep_B)

@@ -2,10 +2,10 @@
 
 Clipping bounds what a row adds only if no other row's term depends on it. Two questions, on the first microbatch:
 
-* the *loss*: it is recorded between the model's outputs and ``backward()``, and replayed with every second row's
+* the *loss*: it is recorded between the model's outputs and ``backward()``, and replayed with some rows'
   outputs and labels exchanged. The gradients of the other rows must not move (a mean over the batch's valid tokens
   moves them).
-* the *model*: forward and backward run once more, with every second row's inputs, and gradients of its outputs,
+* the *model*: forward and backward run once more, with some rows' inputs, and gradients of its outputs,
   exchanged. The per-sample norms of the other rows must not move (batch statistics move them, and so does a
   layer whose records do not line up with the rows).
 
@@ -14,6 +14,9 @@ Neither releases anything. The second costs one forward and backward, at the fir
 
 from __future__ import annotations
 
+import functools
+import itertools
+import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,20 +43,36 @@ _TO_NUMBERS = (Tensor.item, Tensor.__float__, Tensor.__int__)
 _BY_NUMBERS = frozenset("div div_ true_divide __truediv__ mul mul_ multiply __mul__ __rmul__".split())
 
 
-def exchange_rows(x: Tensor, rows: int, kept: int = 0) -> Tensor:
-    """``x`` ``[B, ...]`` with every second row replaced by the row after it; rows ``kept``, ``kept + 2``, ... stay."""
+@functools.cache
+def exchanged_rows(rows: int, complement: bool = False) -> tuple[int, ...]:
+    """Which rows are exchanged: about half, so chosen that shifting or reversing the order of rows gives others.
+
+    (Were it every second row, a layer that is given the rows two places further on would not show.)
+    """
+    for seed in itertools.count():
+        draw = random.Random(seed)
+        chosen = {row for row in range(rows) if draw.random() < 0.5}
+        moved = [{(row + k) % rows for row in chosen} for k in range(1, rows)] + [{rows - 1 - row for row in chosen}]
+        if rows < 2 or (0 < len(chosen) < rows and chosen not in moved):
+            break
+    return tuple(row for row in range(rows) if (row in chosen) is not complement)
+
+
+def exchange_rows(x: Tensor, exchanged: Sequence[int], rows: int) -> Tensor:
+    """``x`` ``[B, ...]`` with the ``exchanged`` rows replaced, each by the row after it."""
     if isinstance(x, DTensor):  # split over features or positions: every rank has all rows
-        here = exchange_rows(x.to_local(), rows, kept)
+        here = exchange_rows(x.to_local(), exchanged, rows)
         return DTensor.from_local(here, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
     source = torch.arange(rows, device=x.device)
-    source[1 - kept :: 2] = (source[1 - kept :: 2] + 1) % rows
+    places = torch.tensor(exchanged, dtype=torch.long, device=x.device)
+    source[places] = (places + 1) % rows
     return x.detach().reshape(rows, -1)[source].view(x.shape)
 
 
 class FirstMicrobatch:
     """The first microbatch of an engine: its inputs, its random state, its loss, and the two questions.
 
-    Ranks with an odd ``data_rank`` keep the odd rows and exchange the even ones. So a forward that couples row i of one
+    Ranks with an odd ``data_rank`` exchange the rows that the others keep. So a forward that couples row i of one
     rank with row i of another (context parallelism, statistics over ranks) shows as well.
     """
 
@@ -68,7 +87,8 @@ class FirstMicrobatch:
         data_rank: int = 0,
     ) -> None:
         self._root, self.rows = root, rows
-        self._kept = data_rank % 2 if rows > 1 else 0
+        self._exchanged = exchanged_rows(rows, data_rank % 2 == 1) if rows > 1 else ()
+        self._kept = [row for row in range(rows) if row not in self._exchanged]
         self._norm_sq: list[dict[str, Tensor]] = []
         # Copies: the program may fill the same tensors with the next microbatch.
         self._args, self._kwargs = tree_map(_copy, args), tree_map(_copy, kwargs)
@@ -87,7 +107,7 @@ class FirstMicrobatch:
         self._output_grads[index] = grad
 
     def run_exchanged(self) -> None:
-        """Forward and backward with every second row's inputs exchanged; the caller looks at the norms."""
+        """Forward and backward with some rows' inputs exchanged; the caller looks at the norms."""
         change = self._exchange if self.rows > 1 else (lambda x: x)
         with _restored(self._random_state, self._device), _in_modes(self._modes), torch.enable_grad():
             with torch.autocast(self._device.type, dtype=self._autocast_dtype, enabled=self._autocast):
@@ -109,7 +129,7 @@ class FirstMicrobatch:
 
         Returns whether it could have shown: some row was really exchanged, and another one has a gradient.
         """
-        before, after = ({n: x[self._kept :: 2].sqrt() for n, x in norm_sq.items()} for norm_sq in self._norm_sq[-2:])
+        before, after = ({n: x[self._kept].sqrt() for n, x in norm_sq.items()} for norm_sq in self._norm_sq[-2:])
         tolerance = _TOLERANCE.get(torch.bfloat16 if self._autocast else dtype, _COARSE_TOLERANCE)
         total = torch.stack([x.nan_to_num(0, 0, 0) for x in (*before.values(), *after.values())]).norm(dim=0)
         zeros = torch.zeros_like(total)
@@ -121,7 +141,7 @@ class FirstMicrobatch:
             if bool(moved.any()):
                 row = int(moved.nonzero()[0])
                 raise UnsupportedModelError(
-                    f"Row {2 * row + self._kept}'s gradient of '{name}' changed (norm {float(old[row]):.4g} -> "
+                    f"Row {self._kept[row]}'s gradient of '{name}' changed (norm {float(old[row]):.4g} -> "
                     f"{float(new[row]):.4g}) when only other rows' inputs were exchanged, so clipping a row does not bound "
                     "its influence. Look for statistics over the batch, a loss inside the model that averages over all valid "
                     "tokens, a layer whose input does not have the batch as its first dimension (positions without a batch "
@@ -135,7 +155,7 @@ class FirstMicrobatch:
 
     def _exchange(self, x: Any) -> Any:
         has_rows = isinstance(x, Tensor) and x.ndim and x.shape[0] == self.rows
-        return exchange_rows(x, self.rows, self._kept) if has_rows else x
+        return exchange_rows(x, self._exchanged, self.rows) if has_rows else x
 
 
 class LossRecording(TorchFunctionMode):
@@ -144,6 +164,8 @@ class LossRecording(TorchFunctionMode):
     def __init__(self, rows: int, managed: frozenset[int]) -> None:
         super().__init__()
         self._rows, self._managed = rows, managed
+        self._exchanging = exchanged_rows(rows)
+        self._kept = [row for row in range(rows) if row not in self._exchanging]
         self._outputs: list[Tensor] = []
         self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
         self._active = False
@@ -277,7 +299,7 @@ class LossRecording(TorchFunctionMode):
         return True
 
     def _exchanged(self, output: Tensor) -> Tensor:
-        return exchange_rows(output, self._rows) if _has_rows(output, self._rows) else output
+        return exchange_rows(output, self._exchanging, self._rows) if _has_rows(output, self._rows) else output
 
     def _replay(
         self,
@@ -323,13 +345,13 @@ class LossRecording(TorchFunctionMode):
         return list(torch.autograd.grad(new_loss, leaves, _seed(kwargs, new_loss), allow_unused=True))
 
     def _difference(self, before: Sequence[Tensor | None], after: Sequence[Tensor | None]) -> float | None:
-        """By how much the gradients of even rows moved, relative to their size; None if they did not."""
+        """By how much the gradients of rows that stayed moved, relative to their size; None if they did not."""
         for old, new in zip(before, after, strict=True):
             if old is None or new is None:
                 if old is not new:
                     return float("inf")
                 continue
-            kept = [x.reshape(self._rows, -1)[::2] if _has_rows(x, self._rows) else x for x in (old, new)]
+            kept = [x.reshape(self._rows, -1)[self._kept] if _has_rows(x, self._rows) else x for x in (old, new)]
             off = float((kept[0].double() - kept[1].double()).norm() / kept[0].double().norm().clamp(min=1e-300))
             if off > _TOLERANCE.get(old.dtype, _COARSE_TOLERANCE):
                 return off
@@ -340,7 +362,7 @@ class LossRecording(TorchFunctionMode):
         tokens = {self._rows} | {o.shape[0] * o.shape[1] for o in self._outputs if o.ndim > 1}
         if x.ndim == 0 or x.shape[0] not in tokens or x.shape[0] % self._rows or self._is_class_weight(x):
             return x
-        return exchange_rows(x, self._rows)
+        return exchange_rows(x, self._exchanging, self._rows)
 
     def _is_class_weight(self, x: Tensor) -> bool:
         """Weights of classes, of which there may happen to be as many as rows."""
@@ -351,13 +373,13 @@ class LossRecording(TorchFunctionMode):
         )
 
     def _ignored_labels(self, x: Tensor) -> Tensor:
-        """As above, but where cross entropy ignores some of the labels, it ignores all of the odd rows'."""
+        """As above, but where cross entropy ignores some of the labels, it ignores all of the exchanged rows'."""
         ignore = self._ignore_index(x)
         exchanged = self._exchanged_labels(x)
         if ignore is None or exchanged is x or not bool((x == ignore).any()):
             return exchanged
         out = x.detach().clone().reshape(self._rows, -1)
-        out[1::2] = ignore
+        out[list(self._exchanging)] = ignore
         return out.view(x.shape)
 
     def _ignore_index(self, x: Tensor) -> int | None:

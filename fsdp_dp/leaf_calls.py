@@ -12,16 +12,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from fsdp_dp.by_row import by_row
 from fsdp_dp.errors import UnsupportedModelError
 from fsdp_dp.gradients import MAX_SCRATCH_ELEMENTS, Materialized, NormTerms
 from fsdp_dp.numerics import accumulate_dtype, gamma
@@ -172,10 +172,8 @@ class LeafCall:
         inputs = tuple(x[rows] if dim == 0 else x for x, dim in zip(self.inputs, self.in_dims, strict=True))
         grads = tuple(g[rows] for g in self.grads)
         if self.module not in _NOT_BY_VMAP:
-            by_row = torch.func.vmap(self._of_row, in_dims=(self.in_dims, 0), randomness="error")
-            with contextlib.suppress(RuntimeError, NotImplementedError), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "There is a performance drop because", UserWarning)
-                return by_row(inputs, grads)  # type: ignore[no-any-return]
+            with contextlib.suppress(RuntimeError, NotImplementedError):
+                return by_row(self._of_row, in_dims=(self.in_dims, 0))(inputs, grads)  # type: ignore[no-any-return]
         found = self._one_by_one(inputs, grads)
         _NOT_BY_VMAP.add(self.module)
         return found
@@ -185,7 +183,7 @@ class LeafCall:
             outputs = self._outputs(wanted, inputs)
             return tuple(x for x, g in zip(outputs, self.record.grads, strict=True) if g is not None), outputs
 
-        found, pull, outputs = torch.func.vjp(used, self.wanted, has_aux=True)
+        found, pull, outputs = torch.func.vjp(used, self.wanted, has_aux=True)  # type: ignore[misc]
         (gradients,) = pull(tuple(g.to(x.dtype) for g, x in zip(grads, found, strict=True)))
         return gradients, outputs
 
@@ -252,6 +250,9 @@ class Recomputed:
     What is summed is what was measured: a row that comes out longer the second time (kernels that add in any order) is
     scaled back to the length that it had.
     """
+
+    method: ClassVar[str] = "recompute"
+    norm_cost: ClassVar[float] = 2.0  # the forward again, and the gradient
 
     call: LeafCall
     name: str

@@ -10,9 +10,9 @@ product of ``n`` terms evaluated in arithmetic of unit roundoff ``u`` is off by 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +34,15 @@ A row changes not only its own term of ``sum_i c_i G_i`` but also how the others
 ``gamma(rows * T) * sum_i |w_i| S_i``, would be far larger. Measured in fp32 the change is one to two times ``2^-24`` of
 the norm of the sum (docs/numerics.md), so the margin covers sums of norm up to about ``2^9 R``.
 """
+
+TENSOR_CORE_MARGIN = 2.0**-11
+"""The same on a GPU for float32 sums: tensor cores truncate, so every row added later takes a little off the others. The
+change points inwards (it shortens the row's own contribution), at most ``1.1e-8 R`` for each token of the microbatch."""
+
+
+def un_noised_margin(dtype: torch.dtype, device: torch.device) -> float:
+    """The share of ``max_grad_norm`` that is kept back for sums in ``dtype`` made on ``device``."""
+    return TENSOR_CORE_MARGIN if device.type == "cuda" and dtype == torch.float32 else UN_NOISED_MARGIN[dtype]
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -97,18 +106,41 @@ def split_bfloat16(x: Tensor) -> tuple[Tensor, Tensor]:
     return high, torch.sub(x, high, out=torch.empty_like(high))
 
 
-@contextlib.contextmanager
-def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """No autograd, no autocast, IEEE fp32 matrix products, whatever flags the user's program has set."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = "none"  # inherit again, unless that is not what the flag said before
-            if backend.fp32_precision != precision:
-                backend.fp32_precision = precision
+class exact_arithmetic:
+    """No autograd, no autocast, IEEE fp32 matrix products, whatever flags the user's program has set.
+
+    Entered for every layer of every backward, so it touches only what is not as it should be.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._restore: list[Callable[[], None]] = []
+
+    def __enter__(self) -> None:
+        try:
+            backend = (torch.backends.cuda if self._device.type == "cuda" else torch.backends.mkldnn).matmul  # type: ignore[attr-defined]
+            before = backend.fp32_precision
+            if before != "ieee":
+                backend.fp32_precision = "ieee"
+                self._restore.append(functools.partial(_set_precision, backend, before))
+            for context in self._contexts():
+                context.__enter__()
+                self._restore.append(functools.partial(context.__exit__, None, None, None))
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        while self._restore:
+            self._restore.pop()()
+
+    def _contexts(self) -> list[Any]:
+        autograd = [torch.no_grad()] if torch.is_grad_enabled() else []
+        kind = self._device.type
+        return autograd + ([torch.autocast(kind, enabled=False)] if torch.is_autocast_enabled(kind) else [])
+
+
+def _set_precision(backend: Any, precision: str) -> None:
+    backend.fp32_precision = "none"  # inherit again, unless that is not what the flag said before
+    if backend.fp32_precision != precision:
+        backend.fp32_precision = precision

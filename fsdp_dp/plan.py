@@ -44,8 +44,8 @@ def plan(config: PlanConfig) -> str:
     from fsdp_dp.training.building import parameter_count
 
     options = config.plan
-    rows = math.ceil(config.batch_size / (options.world_size // config.sharding.tensor_parallel_size))
-    config = replace(config, microbatch_size=min(config.microbatch_size, rows))
+    rows_of_a_rank = math.ceil(config.batch_size / (options.world_size // config.sharding.tensor_parallel_size))
+    config = replace(config, microbatch_size=min(config.microbatch_size, rows_of_a_rank))
     answers = {}
     for side in options.sides:
         step = Step(
@@ -53,17 +53,18 @@ def plan(config: PlanConfig) -> str:
             world_size=options.world_size,
             side=side,
             microbatch_size=config.microbatch_size,
+            accumulates=config.microbatch_size < rows_of_a_rank,
             activation_checkpointing=options.activation_checkpointing,
         )
-        of_rows = functools.cache(lambda rows, step=step: predict(step.with_rows(rows)))
+        of_rows = functools.cache(lambda rows, step=step: predict(step.with_rows(rows, rows < rows_of_a_rank)))
         found = None
         if options.search == "microbatch":
             used = lambda rows, of_rows=of_rows: of_rows(rows).peak.total()  # noqa: E731
-            found = largest(used, config.microbatch_size, options.usable_bytes, rows)
+            found = largest(used, config.microbatch_size, options.usable_bytes, rows_of_a_rank)
         elif options.search == "model":
             found = most_layers(step, options.usable_bytes)
         answers[side] = Answer(trace=of_rows(config.microbatch_size), largest=found)
-    return table(config, parameter_count(config.model), rows, answers)
+    return table(config, parameter_count(config.model), rows_of_a_rank, answers)
 
 
 def run(config: DictConfig) -> None:

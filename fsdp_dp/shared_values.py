@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from fsdp_dp.by_row import by_row
 from fsdp_dp.errors import UnsupportedModelError
 from fsdp_dp.marks import is_marked
 from fsdp_dp.records import layout_of
@@ -36,7 +37,7 @@ METADATA = frozenset(
 )
 """Names of what a tensor can be asked without using its values."""
 
-_READS = frozenset("item tolist numpy __bool__ __float__ __int__ __index__ equal allclose __array__".split())
+_READS = frozenset("data item tolist numpy __bool__ __float__ __int__ __index__ equal allclose __array__".split())
 _ELEMENTWISE = frozenset(
     "add sub subtract rsub mul multiply div divide true_divide floor_divide pow maximum minimum fmax fmin where lerp "
     "addcmul addcdiv atan2 eq ne lt le gt ge masked_fill clamp logical_and logical_or logaddexp hypot remainder fmod "
@@ -46,10 +47,10 @@ _ELEMENTWISE = frozenset(
 )
 _JOINING = frozenset({"cat", "concat", "concatenate", "stack"})
 _ROWWISE = frozenset(
-    "linear matmul __matmul__ __rmatmul__ einsum embedding layer_norm group_norm rms_norm prelu bilinear "
+    "linear matmul __matmul__ __rmatmul__ bmm einsum embedding layer_norm group_norm rms_norm prelu bilinear "
     "conv1d conv2d conv3d".split()
 )
-_PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__"})
+_PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm"})
 _KEEPS_SHAPE = frozenset("to type type_as float half bfloat16 double clone contiguous detach __neg__ neg".split())
 _EXPANDING = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
 
@@ -196,7 +197,7 @@ class _Use:
             return tuple(flat)
 
         found: list[Any] = []
-        flat = torch.func.vmap(one_row, randomness="same")(*(x.per_row for x in self.shared))
+        flat = by_row(one_row, randomness="same")(*(x.per_row for x in self.shared))
         return tree_unflatten([SharedValue(x, self.owner, self.meetings) for x in flat], found[0])
 
     def _expanded(self) -> SharedValue | None:
@@ -215,7 +216,7 @@ class _Use:
             return None
         front = x.per_row.reshape(self.rows, *own[1:])
         if self.name == "repeat":
-            return self._of_expanded(torch.func.vmap(lambda v: v.repeat(*sizes[1:]))(front) if sizes[1:] else front)
+            return self._of_expanded(by_row(lambda v: v.repeat(*sizes[1:]))(front) if sizes[1:] else front)
         return self._of_expanded(front.expand(self.rows, *sizes[1:]))
 
     def _of_expanded(self, expanded: Tensor) -> SharedValue:
@@ -238,7 +239,19 @@ class _Use:
             return self.call(lambda x: self._lined_up(x, ndim) if isinstance(x, SharedValue) else x)
         if self.name in _ROWWISE or self._looks_up():
             return self._row_by_row()
+        if self.name == "__setitem__" and isinstance(self.leaves[0], Tensor):
+            return self._assigned_by_mask()
         raise _unsupported(self.first, self.name)
+
+    def _assigned_by_mask(self) -> None:
+        """``x[mask] = value`` with a mask over the leading dimensions and a value for the others."""
+        x, mask, value = self.leaves if len(self.leaves) == 3 else (self.first,) * 3
+        if not (isinstance(mask, Tensor) and mask.dtype == torch.bool and isinstance(value, SharedValue)):
+            raise _unsupported(self.first, self.name)
+        if mask.shape != x.shape[: mask.ndim] or value.ndim > x.ndim - mask.ndim:
+            raise _unsupported(self.first, self.name)
+        where = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+        x.copy_(torch.where(where, self._lined_up(value, x.ndim), x))
 
     def _is_batched_product(self) -> bool:
         """A product of matrices whose leading dimensions broadcast, rows among them."""
@@ -324,7 +337,7 @@ class _Use:
             return x.unflatten(0, (B, -1)) if layout == "merged" else x.movedim(place, 0)
 
         inputs = [rows_in_front(x) for x in self.leaves if isinstance(x, SharedValue) or id(x) in moved]
-        out = torch.func.vmap(one_row, randomness="same")(*inputs)
+        out = by_row(one_row, randomness="same")(*inputs)
         return out.flatten(0, 1) if layout == "merged" else out.squeeze(place + 1).movedim(0, place)
 
     def _check_einsum(self) -> None:

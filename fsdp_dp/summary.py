@@ -31,7 +31,8 @@ def _mechanism(engine: PrivacyEngine) -> list[str]:
     spent = "no noise: epsilon is infinite" if sigma == 0 else f"{engine.steps} release(s) so far"
     lines = [
         f"  mechanism        Gaussian, noise_multiplier {sigma:.6g}, max_grad_norm {p.max_grad_norm:g}; {spent}",
-        f"  sampling         {p.sampling}, rate {p.sample_rate:.3g} = {p.expected_batch_size} of {p.dataset_size} rows",
+        f"  sampling         {p.sampling}, rate {p.sample_rate:.3g} = {p.expected_batch_size} of {p.dataset_size} rows"
+        + ("" if p.max_batch_size is None else f", at most {p.max_batch_size}"),
         f"  clipping         {p.clipping}, {p.clip_function}, {p.numerics} numerics; a row is clipped to "
         f"{engine.row_bound:.8g}",
         *_groups(engine),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
@@ -53,7 +54,9 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        found = tuple(None if g is None or not g.numel() else g for g in grads)  # an expert may be given no token at all
+        found = tuple(
+            None if g is None or not g.numel() else g for g in grads
+        )  # an expert may be given no token at all
         ctx.report(ctx.call, tuple(x.detach() for x in inputs), found)
         return None, None, None, None, *grads, *(None for _ in inputs)
 
@@ -95,6 +98,11 @@ def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function, reason="fsdp_dp records what layers were given")  # type: ignore[no-any-return]
 
 
+def _is_reached(node: Any) -> bool:
+    """Whether the current backward runs this node of the graph (None: the graph is gone)."""
+    return node is not None and torch._C._will_engine_execute_node(node)
+
+
 class Taps:
     """Taps on a set of layers. ``start`` is asked for a report function at every call of a layer.
 
@@ -119,6 +127,7 @@ class Taps:
         self._versions: dict[nn.Module, list[int]] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self.running: list[nn.Module] = []
+        self.of_forward: list[tuple[weakref.ref[Any], Report]] = []
         self._handles: list[RemovableHandle] = []
         self._hook_ids: dict[str, int] = {}
         self._attentions = Attentions(layers)
@@ -141,7 +150,15 @@ class Taps:
         self, call: Call, report: Report, outputs: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """``outputs`` behind a tap that keeps ``inputs``."""
-        return _Tap.apply(self._anchor, call, report, len(outputs), *outputs, *inputs)  # type: ignore[no-any-return]
+        tapped: tuple[Tensor, ...] = _Tap.apply(self._anchor, call, report, len(outputs), *outputs, *inputs)
+        if tapped and not recomputing():
+            self.of_forward.append((weakref.ref(tapped[0].grad_fn), report))
+        return tapped
+
+    def unreached(self) -> list[Report]:
+        """Reports of the forward's taps that the backward which runs now will not come to. Asked once in a backward."""
+        taps, self.of_forward = self.of_forward, []
+        return [report for node, report in taps if not _is_reached(node())]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.running.append(module)
@@ -177,11 +194,14 @@ class Taps:
     ) -> Any:
         """``output`` with a tap behind each of its floating-point tensors."""
         self._refuse_picked(name, inputs)
+        are_shared = [isinstance(x, SharedValue) for x in inputs]
+        share = None if any(are_shared) else self._share(name, inputs)
+        if share is None and not any(are_shared) and call.spec is None and type(output) is Tensor:
+            return self.through(call, report, [output], inputs)[0]  # most calls, and they are many
         leaves, spec = tree_flatten(output)
         tapped = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
-        are_shared = [isinstance(x, SharedValue) for x in inputs]
-        met_rows = any(are_shared) and not any(isinstance(leaves[i], SharedValue) for i in tapped)
-        share = None if met_rows else self._share(name, inputs)
+        if any(are_shared) and any(isinstance(leaves[i], SharedValue) for i in tapped):
+            share = self._share(name, inputs)
         if share is not None:
             are_shared = [True] * len(inputs)
             inputs = [x if isinstance(x, SharedValue) else share(x) for x in inputs]
@@ -251,7 +271,7 @@ def _shared_attribute(
         value = raw_attribute(module, attribute)
         if value is _ABSENT:
             raise AttributeError(attribute)
-        by_fsdp = "/torch/distributed/" in sys._getframe(1).f_code.co_filename.replace("\\", "/")
+        by_fsdp = "/torch/distributed/" in _reader()
         if by_fsdp or not isinstance(value, Tensor) or isinstance(value, SharedValue) or not active():
             return value
         return share(name, value)
@@ -263,6 +283,14 @@ def _shared_attribute(
         del module.__dict__[attribute]
 
     return property(as_written(read), write, delete)
+
+
+def _reader() -> str:
+    """The file that reads an attribute, beyond what `as_written` puts in between."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and "/torch/_dynamo/" in frame.f_code.co_filename.replace("\\", "/"):
+        frame = frame.f_back
+    return frame.f_code.co_filename.replace("\\", "/")
 
 
 def raw_attribute(module: nn.Module, attribute: str) -> Any:

@@ -44,7 +44,8 @@ class FirstForward(TorchFunctionMode):
     ) -> None:
         super().__init__()
         for tensor in _tensors((inputs,), {}):
-            mark_rows(tensor)
+            if rows == 1 or tensor.shape[:1] != (1,):  # positions [1, T] are the same for all rows
+                mark_rows(tensor)
         self._root, self._sites, self._running, self._rows = root, sites, running, rows
         self._shapes: set[tuple[int, ...]] | None = None
         self._buffers: dict[str, Tensor] = {}

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fsdp_dp.clipping import certified_norm, row_weights
 from fsdp_dp.gradients import Materialized, OuterProduct, PerSampleGradient
-from fsdp_dp.numerics import UN_NOISED_MARGIN, exact_arithmetic
+from fsdp_dp.numerics import exact_arithmetic, un_noised_margin
 
 
 class ByGram(OuterProduct):
@@ -121,7 +121,7 @@ def inflation_rows(device: str, dtype: torch.dtype) -> Iterator[str]:
 
 def margin_rows(device: str, dtype: torch.dtype) -> Iterator[str]:
     """How the un-noised float32 sum changes when one row is added, besides that row's own contribution."""
-    margin = UN_NOISED_MARGIN[torch.float32]
+    margin = un_noised_margin(torch.float32, torch.device(device))
     yield f"| Rows | B x T, microbatches | norm of the sum / R | change / R | share of the margin {margin:.1e} |"
     yield "|---|---|---|---|---|"
     for kind in ("independent", "aligned", "cancelling"):

@@ -34,8 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fsdp_dp import AdaptiveBounds, PrivacyConfig, make_private
 from fsdp_dp.data.packing import pack, split_row
@@ -53,7 +52,7 @@ CELLS = (
     *itertools.product(("abadi", "automatic", "normalized"), GROUPINGS),
     *itertools.product(("adaptive",), ("flat", "layer")),
 )
-FIGURE = ROOT / "docs" / "figures" / "study_clipping.png"
+FIGURE = Path(__file__).resolve().parents[1] / "docs" / "figures" / "study_clipping.png"
 
 
 class Split(NamedTuple):
@@ -288,7 +287,9 @@ def best_of_cells(rows: Iterable[Mapping[str, Any]]) -> list[Result]:
     """Chosen by the mean over seeds on the validation rows."""
     points: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        points.setdefault(tuple(row[k] for k in ("task", "function", "grouping", "bound", "learning_rate")), []).append(row)
+        points.setdefault(tuple(row[k] for k in ("task", "function", "grouping", "bound", "learning_rate")), []).append(
+            row
+        )
     best: dict[tuple[Any, ...], tuple[float, Result]] = {}
     for point, runs in points.items():
         value = TASKS[point[0]].sign * statistics.mean(run["validation"] for run in runs)
@@ -348,7 +349,9 @@ def plot(results: Iterable[Result]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, default=Path("study_clipping.jsonl"), help="results, one JSON object a line")
+    parser.add_argument(
+        "--rows", type=Path, default=Path("study_clipping.jsonl"), help="results, one JSON object a line"
+    )
     parser.add_argument("--data", type=Path, default=Path("study_clipping.npz"), help="both data sets; made if absent")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="only print and plot what is in --rows")

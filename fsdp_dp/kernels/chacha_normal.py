@@ -83,8 +83,8 @@ def privatize_all_(
         table, programs, count = _table(head, [segment for segment in segments if _kind(segment) == kind])
         launches.append((table, programs, count, _DTYPES[out_dtype], columns))
         _privatize[(programs,)](
-            table, inexact, count, ACCUMULATOR=_DTYPES[accumulator_dtype], OUT=_DTYPES[out_dtype], COLUMNS=columns, CLEAR=not in_place,
-            CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS,
+            table, inexact, count, ACCUMULATOR=_DTYPES[accumulator_dtype], OUT=_DTYPES[out_dtype], COLUMNS=columns,
+            CLEAR=not in_place, CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS,
         )  # fmt: skip
     for table, programs, count, out_dtype, columns in launches:
         _zero_if_inexact[(programs,)](

@@ -10,6 +10,7 @@ this language (Gluon, experimental) has not been tried.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -37,9 +38,12 @@ def launch_weighted_outer(
 
 
 def _descriptor(x: Tensor, depth: int, width: int) -> TensorDescriptor:
-    block = [1, depth, width]
-    layout = gl.NVMMASharedLayout.get_default_for(block, _DTYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, depth, width], _layout(depth, width, x.dtype))
+
+
+@functools.cache
+def _layout(depth: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, depth, width], _DTYPES[dtype])
 
 
 @gluon.jit(do_not_specialize=["B", "T", "P"])

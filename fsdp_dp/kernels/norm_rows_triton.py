@@ -15,7 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 _ELEMENTS = 8192
-_POSITIONS_OF_A_PROGRAM = 64
+"""Of a program's tile: some positions, as wide as the layer."""
+
+_PROGRAMS = 1024
+"""Enough of them to fill a GPU a few times over, however few the rows are."""
 
 
 def norm_rows(
@@ -28,7 +31,7 @@ def norm_rows(
     B, T, C = a_BTC.shape
     columns = triton.next_power_of_2(C)
     height = max(1, _ELEMENTS // columns)
-    parts = triton.cdiv(T, max(height, _POSITIONS_OF_A_PROGRAM))
+    parts = min(triton.cdiv(T, height), triton.cdiv(_PROGRAMS, B))
     scale = torch.empty(B, parts, C, dtype=torch.float32, device=a_BTC.device)
     shift = torch.empty_like(scale) if with_shift else scale
     _norm_rows[(B, parts)](

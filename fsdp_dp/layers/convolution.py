@@ -13,6 +13,7 @@ from fsdp_dp.patches import Geometry, PatchProduct
 
 @layer_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, layouts=("rows", "merged"))
 def convolution(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """An outer product over patches, cut when needed. All strides, dilations, groups, paddings and padding modes."""
     assert isinstance(module, nn.modules.conv._ConvNd)
     if a.ndim != len(module.kernel_size) + 2:
         raise UnsupportedModelError(

@@ -39,6 +39,7 @@ def _form(module: nn.Module, call: Call, inputs: Sequence[Tensor], rows: int) ->
 
 @rule_of_any_leaf
 def leaf(module: nn.Module, record: Record, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """Its own forward, run again row by row: stored, or measured and computed again for the sum."""
     call = LeafCall.of(module, record, wanted, _which_inputs_are_of_rows(module, record, wanted))
     data = call.row_bytes
     large = {n for n, x in call.wanted.items() if record.rows * (x.nbytes - STORE_AT_MOST * data) > x.nbytes}
@@ -52,7 +53,9 @@ def leaf(module: nn.Module, record: Record, wanted: frozenset[str]) -> dict[str,
             terms[n].append(Materialized(gradients[n]).norm_terms().stack())
     out: dict[str, PerSampleGradient] = {n: Materialized(_at_least_2d(torch.cat(G))) for n, G in stored.items()}
     kept = call.kept() if large else call
-    return out | {n: Recomputed(kept.only(n), n, NormTerms.unstack(torch.cat(terms[n], 1))) for n in large}
+    for n in large:
+        out[n] = Recomputed(kept.only(n), n, NormTerms.unstack(torch.cat(terms[n], 1)))
+    return out
 
 
 def _at_least_2d(G: Tensor) -> Tensor:

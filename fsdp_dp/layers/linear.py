@@ -19,6 +19,7 @@ def positions(x: Tensor) -> Tensor:
 
 @layer_rule(nn.Linear)
 def linear(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """An outer product of input and output gradient over positions; two Gram matrices where that is cheaper."""
     a_BTD, g_BTP = positions(a), positions(g)
     out: dict[str, PerSampleGradient] = {}
     if "weight" in wanted:
@@ -30,6 +31,7 @@ def linear(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> d
 
 @layer_rule("transformers.pytorch_utils.Conv1D")
 def transposed_linear(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """As for Linear, transposed."""
     out = linear(module, a, g, wanted)
     if "weight" in out:
         out["weight"] = OuterProduct(positions(g), positions(a))

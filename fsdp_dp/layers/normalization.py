@@ -22,6 +22,7 @@ def _over_positions(x: Tensor, parameter_dims: int) -> Tensor:
 
 @layer_rule(nn.LayerNorm)
 def layer_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """Stored for every row."""
     assert isinstance(module, nn.LayerNorm)
     if norm_rows.usable(a, g, module.normalized_shape):
         return _in_one_pass(a, g, module.eps, wanted, centered=True)
@@ -32,6 +33,7 @@ def layer_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) 
 
 @layer_rule(nn.RMSNorm)
 def rms_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """Stored for every row."""
     assert isinstance(module, nn.RMSNorm)
     if norm_rows.usable(a, g, module.normalized_shape):
         eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
@@ -61,6 +63,7 @@ def _scale_and_shift(x: Tensor, g: Tensor, dims: int, wanted: frozenset[str]) ->
 
 @layer_rule(nn.GroupNorm, layouts=("rows", "merged"))
 def group_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """Stored for every row."""
     assert isinstance(module, nn.GroupNorm)
     dtype = accumulate_dtype(a.dtype)
     normalized = F.group_norm(a.to(dtype), module.num_groups, None, None, module.eps)
@@ -78,6 +81,7 @@ def _keeps_no_statistics(module: nn.Module) -> str | None:
     nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, check=_keeps_no_statistics, layouts=("rows", "merged")
 )
 def instance_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """Stored for every row. Not with track_running_stats."""
     assert isinstance(module, nn.modules.instancenorm._InstanceNorm)
     dtype = accumulate_dtype(a.dtype)
     if a.ndim != module._get_no_batch_dim() + 1:

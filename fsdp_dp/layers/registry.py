@@ -122,9 +122,23 @@ def per_sample_gradients(module: nn.Module, record: Record, wanted: frozenset[st
     return entry.rule(module, *arguments, wanted)
 
 
-def supported() -> list[str]:
-    """Names of the supported layers, for messages."""
-    return sorted((kind if isinstance(kind, str) else kind.__name__).split(".")[-1] for kind in _ENTRIES)
+def supported() -> dict[str, str]:
+    """Name of every layer with a rule, and what the rule does: the first line of its text."""
+    return {_name(kind): _first_line(entry.rule) for kind, entry in sorted(_ENTRIES.items(), key=lambda e: _name(e[0]))}
+
+
+def refused() -> dict[str, str]:
+    """Name of every family of layers that is refused, and why."""
+    return {types[0].__name__.lstrip("_"): reason for types, reason in _REFUSED.items()}
+
+
+def _name(kind: type[nn.Module] | str) -> str:
+    name = kind if isinstance(kind, str) else getattr(kind, "documented_as", kind.__name__)
+    return str(name).split(".")[-1]
+
+
+def _first_line(rule: Rule) -> str:
+    return (rule.__doc__ or "").strip().split("\n")[0]
 
 
 def unknown_parameters(module: nn.Module, owned: Iterable[str]) -> str | None:

@@ -7,7 +7,7 @@ values have passed, noise is drawn in place by a kernel.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -17,20 +17,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fsdp_dp import engine, gradients, numerics
+from fsdp_dp import engine, gradients, kernels, numerics
 from fsdp_dp.engine import PrivacyEngine
+from fsdp_dp.gradients import NormTerms, OuterProduct
+from fsdp_dp.kernels import norm_rows, outer
 from fsdp_dp.sharding import ShardedModel
 from fsdp_dp.watch import buffer_versions
 
 
 @contextmanager
-def fake_ranks(world_size: int) -> Iterator[None]:
-    """This process as rank 0 of ``world_size``."""
+def fake_ranks(world_size: int) -> Iterator[dist.Store]:
+    """This process as rank 0 of ``world_size``; their store."""
     if dist.is_initialized():
         raise RuntimeError("planning: a process group is initialized; plan in a process of its own, without torchrun")
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    store = FakeStore()
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=store)
     try:
-        yield
+        yield store
     finally:
         dist.destroy_process_group()
 
@@ -41,11 +44,19 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = [
         (ShardedModel, "agree", lambda self, payload: payload),
         (ShardedModel, "any_rank", lambda self, flag: flag),
+        (ShardedModel, "dedicate_groups", lambda self: None),
         (PrivacyEngine, "_has_equal_rows", lambda self, inputs: True),
         (engine, "privatize_all_", lambda segments, **_: None),
     ]
     if on_gpu:
-        replaced += [(module, "on_tensor_cores", _all_bfloat16) for module in (numerics, gradients)]
+        replaced += [
+            *((module, "on_tensor_cores", _all_bfloat16) for module in (numerics, gradients)),
+            (kernels, "available", lambda device: True),
+            (outer, "_runs_on", lambda device: True),
+            (outer, "weighted_outer", _weighted_outer),
+            (gradients, "_fused_norm_terms", _fused_norm_terms),
+            (norm_rows, "norm_rows", _norm_rows),
+        ]
     with ExitStack() as stack:
         for owner, name, value in replaced:
             stack.enter_context(patch.object(owner, name, value))
@@ -66,5 +77,30 @@ def records_of(private: PrivacyEngine) -> Iterable[Tensor]:
     return (x for gradient in held for x in vars(gradient).values() if isinstance(x, Tensor))
 
 
+# What the kernels of a Hopper GPU allocate.
+
+
 def _all_bfloat16(*factors: Tensor) -> bool:
     return all(x.dtype == torch.bfloat16 for x in factors)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """As `kernels.outer` makes a factor readable; addresses of fakes would be aligned."""
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _weighted_outer(a_BTD: Tensor, g_BTP: Tensor, weight_B: Tensor, out: Tensor | None = None) -> Tensor:
+    _held_at_once = _readable(a_BTD), _readable(g_BTP)
+    return torch.empty(g_BTP.shape[2], a_BTD.shape[2], dtype=torch.float32) if out is None else out
+
+
+def _fused_norm_terms(outers: Sequence[OuterProduct]) -> NormTerms:
+    for one in outers:
+        _held_at_once = _readable(one.a_BTD), _readable(one.g_BTP)
+    return NormTerms.zeros(len(outers[0].a_BTD), outers[0].a_BTD.device)
+
+
+def _norm_rows(a_BTC: Tensor, g_BTC: Tensor, eps: float, *, centered: bool, with_shift: bool) -> tuple[Tensor, Any]:
+    _held_at_once = a_BTC.contiguous(), g_BTC.contiguous()
+    scale_BC = torch.empty(a_BTC.shape[0], a_BTC.shape[-1], dtype=torch.float32)
+    return scale_BC, torch.empty_like(scale_BC) if with_shift else None

@@ -11,10 +11,10 @@ MOST_LAYERS = 10_000
 
 
 def most_layers(step: Step, usable: int) -> int:
-    """The most blocks of the step's width that fit in ``usable`` bytes; 0 where not even `SHALLOW` do."""
-    lines = Lines.of(step)
-    found = largest(lambda layers: lines.at(max(layers, SHALLOW)).peak.total(), SHALLOW, usable, MOST_LAYERS)
-    return found if found >= SHALLOW else 0
+    """The most blocks of the step's width, an even number, that fit in ``usable`` bytes; 0 where not even `SHALLOW` do."""
+    lines, pairs = Lines.of(step), SHALLOW // 2
+    found = largest(lambda n: lines.at(2 * max(n, pairs)).peak.total(), pairs, usable, MOST_LAYERS // 2)
+    return 2 * found if found >= pairs else 0
 
 
 def largest(used: Callable[[int], int], first: int, usable: int, limit: int) -> int:

@@ -69,6 +69,8 @@ class Step:
     world_size: int
     side: str
     microbatch_size: int
+    accumulates: bool = False
+    """A step has several microbatches, so that gradients are held in forward."""
     activation_checkpointing: bool = False
 
     @property
@@ -79,15 +81,15 @@ class Step:
         model = dataclasses.replace(self.config.model, layers=layers)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
 
-    def with_rows(self, microbatch_size: int) -> Step:
-        return dataclasses.replace(self, microbatch_size=microbatch_size)
+    def with_rows(self, microbatch_size: int, accumulates: bool) -> Step:
+        return dataclasses.replace(self, microbatch_size=microbatch_size, accumulates=accumulates)
 
 
 def trace(step: Step) -> Trace:
     """Run a step on fake tensors, as rank 0 of fake ranks."""
-    with fake_ranks(step.world_size), fake_values(step.on_gpu):
-        world = dataclasses.replace(describe_world(step.config, torch.device("cpu")), device=torch.device("meta"))
-        model = build(step, world)
+    with fake_ranks(step.world_size) as store, fake_values(step.on_gpu):
+        world = describe_world(step.config, torch.device("cpu"), store)
+        model = build(step, dataclasses.replace(world, device=torch.device("meta")))
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             shape = (step.microbatch_size, step.config.model.block_size)
@@ -113,7 +115,7 @@ def build(step: Step, world: World) -> nn.Module:
 
 
 def run_step(step: Step, model: nn.Module, tokens: Tensor) -> Trace:
-    """Trace a forward, a backward and an optimizer step."""
+    """Trace one microbatch and the optimizer's step, after a microbatch (or a step) that has made what is kept."""
     optimizer = build_optimizer(model, step.config.optimizer)
     for group in optimizer.param_groups:
         group["foreach"] = step.on_gpu
@@ -123,22 +125,39 @@ def run_step(step: Step, model: nn.Module, tokens: Tensor) -> Trace:
         private = attach(step, model, optimizer, tracker)
         optimizer.register_step_pre_hook(lambda *_: tracker.count(gradients(model), GRADIENTS))  # after the engine's
         with segments(model, private, tracker):
-            tracker.move("forward", 0, ACTIVATIONS)
-            loss = row_losses(model(tokens), tokens).mean()
-            tracker.move("loss", 0, SCRATCH)
-            loss.backward()
-            tracker.move("after backward")
-            del loss
+            for _ in range(1 if private is None else 2):  # until both buckets have had the largest unit
+                run_microbatch(model, tokens, tracker)
+            if not step.accumulates:
+                run_optimizer(optimizer, tracker)
+            tracker.count(state_of(optimizer), STATE)
+            tracker.forget()
+            run_microbatch(model, tokens, tracker)
         calls, sent = Counter(tracker.calls), Counter(tracker.sent)
-        tracker.move("optimizer", 0, SCRATCH)
-        optimizer.step()
-        optimizer.zero_grad()
-    state = sum(local(x).nbytes for kept in optimizer.state.values() for x in kept.values() if isinstance(x, Tensor))
-    return Trace(peaks=with_state(tracker.peaks, state), calls=calls, sent=sent)
+        run_optimizer(optimizer, tracker)
+    missing = sum(local(x).nbytes for x in state_of(optimizer)) if step.accumulates else 0
+    return Trace(peaks=with_state(tracker.peaks, missing), calls=calls, sent=sent)
+
+
+def run_microbatch(model: nn.Module, tokens: Tensor, tracker: MemoryTracker) -> None:
+    tracker.move("forward", 0, ACTIVATIONS)
+    loss = row_losses(model(tokens), tokens).mean()
+    tracker.move("loss", 0, SCRATCH)
+    loss.backward()
+    tracker.move("after backward")
+
+
+def run_optimizer(optimizer: torch.optim.Optimizer, tracker: MemoryTracker) -> None:
+    tracker.move("optimizer", 0, SCRATCH)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [x for kept in optimizer.state.values() for x in kept.values() if isinstance(x, Tensor)]
 
 
 def with_state(peaks: dict[Segment, Counter[str]], nbytes: int) -> dict[Segment, Counter[str]]:
-    """Peaks of a later step: optimizer state, which the first step makes, is there from the start."""
+    """Peaks of a later step, if the optimizer has made so much state in this one: it is there from the start."""
     made = {segment: SCRATCH for segment in peaks if segment[0] == "optimizer"}
     return {
         segment: peak + Counter({STATE: nbytes}) - Counter({made[segment]: nbytes} if segment in made else {})

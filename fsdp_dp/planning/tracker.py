@@ -62,6 +62,12 @@ class MemoryTracker(TorchDispatchMode):
         self._segment, self._kind = (phase, place), kind or self._kind
         self._note_peak()
 
+    def forget(self) -> None:
+        """Start anew: peaks and collectives so far are dropped, what is held stays."""
+        self.peaks.clear()
+        self.calls.clear()
+        self.sent.clear()
+
     def count(self, tensors: Iterable[Tensor], kind: str, *, instead_of: tuple[str, ...] = KINDS) -> None:
         """From here on these tensors are held for ``kind``, if they were held for one of ``instead_of`` or not known."""
         for tensor in tensors:

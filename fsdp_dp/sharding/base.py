@@ -154,7 +154,10 @@ class ShardedModel(abc.ABC):
         return self._sums.places(self.units[unit])
 
     def finish_accumulate(self) -> None:
-        """Wait until all that `start_accumulate` began is in the accumulators."""
+        """Wait until all that `start_accumulate` began is in the accumulators.
+
+        Asked for by a release alone, so that the last sums of a microbatch travel while the next one is run forward.
+        """
         self._sums.finish()
         for unit in self.units:
             unit.zero_if_fresh()

@@ -9,7 +9,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -17,9 +17,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from fsdp_dp.checkpoint import Checkpoints
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.data.corpus import Corpus, load_corpus
+from fsdp_dp.engine import PrivacyEngine
 from fsdp_dp.ledger import LEDGER_FILE, Ledger
 from fsdp_dp.second_opinion import cost_of_cap, cross_check
-from fsdp_dp.training.budget import plan_budget
+from fsdp_dp.training.budget import Budget, plan_budget
 from fsdp_dp.training.building import build_engine, build_model, build_optimizer, parameter_count
 from fsdp_dp.training.fellows import Fellows
 from fsdp_dp.training.interrupt import StopRequest, stop_on_signals
@@ -123,29 +124,43 @@ def assemble(plan: Plan, world: World, folder: Path, ledger: Ledger | None, stop
     model = build_model(config, world)
     optimizer = build_optimizer(model, config.optimizer, config.sharding.strategy)
     engine = build_engine(model, optimizer, privacy)
-    budget = log = None
-    if ledger is not None and engine is not None:
-        assert plan.privacy is not None
-        budget = plan_budget(plan.privacy, engine.noise_multiplier, config.steps)
-        check_extension(plan.privacy, budget.cap, engine.noise_multiplier)
-        ledger.begin(plan.privacy, engine.noise_multiplier, lease=lease(config.checkpoint_every))
-    checkpoints = Checkpoints(folder / CHECKPOINTS, model, optimizer, engine, ledger if engine is not None else None)
+    ledger = None if engine is None else ledger  # of a plain run, it is no more than the folder's lock
+    budget = commit(plan, engine, ledger)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, model, optimizer, engine, ledger)
     saved = checkpoints.load()
-    done = engine.steps if engine is not None else saved["step"] if saved else 0
-    limit = min(ledger.standing.limit, config.steps) if ledger is not None and ledger.standing else config.steps
+    start, last = world.from_main(position(config, engine, ledger, saved))
+    log = None
     if world.is_main:
         from fsdp_dp.training.metrics import RunLog
 
         write_config(config, folder)
-        announce(saved, done, config.steps)
-        if engine is not None and engine.privacy.max_batch_size is not None:
-            print(cost_of_cap(engine.privacy, engine.noise_multiplier, config.steps), flush=True)
-        log = RunLog(folder, config.steps, done)
+        announce(saved, start, config.steps)
+        log = RunLog(folder, config.steps, start)
     return Training(
         config=config, corpus=plan.corpus, world=world, model=model, optimizer=optimizer, engine=engine, budget=budget,
-        log=log, checkpoints=checkpoints, ledger=ledger if engine is not None else None, stop=stop,
-        start=done, last=max(done, int(world.from_main(limit))),
+        log=log, checkpoints=checkpoints, ledger=ledger, stop=stop, start=start, last=last,
     )  # fmt: skip
+
+
+def commit(plan: Plan, engine: PrivacyEngine | None, ledger: Ledger | None) -> Budget | None:
+    """On rank 0 of a private run: what it may cost, and the line in its ledger that this start begins with."""
+    if plan.privacy is None or engine is None or ledger is None:
+        return None
+    budget = plan_budget(plan.privacy, engine.noise_multiplier, plan.config.steps)
+    check_extension(plan.privacy, budget.cap, engine.noise_multiplier)
+    ledger.begin(plan.privacy, engine.noise_multiplier, lease=lease(plan.config.checkpoint_every))
+    if plan.privacy.max_batch_size is not None:
+        print(cost_of_cap(plan.privacy, engine.noise_multiplier, plan.config.steps), flush=True)
+    return budget
+
+
+def position(
+    config: TrainConfig, engine: PrivacyEngine | None, ledger: Ledger | None, saved: dict[str, Any] | None
+) -> tuple[int, int]:
+    """How many steps count as made, and the last one that may be."""
+    start = engine.steps if engine is not None else saved["step"] if saved is not None else 0
+    limit = config.steps if ledger is None or ledger.standing is None else min(ledger.standing.limit, config.steps)
+    return start, max(start, int(limit))
 
 
 def continued(privacy: PrivacyConfig | None, ledger: Ledger | None) -> PrivacyConfig | None:
@@ -170,7 +185,7 @@ def lease(checkpoint_every: int) -> int:
     return checkpoint_every + max(1, checkpoint_every // 4)
 
 
-def announce(saved: dict[str, object] | None, done: int, steps: int) -> None:
+def announce(saved: dict[str, Any] | None, done: int, steps: int) -> None:
     """Say on the terminal that a run goes on, and from where."""
     if saved is not None or done:
         where = (

@@ -258,14 +258,40 @@ def test_a_crash_before_the_first_checkpoint_is_counted(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_ledger_is_refused(tmp_path: Path) -> None:
     privacy = privacy_config(max_grad_norm=median_norm("decoder"), steps=10)
-    first = plain_run(tmp_path, begin(tmp_path, privacy))
+    ledger = begin(tmp_path, privacy)
+    first = plain_run(tmp_path, ledger)
+    first.step(0)
+    with pytest.raises(LedgerError, match="a lease from 1 until 5, where 0 were counted"):
+        first.checkpoints.save(1)  # a release that nobody reserved
+    first.engine.detach()
+    ledger = begin(tmp_path, privacy)
+    ledger.reserve(0)
+    first = plain_run(tmp_path, ledger)
     first.step(0)
     first.checkpoints.save(1)
     first.checkpoints.wait()
     first.engine.detach()
     (tmp_path / LEDGER_FILE).unlink()
     second = plain_run(tmp_path, begin(tmp_path, privacy))
-    with pytest.raises(LedgerError, match=r"step-00000001: the checkpoint was written when the ledger had 2 records"):
+    with pytest.raises(LedgerError, match=r"step-00000001: the checkpoint was written when the ledger had 4 records"):
+        second.checkpoints.load()
+    second.engine.detach()
+
+
+@pytest.mark.parametrize("at_first", [True, False])
+def test_a_ledger_is_kept_for_a_whole_run(at_first: bool, tmp_path: Path) -> None:
+    """Seen to fail without the check: releases after the checkpoint would be counted by nobody."""
+    privacy = privacy_config(max_grad_norm=median_norm("decoder"), steps=10)
+    ledger = begin(tmp_path, privacy)
+    ledger.reserve(0)
+    first = plain_run(tmp_path, ledger if at_first else None)
+    first.step(0)
+    first.checkpoints.save(1)
+    first.engine.detach()
+    second = plain_run(tmp_path, None if at_first else ledger)
+    with pytest.raises(
+        LedgerError, match=r"written with a ledger, and there is none" if at_first else "written without"
+    ):
         second.checkpoints.load()
     second.engine.detach()
 

@@ -22,7 +22,6 @@ from tests.oracle import (
     Case,
     Groups,
     Unit,
-    is_listed,
     is_unit,
     square_losses,
     token_losses,
@@ -74,9 +73,8 @@ class Architecture:
         return Groups(clipping=self.clipping, clip_function=self.clip_function)
 
     def is_block(self, parent: nn.Module, module: nn.Module) -> bool:
-        """FSDP's units, where there is more than one."""
-        units = not self.root_only and any(part.unit for part in self.parts)
-        return is_unit(parent, module) if units else is_listed(parent, module)
+        """Blocks are FSDP's units."""
+        return not self.root_only and is_unit(parent, module)
 
     def case(self) -> Case:
         """For the oracle."""

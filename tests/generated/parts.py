@@ -225,6 +225,41 @@ class Image(nn.Module):
         return x_BTD + self.mix(self.out(h).squeeze(1))
 
 
+class OwnNorm(nn.Module):
+    """A leaf module that no library knows, with a parameter of two dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.power = nn.Parameter(torch.ones(WIDTH)), nn.Parameter(torch.zeros(2, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3) * self.scale
+        return y + torch.tanh(y) * self.power[0] + self.power[1]
+
+
+class Leaves(nn.Module):
+    """Leaf modules of one's own, one of them called twice."""
+
+    def __init__(self, norm: str, bias: bool, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.linear = OwnNorm(), OwnNorm(), nn.Linear(WIDTH, WIDTH, bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD + self.norm2(torch.tanh(self.linear(self.norm1(x_BTD)))) * self.norm1(x_BTD[:, :1])
+
+
+class TorchAttention(nn.Module):
+    """`nn.MultiheadAttention`, which uses its parameters without calling its layers."""
+
+    def __init__(self, norm: str, bias: bool, hidden: int) -> None:
+        super().__init__()
+        self.norm, self.attention = NORMS[norm](), nn.MultiheadAttention(WIDTH, 2, bias=bias, batch_first=True)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        h = self.norm(x_BTD)
+        return x_BTD + self.attention(h, h, h, need_weights=False)[0]
+
+
 KINDS: dict[str, type[nn.Module]] = {
     "mlp": Mlp,
     "in place": InPlace,
@@ -242,4 +277,6 @@ KINDS: dict[str, type[nn.Module]] = {
     "gated": Gated,
     "convolution": Convolution,
     "image": Image,
+    "leaves": Leaves,
+    "torch attention": TorchAttention,
 }

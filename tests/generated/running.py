@@ -94,11 +94,15 @@ def backend_name(of: Architecture, backend: str) -> str:
 
 
 @functools.cache
+def first_gradients(seed: int) -> tuple[Gradients, ...]:
+    """Of every row, before the first step."""
+    case = draw(seed).case()
+    return tuple(row_gradients(case.model(), case.batch(), case.row_losses))
+
+
 def bound_of(seed: int) -> float:
     """The median of the rows' norms: half of them are clipped."""
-    case = draw(seed).case()
-    norms = [norm(g) for g in row_gradients(case.model(), case.batch(), case.row_losses)]
-    return float(torch.tensor(norms, dtype=torch.float64).median())
+    return float(torch.tensor([norm(g) for g in first_gradients(seed)], dtype=torch.float64).median())
 
 
 @functools.cache
@@ -112,7 +116,8 @@ def expected_move(seed: int) -> Gradients:
     stepper = OPTIMIZERS["sgd"](model.parameters())
     for step in range(of.steps):
         numbers = rows_of_step(of.rows, step)
-        gradients = row_gradients(model, (inputs[numbers], targets[numbers]), case.row_losses)
+        later = row_gradients(model, (inputs[numbers], targets[numbers]), case.row_losses)
+        gradients = later if step else iter(first_gradients(seed))
         total = of.groups.clipped_sum(gradients, members, bound_of(seed), numel)
         for n, p in trainable(model).items():
             p.grad = total[n] / EXPECTED_BATCH_SIZE

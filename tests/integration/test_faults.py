@@ -151,7 +151,6 @@ KILLS = [
 
 
 def test_kills_at_eight_points(scenario: Scenario) -> None:
-    """Seen to fail when a resume does not count the lease, when keys are not fresh, and when a torn line counts nothing."""
     for point, count, ranks, action in KILLS:
         codes, said = scenario.start({"point": point, "count": count, "ranks": ranks, "action": action})
         assert -9 in codes and 0 not in codes, (point, codes, said)

@@ -14,7 +14,9 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from fsdp_dp import FullyShardedDataParallel, PrivacyConfig, PrivacyEngine, make_private
 from tests.agreement import Attach, private_update
 from tests.distributed.backends import whole_parameters
-from tests.models.zoo import subject_named
+from tests.models.adapters import ADAPTED
+from tests.models.variants import VARIANTS
+from tests.models.zoo import MODELS
 from tests.oracle import Gradients
 
 CPU = torch.device("cpu")
@@ -29,7 +31,8 @@ def blocks(model: nn.Module) -> set[type[nn.Module]]:
 
 def fsdp1(model: nn.Module, privacy: PrivacyConfig) -> tuple[nn.Module, PrivacyEngine]:
     policy = ModuleWrapPolicy(blocks(model))
-    wrapped = FullyShardedDataParallel(model, privacy=privacy, auto_wrap_policy=policy, device_id=CPU)
+    options: dict[str, Any] = {"auto_wrap_policy": policy, "device_id": CPU}
+    wrapped = FullyShardedDataParallel(model, privacy=privacy, **options)
     assert wrapped.privacy_engine is not None
     return wrapped, wrapped.privacy_engine
 
@@ -37,18 +40,19 @@ def fsdp1(model: nn.Module, privacy: PrivacyConfig) -> tuple[nn.Module, PrivacyE
 def fsdp2(model: nn.Module, privacy: PrivacyConfig) -> tuple[nn.Module, PrivacyEngine]:
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     kinds = blocks(model)
-    for module in [module for module in model.modules() if type(module) in kinds]:
+    for module in reversed([module for module in model.modules() if type(module) in kinds]):
         fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model, make_private(model, privacy)
 
 
 SHARDINGS: dict[str, Attach] = {"FSDP1": fsdp1, "FSDP2": fsdp2}
+SUBJECTS = MODELS | VARIANTS | ADAPTED
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """One private update of a model of the zoo on all ranks, as its optimizer saw it; the last rank has no rows if so asked."""
+    """One private update of a model on all ranks, as its optimizer saw it; the last rank has no rows if so asked."""
 
     model: str
     sharding: str
@@ -57,4 +61,4 @@ class Update:
 
     def run(self) -> Gradients:
         options: dict[str, Any] = {"attach": SHARDINGS[self.sharding], "parameters": whole_parameters}
-        return private_update(subject_named(self.model), self.bound, **options, empty_last=self.empty_last)
+        return private_update(SUBJECTS[self.model], self.bound, **options, empty_last=self.empty_last)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fsdp_dp import AdaptiveBounds, make_private
+from fsdp_dp import AdaptiveBounds, PrivacyError, make_private
 from fsdp_dp.adaptive_bounds import next_bounds, split_noise
 from tests.distributed.backends import privacy_config, seeded
 
@@ -81,6 +81,34 @@ def test_a_discarded_batch_leaves_no_count() -> None:
     model(torch.ones(8, 4)).sum(1).mean().backward()
     engine.discard()
     assert not engine._excess.any()
+
+
+def test_a_release_that_fails_at_the_counts_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows counted in it must not be counted again. Seen to fail when the bounds move after the release is over."""
+    model = nn.Linear(4, 2)
+    engine = make_private(model, privacy_config(max_grad_norm=1.0, adaptive_bounds=OPTIONS))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(8, 4)).sum(1).mean().backward()
+    with monkeypatch.context() as broken, pytest.raises(ConnectionError):
+        broken.setattr(engine.model, "agree", lambda payload: (_ for _ in ()).throw(ConnectionError()))
+        optimizer.step()
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(PrivacyError, match="a release failed halfway"):
+        optimizer.step()
+    optimizer.zero_grad()
+    assert not engine._excess.any()
+
+
+def test_bounds_of_another_model_are_refused() -> None:
+    """Seen to fail when a state's bounds are taken as they are."""
+    engines = [
+        make_private(
+            nn.Sequential(*(nn.Linear(2, 2) for _ in range(depth))), privacy_config(max_grad_norm=1.0, clipping="layer")
+        )
+        for depth in (2, 3)
+    ]
+    with pytest.raises(PrivacyError, match="bounds of 2 clipping groups, this model has 3"):
+        engines[1].load_state_dict(engines[0].state_dict())
 
 
 def test_a_resumed_run_keeps_its_bounds() -> None:

@@ -24,6 +24,8 @@ ORDER = (
         "noise",
         "sampling",
         "records",
+        "batch_norm",
+        "by_row",
         "planner",
         "side_stream",
         "gradients",

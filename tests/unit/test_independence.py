@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fsdp_dp import PrivacyConfig, PrivacyError, UnsupportedModelError, make_private
+from fsdp_dp.independence import exchanged_rows
 
 V, B, T = 11, 6, 5
 IGNORED = -100
@@ -285,3 +286,46 @@ def test_a_first_microbatch_that_shows_nothing_does_not_end_the_search(first: st
         rows(model).backward()
         optimizer.step()
     engine.discard()
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 5, 6, 7, 8, 16, 64])
+@pytest.mark.parametrize("complement", [False, True])
+def test_no_shift_or_reversal_of_rows_exchanges_the_same_ones(rows: int, complement: bool) -> None:
+    chosen = set(exchanged_rows(rows, complement))
+    assert 0 < len(chosen) < rows
+    assert all({(row + k) % rows for row in chosen} != chosen for k in range(1, rows))
+    assert {rows - 1 - row for row in chosen} != chosen
+
+
+SWAPPED = [2, 1, 0, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("there", "back"),
+    [
+        (lambda x: x.roll(2, 0), lambda x: x.roll(-2, 0)),
+        (lambda x: x.roll(1, 0), lambda x: x.roll(-1, 0)),
+        (lambda x: x.flip(0), lambda x: x.flip(0)),
+        (lambda x: x[SWAPPED], lambda x: x[SWAPPED]),
+    ],
+)
+def test_a_layer_that_is_given_the_rows_in_another_order_is_refused(there: Any, back: Any) -> None:
+    """Seen to fail for shifts by two when every second row was exchanged."""
+
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(x) + back(self.a(there(x)))
+
+    model = Moved()
+    privacy = PrivacyConfig(
+        max_grad_norm=1.0, noise_multiplier=0.0, expected_batch_size=6, dataset_size=100, target_delta=1e-5,
+        sampling="external_poisson",
+    )  # fmt: skip
+    engine = make_private(model, privacy)
+    with pytest.raises(UnsupportedModelError):
+        model(torch.randn(6, 4)).square().mean(1).mean().backward()
+        engine.privatize()

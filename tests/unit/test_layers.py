@@ -14,8 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from fsdp_dp import patches
+from fsdp_dp.attention import Projection
 from fsdp_dp.gradients import IndexedRows, Materialized, OuterProduct, PerSampleGradient
-from fsdp_dp.layers import convolution, layer_rule, leaf, refusal, registry, rule_for, supported, unknown_parameters
+from fsdp_dp.layers import (
+    convolution,
+    layer_rule,
+    leaf,
+    refusal,
+    refused,
+    registry,
+    rule_for,
+    supported,
+    unknown_parameters,
+)
 from fsdp_dp.layers.registry import has_rule
 from fsdp_dp.patches import PatchProduct
 
@@ -293,8 +304,12 @@ def test_rounding_of_a_convolutions_norm_is_within_its_bound(name: str) -> None:
 
 
 def test_supported_layers_are_the_stated_ones() -> None:
-    stated = "Conv1D Conv1d Conv2d Conv3d Embedding GroupNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d LayerNorm"
-    assert supported() == [*stated.split(), "Linear", "RMSNorm"]
+    """What is in the table says what it does; so does what is refused."""
+    assert Projection.documented_as in supported()
+    stated = "Conv1D Conv1d Conv2d Conv3d Embedding EmbeddingBag GroupNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d"
+    assert list(supported()) == [*stated.split(), "LayerNorm", "Linear", "MultiheadAttention", "RMSNorm"]
+    assert list(refused()) == ["BatchNorm", "RNNBase", "ConvTransposeNd"]
+    assert all(text.endswith(".") for text in supported().values())
     for case in CASES.values():
         assert has_rule(case.layer) and refusal(case.layer) is None
 
@@ -351,6 +366,8 @@ def test_other_modules_are_run_again_row_by_row(layer: nn.Module) -> None:
         (nn.Embedding(3, 2, scale_grad_by_freq=True), ("scale_grad_by_freq", "set it to False")),
         (nn.Embedding(3, 2, max_norm=1.0), ("max_norm", "set max_norm=None")),
         (nn.Embedding(3, 2, sparse=True), ("sparse=True", "set sparse=False")),
+        (nn.EmbeddingBag(3, 2, sparse=True), ("sparse=True", "set sparse=False")),
+        (nn.EmbeddingBag(3, 2, mode="max"), ("mode='max'", "use 'sum' or 'mean'")),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -396,7 +413,7 @@ def test_a_new_layer_is_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(Scale().eval()) == "only in training"
     assert unknown_parameters(Scale(), ["factor"]) is None
     assert not has_rule(Doubled())
-    assert supported()[-1] == "Scale"
+    assert "Scale" in supported()
     layer, a, g = Scale().double(), normal(3, 2, 4), normal(3, 2, 4, seed=1)
     found = rule_for(layer)(layer, a, g, frozenset(["factor"]))["factor"].dense()
     torch.testing.assert_close(found, one_row_at_a_time(layer, a, g)["factor"])

@@ -1,0 +1,222 @@
+"""Kernels over (a, g) in Triton's interpreter, against float64: weighted sums, ghost norms with their bounds, norm layers.
+
+tests/gpu/test_outer_kernels.py has the compiled ones. A docstring says "Seen to fail" where the property was broken on
+purpose and the test was seen to find it.
+
+Legend: B rows, T positions, D inputs, P outputs.
+"""
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fsdp_dp import planner
+from fsdp_dp.clipping import certified_norm
+from fsdp_dp.gradients import NormTerms, OuterProduct
+from fsdp_dp.kernels import outer
+from tests.unit.interpreted import interpreter
+
+HALVES = (torch.bfloat16, torch.float16)
+ROUNDOFF = 2.0**-24  # the interpreter multiplies in float32
+
+# (B, T, D, P): more than a tile and less, no multiple of one, one of everything.
+SHAPES = [(3, 21, 24, 40), (2, 16, 72, 16), (1, 1, 8, 8)]
+
+
+@pytest.fixture(scope="module")
+def ghost_norm() -> Iterator[ModuleType]:
+    with interpreter():
+        from fsdp_dp.kernels import ghost_norm
+
+        yield ghost_norm
+
+
+@pytest.fixture(scope="module")
+def weighted_outer() -> Iterator[ModuleType]:
+    with interpreter():
+        from fsdp_dp.kernels import weighted_outer
+
+        yield weighted_outer
+
+
+@pytest.fixture(scope="module")
+def norm_rows() -> Iterator[ModuleType]:
+    with interpreter():
+        from fsdp_dp.kernels import norm_rows_triton
+
+        yield norm_rows_triton
+
+
+def factors(B: int, T: int, D: int, P: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(B + T + D + P)
+    a, g = (torch.randn(B, T, C, generator=generator).to(dtype) for C in (D, P))
+    return a, g
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+# ------------------------------------------------------------------------------------------------------ weighted sums
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weighted_sum(shape: tuple[int, int, int, int], dtype: torch.dtype, weighted_outer: ModuleType) -> None:
+    """Seen to fail when the last weight, or the quotient before a row, is left out."""
+    a, g = factors(*shape, dtype)
+    weight = torch.rand(shape[0]) + 0.1
+    out = torch.full((shape[3], shape[2]), torch.nan)
+    weighted_outer.weighted_outer(a, g, weight, out)
+    assert off(out, torch.einsum("b,btp,btd->pd", weight.double(), g.double(), a.double())) < 1e-6
+
+
+def test_a_row_of_weight_zero_is_not_read_whatever_it_holds(weighted_outer: ModuleType) -> None:
+    """First, in the middle and last. Seen to fail when the sum is multiplied by the quotient of weights without asking."""
+    for row in range(3):
+        a, g = factors(3, 5, 16, 8, torch.float16)
+        a[row], g[row, 2, 3] = torch.nan, torch.inf
+        weight = torch.tensor([0.5, 2.0, 0.25])
+        weight[row] = 0.0
+        kept = weight > 0
+        expected = torch.einsum("b,btp,btd->pd", weight[kept].double(), g[kept].double(), a[kept].double())
+        assert off(weighted_outer.weighted_outer(a, g, weight, torch.empty(8, 16)), expected) < 1e-6
+    nothing = weighted_outer.weighted_outer(a, g, torch.zeros(3), torch.full((8, 16), torch.nan))
+    assert not nothing.any()
+
+
+def test_weights_of_very_different_size(weighted_outer: ModuleType) -> None:
+    """2^120 apart, as `clipping` allows them to be: no quotient overflows, none takes other rows along."""
+    a, g = factors(4, 4, 8, 8, torch.float16)
+    g = g * torch.tensor([2.0**-3, 2.0**3, 1.0, 2.0**-2])[:, None, None].half()
+    weight = torch.tensor([2.0**40, 2.0**-80, 2.0**40, 1.0])
+    found = weighted_outer.weighted_outer(a, g, weight, torch.empty(8, 8))
+    assert off(found, torch.einsum("b,btp,btd->pd", weight.double(), g.double(), a.double())) < 1e-6
+    alone = weighted_outer.weighted_outer(a[1:2], g[1:2], weight[1:2], torch.empty(8, 8))
+    assert off(alone, weight[1].double() * (g[1].double().T @ a[1].double())) < 1e-6
+
+
+def test_weighted_sum_in_slices_of_a_bucket(weighted_outer: ModuleType) -> None:
+    a, g = factors(2, 5, 24, 40, torch.float16)
+    weight = torch.tensor([0.5, 2.0])
+    bucket = torch.full((4, 7 + 10 * 24), torch.nan)
+    slices = bucket[:, 7:].unflatten(1, (10, 24))
+    weighted_outer.weighted_outer(a, g, weight, slices)
+    assert torch.equal(slices.flatten(0, 1), weighted_outer.weighted_outer(a, g, weight, torch.empty(40, 24)))
+    assert bucket[:, :7].isnan().all()
+
+
+# --------------------------------------------------------------------------------------------------------- ghost norms
+
+
+def terms_of(ghost_norm: ModuleType, a: Tensor, gs: list[Tensor]) -> NormTerms:
+    terms = NormTerms.zeros(len(a), a.device).stack()
+    ghost_norm.add_ghost_norms_(terms, a, gs, ROUNDOFF)
+    return NormTerms.unstack(terms)
+
+
+def cancelling(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """A key projection: inputs share a large mean, output gradients add up to nearly zero."""
+    return (0.01 * a + a[:, :1]).to(a.dtype), (g - g.float().mean(1, keepdim=True)).to(g.dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("adverse", [False, True], ids=["independent", "cancelling"])
+def test_ghost_norms_of_layers_that_share_their_input(
+    dtype: torch.dtype, adverse: bool, ghost_norm: ModuleType
+) -> None:
+    """Seen to fail when tiles off the diagonal count once, or when an accumulation error is not charged."""
+    for B, T, D, widths in [(2, 21, 24, (40, 8)), (1, 16, 40, (24,)), (1, 1, 8, (16, 8, 8))]:
+        a, g = factors(B, T, D, sum(widths), dtype)
+        gs = [x.contiguous() for x in g.split(widths, 2)]
+        if adverse:
+            a, gs = cancelling(a, a)[0], [cancelling(x, x)[1] for x in gs]
+        exact = sum((x.double().mT @ a.double()).square().sum((1, 2)) for x in gs)
+        terms = terms_of(ghost_norm, a, gs)
+        assert ((terms.norm_sq - exact).abs() <= terms.error).all() and (terms.norm_sq >= 0).all()
+        assert (certified_norm(terms) >= exact.sqrt()).all()
+        if not adverse:
+            torch.testing.assert_close(terms.norm_sq, exact, rtol=1e-6, atol=0)
+            assert (certified_norm(terms) <= 1.001 * exact.sqrt()).all()
+
+
+def test_ghost_norm_terms_are_about_those_of_the_reference(ghost_norm: ModuleType) -> None:
+    """The reference weighs every pair of positions by its own lengths, the kernel bounds these: never much more."""
+    a, g = factors(2, 33, 48, 40, torch.float16)
+    found, reference = terms_of(ghost_norm, a, [g]), OuterProduct(a, g).norm_terms()
+    torch.testing.assert_close(found.norm_sq, reference.norm_sq, rtol=1e-6, atol=0)
+    assert (found.error <= 2 * reference.error).all()
+    torch.testing.assert_close(found.rounding_sq.sqrt(), reference.rounding_sq.sqrt(), rtol=0.4, atol=0)
+
+
+def test_wide_gram_matrices_are_contracted_in_chunks(ghost_norm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton.language as tl
+
+    a, g = factors(1, 5, 24, 72, torch.float16)
+    whole = terms_of(ghost_norm, a, [g])
+    monkeypatch.setattr(ghost_norm, "CHUNK", tl.constexpr(32))
+    chunked = terms_of(ghost_norm, a, [g])
+    torch.testing.assert_close(chunked.norm_sq, whole.norm_sq, rtol=1e-6, atol=0)
+    assert (chunked.error < whole.error).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_a_row_that_cannot_be_measured_is_not_finite(ghost_norm: ModuleType) -> None:
+    """NaN, infinity beside zeros, a token too long. Seen to fail with a maximum in place of the selection."""
+    a, g = factors(4, 3, 8, 8, torch.bfloat16)
+    a[0, 1, 2] = torch.nan
+    a[1, 1, 2], g[1] = torch.inf, 0.0
+    g[2, 0, 0] = 1e30
+    found = certified_norm(terms_of(ghost_norm, a, [g]))
+    assert torch.isfinite(found).tolist() == [False, False, False, True]
+
+
+def test_tiles_of_pairs(ghost_norm: ModuleType) -> None:
+    """Every tile of the lower triangle once: a norm of many tiles is right only then."""
+    a, g = factors(1, 130, 8, 8, torch.float16)
+    exact = (g.double().mT @ a.double()).square().sum((1, 2))
+    torch.testing.assert_close(terms_of(ghost_norm, a, [g]).norm_sq, exact, rtol=1e-5, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------------- norm layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 24), (1, 1, 7), (3, 40, 33)])
+def test_norm_layers(shape: tuple[int, int, int], dtype: torch.dtype, norm_rows: ModuleType) -> None:
+    """Seen to fail when padding columns count in the deviation of a centered layer."""
+    C = shape[2]
+    a, g = factors(*shape, C, dtype)
+    a = a + 1
+    scale, shift = norm_rows.norm_rows(a, g, 1e-5, centered=True, with_shift=True)
+    assert off(scale, (F.layer_norm(a.double(), (C,), eps=1e-5) * g.double()).sum(1)) < 1e-6
+    assert off(shift, g.double().sum(1)) < 1e-6
+    scale, shift = norm_rows.norm_rows(a, g, 1e-5, centered=False, with_shift=False)
+    assert off(scale, (F.rms_norm(a.double(), (C,), eps=1e-5) * g.double()).sum(1)) < 1e-6
+    assert shift is None
+
+
+# ------------------------------------------------------------------------------------------------------------ planner
+
+
+def test_the_kernels_are_for_gpus() -> None:
+    assert not outer.usable(*factors(2, 4, 8, 8, torch.bfloat16))
+
+
+def test_the_plan_of_a_gpu() -> None:
+    """Short rows of wide layers by Gram matrices; long rows of narrow layers keep their gradient, if it is small."""
+    plan = {shape: planner.method(*shape, 2, 4, fused=True) for shape in [
+        (100, 1280, 5120), (1024, 2048, 2048), (1024, 2048, 5504), (1024, 768, 768), (8192, 2048, 2048), (8192, 256, 256),
+    ]}  # fmt: skip
+    assert list(plan.values()) == ["gram", "gram", "gram", "store", "store", "store"]
+    assert planner.method(4096, 4096, 4096, 2, 4, fused=True) in ("instantiate", "store")
+
+
+def test_the_plan_without_kernels() -> None:
+    assert planner.method(64, 512, 512, 4, 4, fused=False) == "gram"
+    assert planner.method(1024, 512, 512, 4, 4, fused=False) == "store"
+    assert planner.method(1030, 2048, 2048, 2, 4, fused=False) == "instantiate"
