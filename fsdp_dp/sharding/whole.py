@@ -104,6 +104,7 @@ class DdpModel(WholeModel):
             setattr(self._ddp, flag, False)
 
     def after_backward(self) -> None:
+        super().after_backward()
         for flag, value in self._flags.items():
             setattr(self._ddp, flag, value)
         self._flags.clear()
