@@ -22,6 +22,7 @@ from fsdp_dp import engine, gradients, kernels, numerics
 from fsdp_dp.engine import PrivacyEngine
 from fsdp_dp.gradients import NormTerms, OuterProduct
 from fsdp_dp.kernels import norm_rows, outer
+from fsdp_dp.kernels.release import Verdict
 from fsdp_dp.sharding import ShardedModel
 from fsdp_dp.watch import buffer_versions
 
@@ -47,7 +48,7 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
         (ShardedModel, "any_rank", lambda self, flag: flag),
         (ShardedModel, "dedicate_groups", lambda self: None),
         (PrivacyEngine, "_has_equal_rows", lambda self, inputs: True),
-        (engine, "privatize_all_", lambda segments, **_: None),
+        (engine, "privatize_all_", lambda segments, **_: Verdict()),
     ]
     if on_gpu:
         replaced += [
