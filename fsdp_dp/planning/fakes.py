@@ -24,6 +24,7 @@ from fsdp_dp.gradients import NormTerms, OuterProduct
 from fsdp_dp.kernels import norm_rows, outer
 from fsdp_dp.kernels.release import Verdict
 from fsdp_dp.sharding import ShardedModel
+from fsdp_dp.sharding.sums import Unit
 from fsdp_dp.watch import buffer_versions
 
 
@@ -48,6 +49,8 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
         (ShardedModel, "any_rank", lambda self, flag: flag),
         (ShardedModel, "dedicate_groups", lambda self: None),
         (PrivacyEngine, "_has_equal_rows", lambda self, inputs: True),
+        # A storage that is set anew is not followed here: the sums stay where they are, in forward too.
+        (Unit, "give_away", lambda self: setattr(self, "fresh", True)),
         (engine, "privatize_all_", lambda segments, **_: Verdict()),
     ]
     if on_gpu:
