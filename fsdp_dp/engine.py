@@ -538,6 +538,12 @@ class PrivacyEngine:
                 "The model was called without a row (no tensor input, or a first dimension of 0). Pad an empty "
                 "microbatch with one row and mask it: with engine.microbatch(torch.tensor([False]))"
             )
+        longest = max(x.shape[0] for x in tensors)
+        if longest > rows and self._intake.source == "free":
+            raise PrivacyError(
+                f"The model's first input has {rows} rows and another one {longest}, so how many rows there are cannot be "
+                "told: give the input that has the rows first, or run this in a `with engine.microbatch(mask)` block"
+            )
         mask, from_loader = self._intake.next_mask(rows, pending=self._pending > 0)
         vouched = from_loader or self.privacy.sampling == "external_poisson"
         microbatch = _Microbatch(rows, to_device(mask.to(torch.bool), self.model.device), vouched)

@@ -145,7 +145,8 @@ class FirstMicrobatch:
                     f"{float(new[row]):.4g}) when only other rows' inputs were exchanged, so clipping a row does not bound "
                     "its influence. Look for statistics over the batch, a loss inside the model that averages over all valid "
                     "tokens, a layer whose input does not have the batch as its first dimension (positions without a batch "
-                    "dimension), or activations exchanged with other data-parallel ranks (context parallelism)"
+                    "dimension), or activations exchanged with other data-parallel ranks (context parallelism). Windows with "
+                    "as many positions as the microbatch has rows are told apart by another microbatch size"
                 )
         return self.rows > 1 and bool((total > 0).any()) and self._something_was_exchanged()
 

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -56,6 +57,7 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
             (outer, "weighted_outer", _weighted_outer),
             (gradients, "_fused_norm_terms", _fused_norm_terms),
             (norm_rows, "norm_rows", _norm_rows),
+            (F, "rms_norm", _fused_rms_norm),
         ]
     with ExitStack() as stack:
         for owner, name, value in replaced:
@@ -104,3 +106,21 @@ def _norm_rows(a_BTC: Tensor, g_BTC: Tensor, eps: float, *, centered: bool, with
     _held_at_once = a_BTC.contiguous(), g_BTC.contiguous()
     scale_BC = torch.empty(a_BTC.shape[0], a_BTC.shape[-1], dtype=torch.float32)
     return scale_BC, torch.empty_like(scale_BC) if with_shift else None
+
+
+class _FusedRmsNorm(torch.autograd.Function):
+    """CUDA's kernel keeps the input and a number for each position; on CPU, torch composes it of several operations."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTC: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BTC, weight, x_BTC.new_empty(*x_BTC.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x_BTC)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        x_BTC, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x_BTC), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+def _fused_rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor, eps: float | None = None) -> Tensor:
+    return _FusedRmsNorm.apply(x, weight)  # type: ignore[no-any-return]
