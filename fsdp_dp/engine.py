@@ -186,7 +186,7 @@ class PrivacyEngine:
         self._watch: FirstForward | None = None
         self._uncompiled = Uncompiled()
         self._divisor = ConstantDivisor()
-        self._labels = LabelWatch(self.model.device)
+        self._labels, self._averages_over_labels = LabelWatch(self.model.device), False
         self._watched: set[tuple[bool, ...]] = set()
         self._buffer_versions: dict[str, tuple[int, int]] = {}
         self._first_microbatch: FirstMicrobatch | None = None
@@ -542,9 +542,9 @@ class PrivacyEngine:
                 "microbatch with one row and mask it: with engine.microbatch(torch.tensor([False]))"
             )
         longest = max(x.shape[0] for x in tensors)
-        if longest > rows and self._intake.source == "free":
+        if longest > rows == 1 and self._intake.source == "free":
             raise PrivacyError(
-                f"The model's first input has {rows} rows and another one {longest}, so how many rows there are cannot be "
+                f"The model's first input has one row and another one {longest}, so how many rows there are cannot be "
                 "told: give the input that has the rows first, or run this in a `with engine.microbatch(mask)` block"
             )
         mask, from_loader = self._intake.next_mask(rows, pending=self._pending > 0)
@@ -607,7 +607,7 @@ class PrivacyEngine:
         self._window.open()
         if recorded is not None:
             recorded.saw_outputs(bounded)
-        elif not microbatch.rehearsal:
+        elif self._averages_over_labels and not microbatch.rehearsal:
             self._labels.start(microbatch.rows)
         return bounded
 
@@ -721,6 +721,8 @@ class PrivacyEngine:
         if not microbatch.entered:
             microbatch.entered = True
             self._labels.stop()
+            if self._first_microbatch is not None:
+                self._averages_over_labels |= self._first_microbatch.loss.averages_over_labels
             self._poisoned = "the last backward did not finish"
             self._window.close()
 

@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
+from fsdp_dp.label_watch import LOSSES, averaged_labels
 from fsdp_dp.modes import put_in, take_out
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -170,6 +171,7 @@ class LossRecording(TorchFunctionMode):
         self._outputs: list[Tensor] = []
         self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
         self._active = False
+        self.averages_over_labels = False
         self.asked: bool | None = None
         """Whether the loss was examined: None before any forward, False while its backward is still to come."""
 
@@ -203,6 +205,8 @@ class LossRecording(TorchFunctionMode):
 
             refuse_grad_scaler()
         result = func(*args, **kwargs)
+        if func in LOSSES and result.requires_grad:
+            self.averages_over_labels |= averaged_labels(args, kwargs, self._rows) is not None
         self._calls.append((func, args, kwargs, result))
         return result
 
@@ -386,7 +390,7 @@ class LossRecording(TorchFunctionMode):
 def _caller() -> str:
     """The file that called a torch function, beyond modes that passed it on."""
     frame: Any = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.endswith(("independence.py", "torch/overrides.py")):
+    while frame is not None and frame.f_code.co_filename.endswith(("independence.py", "label_watch.py", "torch/overrides.py")):
         frame = frame.f_back
     return "" if frame is None else str(frame.f_code.co_filename)
 

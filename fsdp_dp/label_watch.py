@@ -19,8 +19,17 @@ from torch.overrides import TorchFunctionMode
 from fsdp_dp.errors import PrivacyError
 from fsdp_dp.modes import put_in, take_out
 
-_LOSSES = (F.cross_entropy, F.nll_loss)
+LOSSES = (F.cross_entropy, F.nll_loss)
 _REDUCTION, _IGNORED = 6, 4  # places of the arguments
+
+
+def averaged_labels(args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> Tensor | None:
+    """The labels of a call of one of `LOSSES` if it averages over those of several rows, else None."""
+    labels = args[1] if len(args) > 1 else kwargs.get("target")
+    reduction = args[_REDUCTION] if len(args) > _REDUCTION else kwargs.get("reduction", "mean")
+    if reduction != "mean" or not isinstance(labels, Tensor) or labels.is_floating_point() or rows < 2:
+        return None
+    return labels if labels.numel() >= rows else None
 
 
 class LabelWatch(TorchFunctionMode):
@@ -47,17 +56,14 @@ class LabelWatch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in _LOSSES and result.requires_grad:
+        if func in LOSSES and result.requires_grad:
             self._look(args, kwargs or {})
         return result
 
     def _look(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        labels = args[1] if len(args) > 1 else kwargs.get("target")
-        reduction = args[_REDUCTION] if len(args) > _REDUCTION else kwargs.get("reduction", "mean")
-        if reduction != "mean" or not isinstance(labels, Tensor) or labels.is_floating_point() or self._rows < 2:
-            return
-        ignored = args[_IGNORED] if len(args) > _IGNORED else kwargs.get("ignore_index", -100)
-        if labels.numel() >= self._rows and labels.device == self._ignored.device:
+        labels = averaged_labels(args, kwargs, self._rows)
+        if labels is not None and labels.device == self._ignored.device:
+            ignored = args[_IGNORED] if len(args) > _IGNORED else kwargs.get("ignore_index", -100)
             self._ignored |= (labels == ignored).any()
             self._answer.copy_(self._ignored, non_blocking=True)
             if self._ignored.is_cuda:
