@@ -390,7 +390,8 @@ class LossRecording(TorchFunctionMode):
 def _caller() -> str:
     """The file that called a torch function, beyond modes that passed it on."""
     frame: Any = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.endswith(("independence.py", "label_watch.py", "torch/overrides.py")):
+    passing = ("independence.py", "label_watch.py", "torch/overrides.py")
+    while frame is not None and frame.f_code.co_filename.endswith(passing):
         frame = frame.f_back
     return "" if frame is None else str(frame.f_code.co_filename)
 

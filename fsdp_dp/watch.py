@@ -14,13 +14,13 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fsdp_dp.attention import Projection
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
+from fsdp_dp.label_watch import LOSSES, averaged_labels
 from fsdp_dp.marks import mark, mark_rows, marks_of
 from fsdp_dp.shared_values import METADATA, SharedValue, function_name
 from fsdp_dp.taps import raw_attribute
@@ -66,8 +66,10 @@ class FirstForward(TorchFunctionMode):
             if not isinstance(tensor, SharedValue):
                 self._check_use(tensor, func)
         result = func(*args, **kwargs)
-        if func in _LOSSES and result.requires_grad and _averages_over_labels(args, kwargs, self._rows):
-            result.register_hook(_refuse_average)  # in backward, since the program may have a loss of its own
+        if func in LOSSES and result.requires_grad:
+            labels = averaged_labels(args, kwargs, self._rows)
+            if labels is not None and labels.numel() > self._rows:  # a row may have several, or none
+                result.register_hook(_refuse_average)  # in backward, since the program may have a loss of its own
         marks = marks_of(function_name(func), args, kwargs, tensors)
         for tensor in _tensors((result,), {}) if marks else ():
             mark(tensor, marks)
@@ -120,20 +122,10 @@ class Uncompiled:
         self._stance = None
 
 
-_LOSSES = (F.cross_entropy, F.nll_loss)
 _CONSTANT_DIVISOR = (
     "Give the model a constant num_items_in_batch (a Python number, with loss_reduction='sum'), or take "
     "fsdp_dp.per_sample_cross_entropy(logits, labels).mean() as the loss"
 )
-
-
-def _averages_over_labels(args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> bool:
-    """Whether a cross entropy divides by how many labels there are, and a row may have several or none."""
-    target = args[1] if len(args) > 1 else kwargs.get("target")
-    reduction = args[6] if len(args) > 6 else kwargs.get("reduction", "mean")
-    return (
-        reduction == "mean" and isinstance(target, Tensor) and not target.is_floating_point() and target.numel() > rows
-    )
 
 
 def _refuse_average(grad: Tensor) -> None:

@@ -134,6 +134,7 @@ def test_a_time_limit_and_a_lost_node(cluster: dict[str, str], text: Path, tmp_p
     """Told a minute ahead of its limit, the job requeues itself; then its second node goes down, without a word to it."""
     job = Job(cluster, text, tmp_path / "run", steps=LONG, options=("--time=2", "--signal=B:USR1@75"))
     job.wait_for("a requeue at its time limit", lambda: job.facts["Restarts"] == "1")
+    job.slurm("scontrol", "update", f"jobid={job.number}", "timelimit=30")
     before = job.steps
     job.wait_for_steps(before + 3)
     job.slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")

@@ -147,5 +147,5 @@ def test_positions_of_batch_1_before_the_rows() -> None:
     gpt2 = MODELS["GPT-2"]
     model, batch = gpt2.model(), gpt2.batch()
     make_private(model, config(max_grad_norm=1.0))
-    with pytest.raises(PrivacyError, match=r"first input has 1 rows and another one 5"):
+    with pytest.raises(PrivacyError, match=r"first input has one row and another one 5"):
         model(position_ids=torch.arange(6)[None], input_ids=batch["input_ids"])
