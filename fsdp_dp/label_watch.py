@@ -40,7 +40,7 @@ class LabelWatch(TorchFunctionMode):
         self._ignored = torch.zeros((), dtype=torch.bool, device=device)
         self._answer = torch.zeros((), dtype=torch.bool, pin_memory=device.type == "cuda")
         self._copied: torch.cuda.Event | None = None
-        self._rows, self._on = 0, False
+        self._rows, self._on, self._looked = 0, False, False
 
     def start(self, rows: int) -> None:
         self.stop()
@@ -64,6 +64,7 @@ class LabelWatch(TorchFunctionMode):
         labels = averaged_labels(args, kwargs, self._rows)
         if labels is not None and labels.device == self._ignored.device:
             ignored = args[_IGNORED] if len(args) > _IGNORED else kwargs.get("ignore_index", -100)
+            self._looked = True
             self._ignored |= (labels == ignored).any()
             self._answer.copy_(self._ignored, non_blocking=True)
             if self._ignored.is_cuda:
@@ -73,6 +74,9 @@ class LabelWatch(TorchFunctionMode):
     def forget(self) -> None:
         """What was seen goes with a logical batch that is dropped."""
         self.stop()
+        if not self._looked:
+            return
+        self._looked = False
         self._ignored.zero_()
         self._answer, self._copied = torch.zeros_like(self._answer, pin_memory=self._ignored.is_cuda), None
 
@@ -84,7 +88,7 @@ class LabelWatch(TorchFunctionMode):
         """
         if self._copied is not None:
             self._copied.synchronize()
-        if bool(self._answer):
+        if self._looked and bool(self._answer):
             self.forget()
             raise PrivacyError(
                 "A loss is the mean over all labels of a microbatch, and some labels are ignored: it divides by a count of "
