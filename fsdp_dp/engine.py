@@ -44,6 +44,7 @@ from fsdp_dp.coverage import (
 from fsdp_dp.errors import BudgetExceededError, NoEpsilonWarning, PrivacyError, UnsupportedModelError
 from fsdp_dp.gradients import Materialized, NormTerms, PerSampleGradient
 from fsdp_dp.groups import Place, blocks_of_units, clipping_groups
+from fsdp_dp.guards import Mechanism, ReleaseGuard
 from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
 from fsdp_dp.kernels.release import Segment, Verdict, privatize_all_
@@ -153,6 +154,7 @@ class PrivacyEngine:
         self._excess = torch.zeros(len(self.groups), dtype=torch.float64, device=self.model.device)
         self.steps = 0
         self.seeded = privacy.seed is not None
+        self._guard = ReleaseGuard(self.model)
         self._new_keys()
 
         self._parameters = {p.name: p for p in self.model.parameters}
@@ -284,6 +286,7 @@ class PrivacyEngine:
         self._forget_first_microbatch()
         self._intake.discard()
         self._excess.zero_()
+        self._guard.rows.zero_()
         self._current, self._pending, self._poisoned, self._in_forward = None, 0, None, False
         self._uncompiled.stop()
 
@@ -412,6 +415,7 @@ class PrivacyEngine:
                 self._master_key = noise.derive_key(self._master_key, f"after release {self.steps}")
         self._noise_key = noise.derive_key(self._master_key, "noise")
         self._bounds_key = noise.derive_key(self._master_key, "adaptive bounds")
+        self._guard.restart()
 
     def _places(self) -> list[Place]:
         """The managed parameters in the order in which the model registers them, with their blocks."""
@@ -793,6 +797,7 @@ class PrivacyEngine:
         self._norm_B = microbatch.norm_sq_B.sqrt()
         self.nonfinite_rows += (microbatch.mask_B & microbatch.dropped_B).sum()
         self._pending += 1
+        self._guard.count(microbatch.mask_B)
         self._vouched &= microbatch.vouched
 
     # -------------------------------------------------------------------------------------------------------- release
@@ -930,14 +935,16 @@ class PrivacyEngine:
             )
             for p in self.model.parameters
         ]
-        self._last_release = privatize_all_(
-            segments,
+        mechanism = Mechanism(
             key=self._noise_key,
             release=self.steps,
             lattice=self._lattice,
             noise_std=self.gradient_noise_multiplier * self.max_grad_norm,
             divisor=self.privacy.expected_batch_size,
         )
+        watched = self._guard.before(segments, self.max_grad_norm)
+        self._last_release = privatize_all_(segments, **vars(mechanism))
+        self._guard.after(segments, watched, mechanism)
         self.model.give_accumulators_away()
         return out
 
