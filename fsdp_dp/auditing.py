@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from scipy import stats
 
 DEFAULT_CONFIDENCE = 0.999
@@ -85,12 +86,11 @@ def p_value(*, canaries: int, guesses: int, right: int, epsilon: float, delta: f
             f"{right}, {guesses}, {canaries}, {epsilon} and {delta}"
         )
     coin = stats.binom(guesses, 1 / (1 + math.exp(-epsilon)))
-    below, shift = 0.0, 0.0
-    masses = coin.pmf(range(right))[::-1] if right else []
-    for i, mass in enumerate(masses, start=1):
-        below += float(mass)
-        shift = max(shift, below / i)
-    return min(1.0, float(coin.sf(right - 1)) + 2 * canaries * delta * shift)
+    beta = float(coin.sf(right - 1))
+    if not (delta and right):
+        return beta
+    below = np.cumsum(coin.pmf(np.arange(right - 1, -1, -1)))
+    return min(1.0, beta + 2 * canaries * delta * float((below / np.arange(1, right + 1)).max()))
 
 
 def epsilon_at_least(*, canaries: int, guesses: int, right: int, delta: float, confidence: float) -> float:

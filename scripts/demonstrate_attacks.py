@@ -91,7 +91,7 @@ def main() -> None:
     print(f"squared norms below zero          float32 Gram: {share:.0%} of cancelling rows    fsdp_dp: none")
     print(f"  contribution then, at most      float32 Gram: {wrong:.1f} R    fsdp_dp: {right:.2g} R")
     impossible, of_lattice = impossible_outputs()
-    print(f"releases the neighbour cannot give   float32 noise: {impossible:.1%}    fsdp_dp: {of_lattice:.1%}")
+    print(f"releases that show the sum         float32 noise: {impossible:.1%}    fsdp_dp: {of_lattice:.1%}")
 
 
 if __name__ == "__main__":

@@ -21,12 +21,20 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from fsdp_dp import PrivacyConfig, PrivacyEngine, check_private, engine, make_private, noise
+from fsdp_dp.auditing import Audit
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
-from fsdp_dp.gradients import Materialized, OuterProduct, TiedSum
+from fsdp_dp.gradients import IndexedRows, Materialized, OuterProduct, TiedSum
+from fsdp_dp.guards import ReleaseGuard
 from fsdp_dp.kernels import release
+from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.models.objective import IGNORED
 from fsdp_dp.sharding import sums
 from fsdp_dp.sharding.tensor_parallel import TensorParallel
+from fsdp_dp.training.app import privacy_config
+from fsdp_dp.training.audit_options import AuditConfig, AuditOptions
+from fsdp_dp.training.auditing_run import Job, audit
+from fsdp_dp.training.schema import PrivacyOptions, ShardingConfig
+from fsdp_dp.training.world import describe_world, start_world
 from tests.distributed.backends import BACKENDS
 from tests.oracle import CASES
 
@@ -161,6 +169,31 @@ def sequence_parallel() -> str:
     return told(act)
 
 
+def audited(coins: int = 0, noise_multiplier: float = 4.0, **options: Any) -> Audit:
+    """One release of 400 canaries in a tiny decoder; epsilon 1.5 with this much noise."""
+    config = AuditConfig(
+        sharding=ShardingConfig(strategy="fully_shard"),
+        model=GPTConfig(layers=1, heads=1, width=8, mlp_width=8, block_size=8),
+        privacy=PrivacyOptions(noise_multiplier=noise_multiplier, target_delta=1e-10, **options),
+        audit=AuditOptions(canaries=400, rows=0, seed=coins),
+        steps=1, batch_size=400, microbatch_size=200, device="cpu",
+    )  # fmt: skip
+    privacy = privacy_config(config, 400)
+    assert privacy is not None
+    job = Job(config=config, privacy=privacy, rows=torch.empty(0, 9, dtype=torch.uint8))
+    if dist.is_initialized():
+        return audit(job, describe_world(config, torch.device("cpu")))
+    with start_world(config) as world:
+        return audit(job, world)
+
+
+def auditing() -> str:
+    """What an audit says against the claim."""
+    found: list[Audit] = []
+    refusal = told(lambda: found.append(audited()))
+    return refusal or ("" if found[0].consistent else str(found[0]))
+
+
 # ------------------------------------------------------------------------------------------------------- what is broken
 
 
@@ -248,6 +281,14 @@ def unclipped_layer() -> Iterator[None]:
         yield
 
 
+def unclipped_table() -> AbstractContextManager[Any]:
+    """The gradients of tables are summed without weights."""
+    summed = IndexedRows.weighted_sum
+    return patch.object(
+        IndexedRows, "weighted_sum", lambda self, w_B, keep_B: summed(self, torch.ones_like(w_B), keep_B)
+    )
+
+
 def no_cross_term() -> AbstractContextManager[Any]:
     def nothing(self: TiedSum) -> tuple[Tensor, Tensor]:
         zeros = torch.zeros(len(self.outer.a_BTD), dtype=torch.float64)
@@ -260,17 +301,23 @@ def parts_as_wholes() -> AbstractContextManager[Any]:
     return patch.object(TensorParallel, "_add_up", lambda self, gradients: gradients)
 
 
+@contextmanager
+def no_noise_and_no_guards() -> Iterator[None]:
+    with other_noise(torch.zeros_like), patch.object(ReleaseGuard, "before", lambda self, segments, bound: []):
+        yield
+
+
 def rounded_sums() -> AbstractContextManager[Any]:
     """Buckets travel in bfloat16."""
-    scatter = dist.reduce_scatter_tensor
+    start = sums.start_reduce_scatter
 
-    def narrow(output: Tensor, bucket: Tensor, *args: Any, **kwargs: Any) -> Any:
-        half = torch.empty_like(output, dtype=torch.bfloat16)
-        scatter(half, bucket.bfloat16(), *args, **{**kwargs, "async_op": False})
-        output.copy_(half)
+    def narrow(shard: Tensor, bucket: Tensor, group: Any) -> Any:
+        half = torch.empty_like(shard, dtype=torch.bfloat16)
+        start(half, bucket.bfloat16(), group).wait()
+        shard.copy_(half)
         return SimpleNamespace(wait=lambda: None)
 
-    return patch.object(sums.dist, "reduce_scatter_tensor", narrow)
+    return patch.object(sums, "start_reduce_scatter", narrow)
 
 
 GUARD, VERDICT, REFUSAL, AUDIT = "guard of the release", "`check_private`", "refusal", "`fsdp_dp.audit`"
@@ -332,6 +379,18 @@ FAULTS = [
     Fault(
         name="the same noise on every shard", check=GUARD, releases="1", told=NOISE, use=training,
         broken=same_on_every_rank, ranks=2,
+    ),
+    Fault(
+        name="no noise at all, and no guards", check=AUDIT, releases="1, with 400 canaries", told="BROKEN", use=auditing,
+        broken=no_noise_and_no_guards,
+    ),
+    Fault(
+        name="sums reduced in bfloat16", check=AUDIT, releases="0", told="a narrow format", use=auditing,
+        broken=rounded_sums, ranks=2,
+    ),
+    Fault(
+        name="a layer not clipped, under FSDP", check=AUDIT, releases="0", told=TOO_LONG, use=auditing,
+        broken=unclipped_table, ranks=2,
     ),
     Fault(
         name="norms of partial gradients summed under TP", check=REFUSAL, releases="0: the first backward",
