@@ -36,7 +36,8 @@ class WithCanaries(nn.Module):
 
     @property
     def blocks(self) -> nn.Module:
-        return self.decoder.blocks
+        """FSDP's units."""
+        return self.decoder.get_submodule("blocks")
 
     def forward(self, tokens_BT: Tensor, marker_B: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and the loss of each row's canary."""
