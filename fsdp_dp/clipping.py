@@ -49,10 +49,10 @@ def abadi_weights(norm_B: Tensor, bound: float) -> Tensor:
     return torch.where(norm_B > bound, bound / norm_B * down, 1.0)
 
 
-MAX_WEIGHT = 2.0**40
+MAX_WEIGHT = {torch.float64: 2.0**63, torch.float32: 2.0**40}
 """Rows shorter than the bound by more than this are scaled up by no more."""
 
-LONGEST_ROW = 2.0**80
+LONGEST_ROW = {torch.float64: 2.0**1000, torch.float32: 2.0**80}
 """A row longer than this many times its bound counts as non-finite. With MAX_WEIGHT it keeps quotients of two weights well
 within float32: `kernels.weighted_outer` multiplies its sums by them, and one that vanished would take other rows along."""
 
@@ -63,7 +63,7 @@ def automatic_weights(norm_B: Tensor, bound: float, stability: float) -> Tensor:
     **Formal guarantee.** ``weight_i * norm_i < bound`` for every row with a finite norm, after rounding down.
     """
     down = 1 - 2.0**-50
-    return (bound / (norm_B + stability) * down).clamp(max=MAX_WEIGHT)
+    return bound / (norm_B + stability) * down
 
 
 def normalized_weights(norm_B: Tensor, bound: float) -> Tensor:
@@ -116,8 +116,9 @@ def row_weights(
     """
     norm_B = NORMS[numerics](terms) * loss_factor
     # The reported norm is of the same order whatever `numerics` is; it decides what is kept, before any min or max.
-    keep_B = (norm_B <= LONGEST_ROW * bound) & mask_B  # False for NaN and infinity
-    weight_B = torch.where(keep_B, clip_weights(norm_B, bound, clip_function, stability) * loss_factor, 0.0)
+    keep_B = torch.isfinite(norm_B) & (norm_B <= LONGEST_ROW[dtype] * bound) & mask_B
+    weight_B = clip_weights(norm_B, bound, clip_function, stability).clamp(max=MAX_WEIGHT[dtype])
+    weight_B = torch.where(keep_B, weight_B * loss_factor, 0.0)
     return RowWeights(
         weight_B=round_down(weight_B, dtype),
         keep_B=keep_B,

@@ -48,6 +48,7 @@ from fsdp_dp.guards import Mechanism, ReleaseGuard
 from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
 from fsdp_dp.kernels.release import Segment, Verdict, privatize_all_
+from fsdp_dp.label_watch import LabelWatch
 from fsdp_dp.layers import keeps, per_sample_gradients
 from fsdp_dp.methods import Measured
 from fsdp_dp.numerics import accumulate_dtype, exact_arithmetic, un_noised_margin
@@ -188,6 +189,7 @@ class PrivacyEngine:
         self._watch: FirstForward | None = None
         self._uncompiled = Uncompiled()
         self._divisor = ConstantDivisor()
+        self._labels = LabelWatch(self.model.device)
         self._watched: set[tuple[bool, ...]] = set()
         self._buffer_versions: dict[str, tuple[int, int]] = {}
         self._first_microbatch: FirstMicrobatch | None = None
@@ -290,6 +292,7 @@ class PrivacyEngine:
         self.guard.rows.zero_()
         self._current, self._pending, self._poisoned, self._in_forward = None, 0, None, False
         self._uncompiled.stop()
+        self._labels.forget()
 
     def privatize(self) -> None:
         """Release now: every managed ``.grad`` becomes its private gradient, which the next step uses as it is."""
@@ -543,6 +546,12 @@ class PrivacyEngine:
                 "The model was called without a row (no tensor input, or a first dimension of 0). Pad an empty "
                 "microbatch with one row and mask it: with engine.microbatch(torch.tensor([False]))"
             )
+        longest = max(x.shape[0] for x in tensors)
+        if longest > rows and self._intake.source == "free":
+            raise PrivacyError(
+                f"The model's first input has {rows} rows and another one {longest}, so how many rows there are cannot be "
+                "told: give the input that has the rows first, or run this in a `with engine.microbatch(mask)` block"
+            )
         mask, from_loader = self._intake.next_mask(rows, pending=self._pending > 0)
         vouched = from_loader or self.privacy.sampling == "external_poisson"
         microbatch = _Microbatch(rows, to_device(mask.to(torch.bool), self.model.device), vouched)
@@ -603,6 +612,8 @@ class PrivacyEngine:
         self._window.open()
         if recorded is not None:
             recorded.saw_outputs(bounded)
+        elif not microbatch.rehearsal:
+            self._labels.start(microbatch.rows)
         return bounded
 
     def _start_record(self, layer: str) -> Report:
@@ -714,6 +725,7 @@ class PrivacyEngine:
                 )
         if not microbatch.entered:
             microbatch.entered = True
+            self._labels.stop()
             self._poisoned = "the last backward did not finish"
             self._window.close()
 
@@ -761,7 +773,6 @@ class PrivacyEngine:
                     self.measured = measured
             if microbatch.sums is not None:
                 microbatch.sums.finish()
-                self.model.finish_accumulate()
                 self._account_rows(microbatch)
         self.model.after_backward()
         microbatch.norms = None  # it holds every record until the garbage collector finds it
@@ -808,6 +819,7 @@ class PrivacyEngine:
         self._check_before_release()
         if not self._checked:
             self._check_independence()
+        self.model.finish_accumulate()
         self.steps += 1
         if self._drawn_epoch is not None:
             self._released_epochs.add(self._drawn_epoch)
@@ -857,9 +869,17 @@ class PrivacyEngine:
                 stacklevel=5,
             )
 
+    def _check_labels(self) -> None:
+        try:
+            self._labels.check()
+        except PrivacyError:
+            self._poisoned = "a loss couples rows"
+            raise
+
     def _check_before_release(self) -> None:
         self._last_release.check()
         self._raise_if_poisoned()
+        self._check_labels()
         if self._gate.waiting:
             raise PrivacyError("privatize: a released gradient already waits for its optimizer.step()")
         if not self._pending:

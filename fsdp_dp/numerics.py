@@ -118,11 +118,11 @@ class exact_arithmetic:
 
     def __enter__(self) -> None:
         try:
-            backend = (torch.backends.cuda if self._device.type == "cuda" else torch.backends.mkldnn).matmul  # type: ignore[attr-defined]
-            before = backend.fp32_precision
-            if before != "ieee":
-                backend.fp32_precision = "ieee"
-                self._restore.append(functools.partial(_set_precision, backend, before))
+            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+                before = backend.fp32_precision
+                if before != "ieee":
+                    backend.fp32_precision = "ieee"
+                    self._restore.append(functools.partial(_set_precision, backend, before))
             for context in self._contexts():
                 context.__enter__()
                 self._restore.append(functools.partial(context.__exit__, None, None, None))

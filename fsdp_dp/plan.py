@@ -8,10 +8,11 @@ The configuration is the tree of `fsdp_dp.train`, with the machine as `plan` (`-
 from __future__ import annotations
 
 import functools
-import math
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -24,6 +25,8 @@ from fsdp_dp.train import EXIT_BAD_CONFIGURATION, config_folder, writable_schema
 from fsdp_dp.training.config_errors import explain
 from fsdp_dp.training.schema import check_world
 
+PROCESSES = 2
+
 
 def checked(config: DictConfig) -> PlanConfig:
     """The configuration as the dataclasses of the schema, for the planned number of ranks; raises as `train.checked`."""
@@ -35,36 +38,18 @@ def checked(config: DictConfig) -> PlanConfig:
 
 
 def plan(config: PlanConfig) -> str:
-    """The plan as a page of text."""
+    """The plan as a page of text; two sides at a time, each in a process of its own."""
     # Imported late: torch takes seconds, and --help or a wrong option should not.
-    from fsdp_dp.planning.depth import predict
-    from fsdp_dp.planning.report import Answer, table
-    from fsdp_dp.planning.search import largest, most_layers
-    from fsdp_dp.planning.trace import Step
+    from fsdp_dp.planning.answer import answer, rows_of_a_rank
+    from fsdp_dp.planning.report import table
     from fsdp_dp.training.building import parameter_count
 
-    options = config.plan
-    rows_of_a_rank = math.ceil(config.batch_size / (options.world_size // config.sharding.tensor_parallel_size))
-    config = replace(config, microbatch_size=min(config.microbatch_size, rows_of_a_rank))
-    answers = {}
-    for side in options.sides:
-        step = Step(
-            config=config,
-            world_size=options.world_size,
-            side=side,
-            microbatch_size=config.microbatch_size,
-            accumulates=config.microbatch_size < rows_of_a_rank,
-            activation_checkpointing=options.activation_checkpointing,
-        )
-        of_rows = functools.cache(lambda rows, step=step: predict(step.with_rows(rows, rows < rows_of_a_rank)))
-        found = None
-        if options.search == "microbatch":
-            used = lambda rows, of_rows=of_rows: of_rows(rows).peak.total()  # noqa: E731
-            found = largest(used, config.microbatch_size, options.usable_bytes, rows_of_a_rank)
-        elif options.search == "model":
-            found = most_layers(step, options.usable_bytes)
-        answers[side] = Answer(trace=of_rows(config.microbatch_size), largest=found)
-    return table(config, parameter_count(config.model), rows_of_a_rank, answers)
+    rows = rows_of_a_rank(config)
+    config = replace(config, microbatch_size=min(config.microbatch_size, rows))
+    sides = config.plan.sides
+    with ProcessPoolExecutor(min(PROCESSES, len(sides)), mp_context=get_context("spawn")) as pool:
+        answers = dict(zip(sides, pool.map(functools.partial(answer, config), sides), strict=True))
+    return table(config, parameter_count(config.model), rows, answers)
 
 
 def run(config: DictConfig) -> None:

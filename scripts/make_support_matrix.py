@@ -27,7 +27,7 @@ class Hole(NamedTuple):
     test: str
 
 
-def tests(path: Path) -> Iterator[tuple[str, str]]:
+def documented(path: Path) -> Iterator[tuple[str, str]]:
     """Name and first docstring line of every documented test in a file."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
@@ -40,7 +40,7 @@ def peer_holes() -> list[Hole]:
     """In the order of peers and numbers."""
     found = []
     for path in sorted((ROOT / "tests" / "peer_holes").glob("test_*.py")):
-        for name, line in tests(path):
+        for name, line in documented(path):
             match = HOLE.fullmatch(line)
             if match:
                 found.append(Hole(match["peer"], int(match["number"]), match["what"], match["here"], name))
@@ -60,7 +60,7 @@ def page() -> str:
     from tests.models.zoo import MODELS, REFUSED, architecture
 
     everywhere = ("exact", "exact", "exact")
-    behaviours = [line for _, line in tests(ROOT / "tests" / "models" / "test_behaviour.py")]
+    behaviours = [line for _, line in documented(ROOT / "tests" / "models" / "test_behaviour.py")]
     return TEXT.format(
         models=table(
             ("model", "class", "one device", "FSDP1", "FSDP2"),

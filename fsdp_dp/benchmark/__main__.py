@@ -1,8 +1,9 @@
 """``torchrun --nproc-per-node=2 -m fsdp_dp.benchmark CASE... --output rows.jsonl``: one JSON row a case, resumable.
 
 A case is ``MODEL[@ROWSxTOKENS]:SIDE,SIDE,...`` (see `cases` and `models`). Needs torch alone, and Opacus for its side.
-Rows that ``--output`` already holds for this commit and device are not measured again. ``--report`` turns rows into the
-tables of docs/benchmarks.md.
+Rows that ``--output`` already holds for this commit and device are not measured again. The page of the results:
+
+    python -m fsdp_dp.benchmark --output docs/benchmarks.jsonl --report docs/benchmarks.md
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fsdp_dp.benchmark import cases, measure, report
 def main() -> None:
     options = _options()
     if options.report:
-        print(report.tables(_rows(options.output)))
+        options.report.write_text(report.page(options.report.read_text(), _rows(options.output)))
         return
     device = _start()
     stamp = {**_versions(device), "commit": options.commit, "command": "torchrun " + " ".join(_command())}
@@ -61,7 +62,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="recompute every block in backward")
     parser.add_argument("--profile", action="store_true", help="also account for one step of the fewest microbatches")
     parser.add_argument("--commit", default=_commit(), help="what the rows say they were measured on")
-    parser.add_argument("--report", action="store_true", help="print tables of --output instead of measuring")
+    parser.add_argument("--report", type=Path, help="write the tables of --output into this page instead of measuring")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md, from rows of `__main__`. Pure."""
+"""The tables of docs/benchmarks.md, from rows of `__main__`, and their place in the page. Pure."""
 
 from __future__ import annotations
 
@@ -11,6 +11,24 @@ _HEADER = (
     "| side | step (range) | speed | peak memory | of plain | tokens/s a GPU | model TFLOP/s | collectives |",
     "|---|---|---|---|---|---|---|---|",
 )
+
+
+_BEGIN, _END = "<!-- from rows: begin -->", "<!-- from rows: end -->"
+
+
+def page(text: str, rows: Sequence[Row]) -> str:
+    """``text`` with the tables of these rows between its two marks.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(
+            f"report: the page has no '{_BEGIN}' and '{_END}' around the place of the tables; put them there"
+        )
+    return f"{before}{begin}\n\n{tables(rows)}\n\n{end}{after}"
 
 
 def tables(rows: Sequence[Row]) -> str:

@@ -32,7 +32,7 @@ LANES = tl.constexpr(noise.LANES)
 PAIRS = tl.constexpr(noise.PAIRS)
 CHUNK = tl.constexpr(noise.CHUNK)
 
-# What one program makes; measured on an H100 (docs/benchmarks.md).
+# What one program makes; measured on an H100 (docs/performance.md).
 _CHUNKS_OF_A_PROGRAM = 1
 _WARPS = 2
 

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -21,7 +22,9 @@ from fsdp_dp import engine, gradients, kernels, numerics
 from fsdp_dp.engine import PrivacyEngine
 from fsdp_dp.gradients import NormTerms, OuterProduct
 from fsdp_dp.kernels import norm_rows, outer
+from fsdp_dp.kernels.release import Verdict
 from fsdp_dp.sharding import ShardedModel
+from fsdp_dp.sharding.sums import Unit
 from fsdp_dp.watch import buffer_versions
 
 
@@ -46,7 +49,9 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
         (ShardedModel, "any_rank", lambda self, flag: flag),
         (ShardedModel, "dedicate_groups", lambda self: None),
         (PrivacyEngine, "_has_equal_rows", lambda self, inputs: True),
-        (engine, "privatize_all_", lambda segments, **_: None),
+        # A storage that is set anew is not followed here: the sums stay where they are, in forward too.
+        (Unit, "give_away", lambda self: setattr(self, "fresh", True)),
+        (engine, "privatize_all_", lambda segments, **_: Verdict()),
     ]
     if on_gpu:
         replaced += [
@@ -56,6 +61,7 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
             (outer, "weighted_outer", _weighted_outer),
             (gradients, "_fused_norm_terms", _fused_norm_terms),
             (norm_rows, "norm_rows", _norm_rows),
+            (F, "rms_norm", _fused_rms_norm),
         ]
     with ExitStack() as stack:
         for owner, name, value in replaced:
@@ -105,3 +111,21 @@ def _norm_rows(a_BTC: Tensor, g_BTC: Tensor, eps: float, *, centered: bool, with
     _held_at_once = a_BTC.contiguous(), g_BTC.contiguous()
     scale_BC = torch.empty(a_BTC.shape[0], a_BTC.shape[-1], dtype=torch.float32)
     return scale_BC, torch.empty_like(scale_BC) if with_shift else None
+
+
+class _FusedRmsNorm(torch.autograd.Function):
+    """CUDA's kernel keeps the input and a number for each position; on CPU, torch composes it of several operations."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTC: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BTC, weight, x_BTC.new_empty(*x_BTC.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x_BTC)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        x_BTC, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x_BTC), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+def _fused_rms_norm(x: Tensor, normalized_shape: Sequence[int], weight: Tensor, eps: float | None = None) -> Tensor:
+    return _FusedRmsNorm.apply(x, weight)  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ from fsdp_dp.config import require_choice, require_integer, require_number
 from fsdp_dp.training.schema import TrainConfig
 
 SIDES = ("plain", "flat", "block", "layer", "parameter")
+STRATEGIES = ("full_shard", "shard_grad_op", "fully_shard", "tensor_parallel")
 SEARCHES = ("microbatch", "model", "none")
 
 
@@ -52,3 +53,10 @@ class PlanConfig(TrainConfig):
     """A run of `fsdp_dp.train`, and the machine that it is planned for."""
 
     plan: PlanOptions = field(default_factory=PlanOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sharding.strategy not in STRATEGIES:
+            raise ValueError(
+                f"sharding={self.sharding.strategy} cannot be planned yet: choose {', '.join(STRATEGIES)} for the plan."
+            )

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from fsdp_dp.planning.answer import Answer
 from fsdp_dp.planning.options import PlanConfig
 from fsdp_dp.planning.trace import Trace
 from fsdp_dp.planning.tracker import KINDS, Segment
 
 GIB = 2**30
 _LABEL, _COLUMN = 34, 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """One side of a plan: its step as configured, and what the search found (None: not asked)."""
-
-    trace: Trace
-    largest: int | None = None
 
 
 def table(config: PlanConfig, parameters: int, rows_of_a_rank: int, answers: Mapping[str, Answer]) -> str:

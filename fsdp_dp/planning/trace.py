@@ -81,9 +81,6 @@ class Step:
         model = dataclasses.replace(self.config.model, layers=layers)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
 
-    def with_rows(self, microbatch_size: int, accumulates: bool) -> Step:
-        return dataclasses.replace(self, microbatch_size=microbatch_size, accumulates=accumulates)
-
 
 def trace(step: Step) -> Trace:
     """Run a step on fake tensors, as rank 0 of fake ranks."""

@@ -86,8 +86,12 @@ class ShardedModel(abc.ABC):
     def prepare_forward(self) -> None:  # noqa: B027
         """Called before every training forward: undo what a forward without a backward left behind."""
 
-    def after_backward(self) -> None:  # noqa: B027
-        """Called at the end of every backward, after the sharding's own end of it."""
+    def after_backward(self) -> None:
+        """Called at the end of every backward, after the sharding's own end of it.
+
+        Whatever its sums send is under way from here on: no rank issues a collective of theirs at another time.
+        """
+        self._sums.hand_on()
 
     @property
     def unit_count(self) -> int:
@@ -154,7 +158,10 @@ class ShardedModel(abc.ABC):
         return self._sums.places(self.units[unit])
 
     def finish_accumulate(self) -> None:
-        """Wait until all that `start_accumulate` began is in the accumulators."""
+        """Wait until all that `start_accumulate` began is in the accumulators.
+
+        Asked for by a release alone, so that the last sums of a microbatch travel while the next one is run forward.
+        """
         self._sums.finish()
         for unit in self.units:
             unit.zero_if_fresh()

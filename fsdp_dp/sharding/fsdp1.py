@@ -70,6 +70,7 @@ class Fsdp1Model(ShardedModel):
 
     def after_backward(self) -> None:
         """Without weight gradients FSDP1 leaves the parameters of an unsharded unit unregistered: put them back."""
+        super().after_backward()
         for handle in self._whole_handles:
             handle._use_sharded_views()
 

@@ -201,7 +201,7 @@ class _Unit(Unit):
         inside = {
             name
             for name, x in gradients.items()
-            if x.untyped_storage().data_ptr() == bucket.untyped_storage().data_ptr()
+            if x.untyped_storage()._cdata == bucket.untyped_storage()._cdata  # fake tensors have no address
         }
         if inside:
             for (name, p), part in zip(self._placed.items(), self._parts(bucket), strict=True):

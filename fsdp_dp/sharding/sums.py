@@ -130,10 +130,14 @@ class Sums:
             self._reserved = True
             if len(self._under_way) == MAX_UNDER_WAY:
                 self._finish_first()
-            if self._under_way:
-                self._under_way[-1].hand_on()
+            self.hand_on()
             self._memories.rotate()
         return self._memories[0]
+
+    def hand_on(self) -> None:
+        """Begin the last collective of every sum that is under way."""
+        if self._under_way:
+            self._under_way[-1].hand_on()
 
     @torch.no_grad()
     def finish(self) -> None:

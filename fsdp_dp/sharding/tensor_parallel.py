@@ -40,6 +40,7 @@ class TensorParallel(ShardedModel):
     _backwards = 0
 
     def after_backward(self) -> None:
+        super().after_backward()
         self._backwards += 1
 
     def localize(self, layer: str, module: nn.Module, record: Record) -> tuple[Record, Complete]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fsdp_dp.errors import PrivacyError
 from fsdp_dp.numerics import accumulate_dtype
 from fsdp_dp.sharding.base import ManagedParameter, Region, ShardedModel, trainable_names
 from fsdp_dp.sharding.sums import Unit
@@ -67,6 +68,14 @@ class WholeModel(ShardedModel):
         ]
         self._global_numel = sum(p.numel() for p in held.values())
 
+    def prepare_forward(self) -> None:
+        now = self.parameters[0].parameter.device
+        if now != self.device:
+            raise PrivacyError(
+                f"The model was moved from {self.device} to {now} after make_private, away from its sums; call "
+                f"model.to('{now.type}') before make_private"
+            )
+
     def publish(self, parameter: ManagedParameter, gradient: Tensor) -> None:
         p = parameter.parameter
         p.grad = gradient.view(p.shape).to(p.dtype)
@@ -84,6 +93,7 @@ class DdpModel(WholeModel):
         self._flags: dict[str, bool] = {}
 
     def prepare_forward(self) -> None:
+        super().prepare_forward()
         if self._ddp._join_config.enable:
             raise ValueError(
                 "DistributedDataParallel.join: ranks that ran out of rows would miss the sums of the others; use "
@@ -94,6 +104,7 @@ class DdpModel(WholeModel):
             setattr(self._ddp, flag, False)
 
     def after_backward(self) -> None:
+        super().after_backward()
         for flag, value in self._flags.items():
             setattr(self._ddp, flag, value)
         self._flags.clear()

@@ -32,3 +32,14 @@ class Zero1(ZeroRedundancyOptimizer):
             if rank == self.rank:
                 found = super().state_dict()
         return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the base class, which knows parameters by number; torch's checkpoint helpers know them by name."""
+        groups = state_dict["param_groups"]
+        number = {key: i for i, key in enumerate(key for group in groups for key in group["params"])}
+        super().load_state_dict(
+            {
+                "state": {number[key]: value for key, value in state_dict["state"].items()},
+                "param_groups": [{**group, "params": [number[key] for key in group["params"]]} for group in groups],
+            }
+        )

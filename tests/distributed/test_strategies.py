@@ -1,7 +1,10 @@
 """Hybrid and unsharded strategies: exact on four ranks, the same on all replicas, with two buckets at a time."""
 
 import functools
+import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fsdp_dp import make_private
+from fsdp_dp import PrivacyEngine, make_private
+from fsdp_dp.checkpoint import Checkpoints
 from fsdp_dp.errors import UnsupportedModelError
+from fsdp_dp.training.zero1 import Zero1
 from tests.distributed.backends import (
     BACKENDS,
     Task,
@@ -21,8 +26,9 @@ from tests.distributed.backends import (
     local,
     played,
     privacy_config,
+    whole_parameters,
 )
-from tests.oracle import CASES, share
+from tests.oracle import CASES, relative_error, share
 
 REPLICATED = ("fsdp1 no_shard", "fsdp1 hybrid", "fsdp1 hybrid zero2", "fsdp2 hybrid", "ddp", "zero1")
 """Strategies under which several ranks hold the same elements."""
@@ -85,6 +91,42 @@ class Memory:
         return sum(tensor.numel() for tensor in kept), max(units), sum(units)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """ZeRO-1 saved, loaded into a fresh model and stepped: how far from the run that went on; states that ranks hold."""
+
+    def run(self) -> tuple[float, list[Any]]:
+        folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+        dist.broadcast_object_list(folder)
+        model, engine, optimizer = self._start()
+        self._step(model, optimizer)
+        checkpoints = Checkpoints(Path(folder[0]), model, optimizer, engine)
+        checkpoints.save(1)
+        checkpoints.wait()
+        self._step(model, optimizer)
+        expected = whole_parameters(model)
+        engine.detach()
+        model, engine, optimizer = self._start()
+        Checkpoints(Path(folder[0]), model, optimizer, engine).load()
+        self._step(model, optimizer)
+        engine.detach()
+        states: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(states, sum(map(bool, optimizer.optim.state.values())))
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder[0])
+        return relative_error(whole_parameters(model), expected), states
+
+    def _start(self) -> tuple[nn.Module, PrivacyEngine, Zero1]:
+        model, engine = BACKENDS["zero1"](CASES["decoder"].model(), privacy_config(max_grad_norm=0.5))
+        return model, engine, Zero1(model.parameters(), optimizer_class=torch.optim.AdamW, lr=0.1, eps=1e-3)
+
+    def _step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        case, (inputs, targets) = CASES["decoder"], CASES["decoder"].batch()
+        case.row_losses(model(inputs), targets).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 class CoupledOverRanks(nn.Module):
     """Row i of every rank sees row i of the others, as with context-parallel attention."""
 
@@ -132,6 +174,7 @@ TASKS: tuple[Task, ...] = (
     *TRAININGS,
     *(Replicas(backend=backend) for backend in REPLICATED),
     Coupling(),
+    Resumed(),
     *(Memory(backend=backend) for backend in ("fsdp2", "fsdp1 hybrid", "ddp")),
 )
 results = functools.cache(lambda: played(4, TASKS))
@@ -164,3 +207,10 @@ def test_two_buckets_are_alive_and_used_again(backend: str) -> None:
 def test_rows_coupled_over_ranks_are_refused() -> None:
     """Seen to be accepted while all ranks exchanged the same rows."""
     assert "context parallelism" in results()[Coupling()]
+
+
+def test_zero1_goes_on_from_a_checkpoint() -> None:
+    """Seen to fail, loudly, with torch's own class, whose state torch's checkpoint helpers can neither save nor load."""
+    error, states = results()[Resumed()]
+    assert error == 0
+    assert sum(states) == 33 and min(states) > 0, "each rank keeps the state of its own parameters"

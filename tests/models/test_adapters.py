@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fsdp_dp import UnsupportedModelError, make_private
+from fsdp_dp import PrivacyError, UnsupportedModelError, make_private
 from tests.agreement import EXPECTED_BATCH_SIZE, config, expected_update, loss_of
 from tests.models.adapters import ADAPTED, QKV, with_lora
 from tests.models.zoo import MODELS
@@ -27,6 +27,16 @@ def test_frozen_parameters_cost_no_norm_no_memory_and_no_noise(name: str) -> Non
     loss_of(ADAPTED[name], model, ADAPTED[name].batch()).backward()
     torch.optim.SGD(model.parameters(), lr=1.0).step()
     assert all(torch.equal(p, frozen[n]) and p.grad is None for n, p in model.named_parameters() if n in frozen)
+
+
+def test_placement_after_attachment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the engine had been attached on another device. (A model that is moved before is like any other.)"""
+    subject = ADAPTED["LoRA on attention"]
+    model = subject.model()
+    engine = make_private(model, config(max_grad_norm=1.0))
+    monkeypatch.setattr(engine.model, "device", torch.device("meta"))
+    with pytest.raises(PrivacyError, match=r"moved from meta to cpu after make_private.*model.to\('cpu'\) before"):
+        loss_of(subject, model, subject.batch())
 
 
 def test_dora_is_refused() -> None:

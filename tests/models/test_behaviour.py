@@ -140,3 +140,12 @@ def test_constant_number_of_labels() -> None:
     """`model(**batch, num_items_in_batch=N).loss` with one N for the whole run, exact."""
     counted = called_with("GPT-2", num_items_in_batch=CONSTANT)
     assert_exact(dataclasses.replace(counted, targets=(), losses=own_loss, loss_reduction="sum", tolerance=1e-5))
+
+
+def test_positions_of_batch_1_before_the_rows() -> None:
+    """Positions `[1, T]` as the model's first argument, outside of `engine.microbatch(mask)`, refused: how many rows?"""
+    gpt2 = MODELS["GPT-2"]
+    model, batch = gpt2.model(), gpt2.batch()
+    make_private(model, config(max_grad_norm=1.0))
+    with pytest.raises(PrivacyError, match=r"first input has 1 rows and another one 5"):
+        model(position_ids=torch.arange(6)[None], input_ids=batch["input_ids"])

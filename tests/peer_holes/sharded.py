@@ -76,9 +76,9 @@ def counted_draws() -> Any:
     drawn: list[int] = []
     release = fsdp_dp.engine.privatize_all_
 
-    def counting(segments: Any, **options: Any) -> None:
+    def counting(segments: Any, **options: Any) -> Any:
         drawn.append(sum(segment.count for segment in segments))
-        release(segments, **options)
+        return release(segments, **options)
 
     fsdp_dp.engine.privatize_all_ = counting
     try:

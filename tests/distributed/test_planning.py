@@ -1,0 +1,83 @@
+"""Plans beside what torch's own profiler counts, and what two gloo ranks really send."""
+
+import gc
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fsdp_dp.models.config import GPTConfig
+from fsdp_dp.models.objective import row_losses
+from fsdp_dp.planning.fakes import past_first_step
+from fsdp_dp.planning.trace import Step, attach, build, run_optimizer, trace
+from fsdp_dp.planning.tracker import MemoryTracker
+from fsdp_dp.training.building import build_optimizer
+from fsdp_dp.training.schema import ShardingConfig, TrainConfig
+from fsdp_dp.training.world import describe_world
+from tests.distributed.harness import run
+from tests.distributed.test_collectives import Collectives
+
+MODEL = GPTConfig(
+    architecture="llama",
+    layers=3,
+    heads=2,
+    width=64,
+    mlp_width=176,
+    block_size=32,
+    vocabulary_size=128,
+    norm="rms_norm",
+)
+CONFIG = TrainConfig(model=MODEL, sharding=ShardingConfig(strategy="fully_shard"), device="cpu")
+SIDES = ("plain", "flat", "block", "layer")
+STEPS = MICROBATCHES = 2
+
+
+def step(side: str) -> Step:
+    return Step(config=CONFIG, world_size=2, side=side, microbatch_size=8, accumulates=True)
+
+
+def measure(rank: int, world_size: int) -> list[tuple[int, dict[str, int]]]:
+    return [measured(step(side)) for side in SIDES]
+
+
+def measured(one: Step) -> tuple[int, dict[str, int]]:
+    """The allocator's peak over two steps, and the collectives of its last microbatch."""
+    gc.collect()  # what an earlier side has left would be freed, and subtracted, inside
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        world = describe_world(CONFIG, torch.device("cpu"), dist.HashStore())
+        model = build(one, replace(world, device=torch.device("meta")))
+        model.to_empty(device="cpu")
+        for tensor in [*(p.to_local() for p in model.parameters()), *model.buffers()]:
+            tensor.detach().normal_(std=0.02)
+        optimizer = build_optimizer(model, CONFIG.optimizer)
+        private = attach(one, model, optimizer, MemoryTracker())
+        if private is not None:
+            past_first_step(private)
+        tokens = torch.zeros(one.microbatch_size, MODEL.block_size, dtype=torch.int64)
+        for _ in range(STEPS):
+            for _ in range(MICROBATCHES):
+                with Collectives() as communication:
+                    row_losses(model(tokens), tokens).mean().backward()
+            run_optimizer(optimizer, MemoryTracker())
+    return allocator_peak(profiler), dict(communication.counts)
+
+
+def allocator_peak(profiler: Any) -> int:
+    """Of the bytes that the CPU allocator gave out, less those that came back."""
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_a_plan_is_what_ranks_measure() -> None:
+    results = run(measure, 2, timeout=300.0)[0]
+    for side, (peak, counts) in zip(SIDES, results, strict=True):
+        found = trace(step(side))
+        # Above the plan by what gloo's threads still hold of a collective that is over.
+        assert found.peak.total() == pytest.approx(peak, rel=0.06), side
+        assert {kind.replace("-", ""): n for kind, n in found.calls.items()} == counts, side

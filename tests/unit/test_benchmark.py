@@ -1,0 +1,81 @@
+"""The benchmark without a GPU: cases, models, accounts of traces, and the page made from rows."""
+
+import pytest
+import torch
+
+from fsdp_dp import PrivacyConfig, make_private
+from fsdp_dp.benchmark import cases, models, profiling, report
+
+
+def rows() -> list[dict[str, object]]:
+    stamp = {
+        "case": "llama-1.3b@16x1024",
+        "device": "2 x GPU",
+        "torch": "2.11",
+        "commit": "abc",
+        "command": "torchrun x",
+    }
+    common = {**stamp, "ms_range": [1.0, 2.0], "tokens_per_s_per_gpu": 10.0, "model_TFLOPs_per_gpu": 5.0}
+    sent = {"collectives": {"all-gather": 3}, "collectives_MB": {"all-gather": 7.0}}
+    plain = {**common, **sent, "side": "plain-fsdp2", "ms": 90.0, "peak_GiB": 10.0}
+    flat = {**common, **sent, "side": "flat", "ms": 100.0, "peak_GiB": 10.5}
+    return [plain, flat, {**stamp, "side": "opacus", "failed": "CUDA out of memory"}]
+
+
+def test_cases() -> None:
+    plain, flat = cases.parse("llama-1.3b@2x8192:plain-fsdp1,flat", microbatches=4, checkpointing=True)
+    assert (plain.shape.rows, plain.shape.tokens, plain.backend, flat.backend) == (2, 8192, "FSDP1", "FSDP2")
+    assert plain.name == "llama-1.3b@2x8192 checkpointed 4 microbatch(es)"
+    with pytest.raises(ValueError, match="no model 'llama-2b'"):
+        cases.parse("llama-2b:flat", microbatches=1, checkpointing=False)
+    with pytest.raises(ValueError, match="no side 'fast'"):
+        cases.parse("llama-1.3b:fast", microbatches=1, checkpointing=False)
+
+
+@pytest.mark.parametrize("model", ["llama-tiny", "gpt2-tiny", "vit-tiny"])
+def test_models_can_be_private(model: str) -> None:
+    shape = models.MODELS[model]
+    module = models.Transformer(shape, tied=shape.kind == "gpt2", checkpointing=False)
+    models.initialize(module)
+    privacy = PrivacyConfig(
+        max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=3, dataset_size=100, target_delta=1e-3,
+        sampling="external_poisson",
+    )  # fmt: skip
+    engine = make_private(module, privacy)
+    losses = module(*models.batch(shape, shape.rows, 0, torch.device("cpu")))
+    assert losses.shape == (shape.rows,)
+    losses.mean().backward()
+    engine.privatize()
+    assert models.flops(shape) > 0
+
+
+def test_sizes_of_the_models() -> None:
+    for name, billions in [("llama-350m", 0.368), ("llama-1.3b", 1.345), ("llama-6.7b", 6.74), ("gpt2-large", 0.774)]:
+        shape = models.MODELS[name]
+        with torch.device("meta"):
+            module = models.Transformer(shape, tied=shape.kind == "gpt2", checkpointing=False)
+        assert sum(p.numel() for p in module.parameters()) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_account_of_a_trace() -> None:
+    kernels = [
+        {"name": "nvjet_gemm", "ts": 0.0, "dur": 4000.0},
+        {"name": "ncclDevKernel_AllGather", "ts": 3000.0, "dur": 3000.0},
+        {"name": "_sum_tiles", "ts": 8000.0, "dur": 1000.0},
+    ]
+    found = profiling.account_of_events(kernels)
+    assert found["ms"] == {"matrix products": 4.0, "communication": 3.0, "norms": 1.0}
+    assert (found["exposed communication"], found["idle"], found["whole"], found["launches"]) == (2.0, 2.0, 9.0, 3)
+
+
+def test_length_of_a_union() -> None:
+    assert profiling.covered([(5, 7), (0, 2), (1, 3), (6, 6.5)]) == 5
+
+
+def test_page() -> None:
+    text = report.page("before\n<!-- from rows: begin -->old<!-- from rows: end -->\nafter", rows())
+    assert "| flat | 100.0 ms (1.0 to 2.0) | 0.900 | 10.50 GiB | 1.050 | 10 | 5.0 | 3 all-gather (7 MB) |" in text
+    assert "| opacus | CUDA out of memory |" in text and "old" not in text
+    assert text.startswith("before\n") and text.endswith("\nafter")
+    with pytest.raises(ValueError, match="no '<!-- from rows"):
+        report.page("nothing", rows())
