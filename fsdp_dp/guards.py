@@ -113,6 +113,7 @@ class ReleaseGuard:
 
     def check_sum(self, bound: float) -> float:
         """How long the clipped sum is: not longer than `bound` for each of its rows, and never in a narrow format."""
+        self._model.finish_accumulate()  # a release has; without one, sums may still be under way
         copies, model = self._check_tiling(), self._model
         square = torch.zeros((), dtype=torch.float64, device=model.device)
         for p in model.parameters:
