@@ -44,6 +44,7 @@ from fsdp_dp.coverage import (
 from fsdp_dp.errors import BudgetExceededError, NoEpsilonWarning, PrivacyError, UnsupportedModelError
 from fsdp_dp.gradients import Materialized, NormTerms, PerSampleGradient
 from fsdp_dp.groups import Place, blocks_of_units, clipping_groups
+from fsdp_dp.guards import Mechanism, ReleaseGuard
 from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
 from fsdp_dp.kernels.release import Segment, Verdict, privatize_all_
@@ -124,6 +125,7 @@ class PrivacyEngine:
         groups: the clipping groups.
         bounds: the bound of each group, R_k; ``max_grad_norm`` is R, of all together.
         steps: releases so far.
+        guard: looks at releases before they are published (see `guards`).
         seeded: some of them drew their noise from a fixed seed, so that there is no guarantee.
         nonfinite_rows: int64 scalar, rows of this rank zeroed because their gradient was not finite. Not private.
         measured: parameter -> how its gradients were measured, in the first microbatch. Not private.
@@ -154,6 +156,7 @@ class PrivacyEngine:
         self._excess = torch.zeros(len(self.groups), dtype=torch.float64, device=self.model.device)
         self.steps = 0
         self.seeded = privacy.seed is not None
+        self.guard = ReleaseGuard(self.model)
         self._new_keys()
 
         self._parameters = {p.name: p for p in self.model.parameters}
@@ -286,6 +289,7 @@ class PrivacyEngine:
         self._forget_first_microbatch()
         self._intake.discard()
         self._excess.zero_()
+        self.guard.rows.zero_()
         self._current, self._pending, self._poisoned, self._in_forward = None, 0, None, False
         self._uncompiled.stop()
         self._labels.forget()
@@ -415,6 +419,7 @@ class PrivacyEngine:
                 self._master_key = noise.derive_key(self._master_key, f"after release {self.steps}")
         self._noise_key = noise.derive_key(self._master_key, "noise")
         self._bounds_key = noise.derive_key(self._master_key, "adaptive bounds")
+        self.guard.restart(self._noise_key, self.seeded)
 
     def _places(self) -> list[Place]:
         """The managed parameters in the order in which the model registers them, with their blocks."""
@@ -806,6 +811,7 @@ class PrivacyEngine:
         self._norm_B = microbatch.norm_sq_B.sqrt()
         self.nonfinite_rows += (microbatch.mask_B & microbatch.dropped_B).sum()
         self._pending += 1
+        self.guard.count(microbatch.mask_B)
         self._vouched &= microbatch.vouched
 
     # -------------------------------------------------------------------------------------------------------- release
@@ -952,14 +958,17 @@ class PrivacyEngine:
             )
             for p in self.model.parameters
         ]
-        self._last_release = privatize_all_(
-            segments,
+        mechanism = Mechanism(
             key=self._noise_key,
             release=self.steps,
             lattice=self._lattice,
             noise_std=self.gradient_noise_multiplier * self.max_grad_norm,
             divisor=self.privacy.expected_batch_size,
         )
+        certified = self.privacy.numerics == "certified"
+        watched = self.guard.before(segments, self.max_grad_norm if certified else math.inf)
+        self._last_release = privatize_all_(segments, **vars(mechanism))
+        self.guard.after(segments, watched, mechanism)
         self.model.give_accumulators_away()
         return out
 

@@ -72,6 +72,7 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
 def past_first_step(private: PrivacyEngine) -> None:
     """As after the first step, whose checks look at values: the model and the loss have been found to be good."""
     private._checked = True
+    private.guard.pass_first_release()
     private._watched.add(tuple(module.training for module in private.model.root.modules()))
     private._buffer_versions = buffer_versions(private.model.root)
 

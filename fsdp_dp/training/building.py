@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,13 +41,17 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 
 
-def build_model(config: TrainConfig, world: World) -> nn.Module:
+def build_model(
+    config: TrainConfig, world: World, around: Callable[[nn.Module], nn.Module] = lambda decoder: decoder
+) -> nn.Module:
     """The decoder on `world.device`, sharded block by block; every rank starts from the same weights.
+
+    What `around` makes of the decoder is sharded in its place; it has the decoder's `blocks`.
 
     One process alone gets FSDP2 where FSDP1 was asked for: with nothing to split, FSDP1 falls back to a deprecated mode.
     """
     torch.manual_seed(config.seed)
-    model = build_decoder(config.model)
+    model = around(build_decoder(config.model))
     # Dropout: other rows, other masks; tensor-parallel peers hold the same rows and need the same masks.
     torch.manual_seed(config.seed + world.data_rank)
     if config.sharding.strategy in FSDP1_STRATEGIES and world.data_size > 1:
@@ -69,7 +74,7 @@ def parameter_count(config: GPTConfig) -> int:
         return sum(parameter.numel() for parameter in build_decoder(config).parameters())
 
 
-def shard_fsdp1(model: GPT | llama.Llama, config: TrainConfig, world: World) -> nn.Module:
+def shard_fsdp1(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
     """FSDP1, one unit a block and one for the rest."""
     precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return FullyShardedDataParallel(
@@ -83,23 +88,23 @@ def shard_fsdp1(model: GPT | llama.Llama, config: TrainConfig, world: World) -> 
     )
 
 
-def shard_fsdp2(model: GPT | llama.Llama, config: TrainConfig, world: World) -> nn.Module:
+def shard_fsdp2(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
     """FSDP2, one unit a block and one for the rest; over the data dimension where there is a tensor one as well."""
     policy = MixedPrecisionPolicy()
     if config.precision.compute == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model.to(world.device)
-    for block in model.blocks:
+    for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block, mesh=world.data_mesh, mp_policy=policy)
     fully_shard(model, mesh=world.data_mesh, mp_policy=policy)
     return model
 
 
-def split_linears(model: GPT | llama.Llama, world: World) -> None:
+def split_linears(model: nn.Module, world: World) -> None:
     """Tensor parallelism: each rank holds some heads and some hidden features, and the outputs are summed."""
     assert world.tensor_mesh is not None
     model.to(world.device)
-    for block in model.blocks:
+    for block in model.blocks:  # type: ignore[union-attr]
         plan = {
             "attention.query": ColwiseParallel(),
             "attention.key": ColwiseParallel(),

@@ -17,7 +17,7 @@ INDEX = "__init__"  # `fsdp_dp` itself: the public names
 
 # Lowest first. A module imports from its own row and from the rows above it.
 ORDER = (
-    ("config", "errors", "accounting", "second_opinion", "standing", "ledger"),  # no torch
+    ("config", "errors", "accounting", "second_opinion", "standing", "ledger", "auditing"),  # no torch
     (
         "numerics",
         "chacha",
@@ -43,11 +43,11 @@ ORDER = (
         "shared_values",
     ),  # pure
     ("modes", "label_watch", "taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),
-    ("clipped_sum",),
+    ("clipped_sum", "guards"),
     ("engine", "summary"),
     ("wrapper", "checkpoint", "export", "verdict"),
     (INDEX,),
-    ("models", "data", "training", "train", "launch", "benchmark", "check"),
+    ("models", "data", "training", "train", "launch", "benchmark", "check", "audit"),
     ("planning", "plan"),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}

@@ -1,0 +1,198 @@
+"""Guards of a release: what the accountant assumes about noise and sums, looked at while training runs; yes or no.
+
+At the first release after the keys are drawn, and at every thousandth, all ranks ask before anything is published:
+
+* tiling: do the local shards hold every trainable element, and each equally often?
+* sum: is the clipped sum in a wide format, and no longer than the rows that are in it, times R?
+* source: do normals of this release have the variance of normals? At one false alarm in 10^12.
+* noise: is what is about to be released, at the first, last and some elements of every shard, the clipped sum plus the
+  noise of exactly that element, drawn once and scaled by the accounted sigma R?
+
+A healthy engine always answers yes, so that an answer tells nothing about data or noise. The noise is drawn again for
+this, on the CPU: no second look is had at it by anyone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fsdp_dp import noise
+from fsdp_dp.errors import PrivacyError
+from fsdp_dp.kernels.release import Segment
+from fsdp_dp.sharding import ManagedParameter, Region, ShardedModel
+
+EVERY = 1000
+_INSIDE = 2  # elements that are looked at, of a shard, besides its first and its last
+_NORMALS = 4096
+_TAIL = 28.0  # minus the logarithm of a false alarm's probability
+_RELATIVE = 1e-3  # of a sum's norm: rounding of sums, and of the rows' own contributions, is far below
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mechanism:
+    """What one release is to add, from the accounted numbers."""
+
+    key: bytes
+    release: int
+    lattice: noise.Lattice
+    noise_std: float
+    divisor: float
+
+
+class ReleaseGuard:
+    """Asks every `EVERY` releases. `rows` counts the rows of a release that is to be looked at."""
+
+    def __init__(self, model: ShardedModel) -> None:
+        self._model = model
+        self._releases, self._last, self._key = 0, 0, b""
+        self.rows = torch.zeros((), dtype=torch.float64, device=model.device)
+
+    @property
+    def due(self) -> bool:
+        return self._releases % EVERY == 0
+
+    def restart(self, key: bytes, seeded: bool) -> None:
+        """A new key for noise: the next release is looked at again."""
+        if key == self._key and not seeded:
+            refuse("the key for the noise is the last one again, so that noise would repeat")
+        self._releases, self._key = 0, key
+
+    def pass_first_release(self) -> None:
+        """As if it had been looked at."""
+        self._releases = 1
+
+    def count(self, mask_B: Tensor) -> None:
+        """Rows of one microbatch that take part."""
+        if self.due:
+            self.rows += mask_B.sum()
+
+    def before(self, segments: Sequence[Segment], bound: float) -> list[Tensor]:
+        """Look at the sums; some of their elements, to be given to `after`."""
+        if not self.due:
+            return []
+        self.check_sum(bound)
+        return [s.accumulator[_sites(s.out.numel(), s.accumulator.device)].cpu().double() for s in segments]
+
+    def after(self, segments: Sequence[Segment], sums: Sequence[Tensor], mechanism: Mechanism) -> None:
+        """Look at what is about to be published; and at the number of the release, each time.
+
+        Raises:
+            PrivacyError: on all ranks, since none may publish what another has found to be wrong.
+        """
+        if mechanism.release <= self._last:
+            refuse(f"release {mechanism.release} was counted already, so that its noise would repeat")
+        self._releases, self._last = self._releases + 1, mechanism.release
+        if not sums:
+            return
+        source = mechanism.noise_std == 0 or _is_normal(mechanism)
+        looked_at = zip(self._model.parameters, segments, sums, strict=True)
+        wrong = [p.name for p, segment, sum_K in looked_at if not _is_noised(p, segment.out, sum_K, mechanism)]
+        if self._model.any_rank(bool(wrong) or not source):
+            where = f"in {', '.join(wrong[:3])}" if wrong else "by the source, or on another rank"
+            refuse(f"the noise of release {mechanism.release} is not what is accounted for, {where}")
+
+    def _check_tiling(self) -> dict[str, int]:
+        """How many ranks hold each element, by parameter."""
+        parameters = self._model.parameters
+        found = torch.tensor([_footprint(p) for p in parameters], dtype=torch.int64, device=self._model.device)
+        for group in self._model.groups:
+            dist.all_reduce(found, group=group)
+        copies = {}
+        for p, (held, places) in zip(parameters, found.tolist(), strict=True):
+            copies[p.name] = held // p.numel
+            if held % p.numel or copies[p.name] < 1 or (places - copies[p.name] * _sum_of_places(p.numel)) % 2**64:
+                refuse(f"the ranks' shards of '{p.name}' do not hold each of its {p.numel} elements equally often")
+        return copies
+
+    def check_sum(self, bound: float) -> float:
+        """How long the clipped sum is: not longer than `bound` for each of its rows, and never in a narrow format."""
+        self._model.finish_accumulate()  # a release has; without one, sums may still be under way
+        copies, model = self._check_tiling(), self._model
+        square = torch.zeros((), dtype=torch.float64, device=model.device)
+        for p in model.parameters:
+            if p.accumulator.dtype.itemsize < 4:
+                refuse(f"the clipped sum of '{p.name}' is {p.accumulator.dtype}, which rounds it by more than R allows")
+            square += p.accumulator.double().square().sum().to(square.device) / copies[p.name]
+        peers = 1 if model.split_group is None else dist.get_world_size(model.split_group)
+        total = torch.stack([square, self.rows / peers])
+        for group in model.groups:
+            dist.all_reduce(total, group=group)
+        self.rows.zero_()
+        length, rows = math.sqrt(float(total[0])), float(total[1])
+        if length > rows * bound * (1 + _RELATIVE):
+            refuse(f"the clipped sum is longer than max_grad_norm={bound:g} for each of its rows")
+        return length
+
+
+def refuse(what: str) -> NoReturn:
+    raise PrivacyError(
+        f"Nothing was released: {what}. This is a fault of fsdp_dp, or of what replaces a part of it: do not train on, "
+        "and report it with engine.summary()"
+    )
+
+
+def _footprint(parameter: ManagedParameter) -> tuple[int, int]:
+    """Of the elements that this rank holds: how many, and the sum of their places, modulo 2^64."""
+    region: Region = parameter.region
+    width, offset, size = region.columns or (region.count or 1, 0, region.count or 1)
+    rows = region.count // width
+    places = rows * size * (region.start + offset) + size * width * _sum_of_places(rows) + rows * _sum_of_places(size)
+    return region.numel, (places + 2**63) % 2**64 - 2**63
+
+
+def _sum_of_places(count: int) -> int:
+    return count * (count - 1) // 2
+
+
+def _sites(numel: int, device: torch.device) -> Tensor:
+    """Places in a shard that are looked at: the first, the last, and some between."""
+    steps = min(numel, _INSIDE + 2)
+    return torch.linspace(0, numel - 1, steps, dtype=torch.float64).long().unique().to(device)
+
+
+def _is_normal(mechanism: Mechanism) -> bool:
+    """Whether normals of the first parameter have the mean square of normals, up to a false alarm in 10^12.
+
+    However few elements it has: the field goes on behind its end, and nobody else looks there.
+    """
+    square = float(_normals(mechanism, 0, 0, _NORMALS).square().sum())
+    # The tails of a chi-square variable: Laurent and Massart (2000), lemma 1.
+    slack = 2 * math.sqrt(_NORMALS * _TAIL)
+    return _NORMALS - slack <= square <= _NORMALS + slack + 2 * _TAIL
+
+
+def _is_noised(parameter: ManagedParameter, out: Tensor, sum_K: Tensor, mechanism: Mechanism) -> bool:
+    """Whether the elements at `_sites` are the sum and their own noise; equal but for the cast to their dtype."""
+    sites = _sites(out.numel(), torch.device("cpu"))
+    if not len(sites):
+        return True
+    expected = sum_K
+    if mechanism.noise_std:
+        places = [_place(parameter.region, i) for i in sites.tolist()]
+        xi_K = torch.cat([_normals(mechanism, parameter.index, place, 1) for place in places])
+        expected = mechanism.lattice.privatize(sum_K, xi_K, mechanism.noise_std)
+    expected = expected / mechanism.divisor
+    found = out.view(-1)[sites.to(out.device)].cpu().double()
+    slack = 2 * torch.finfo(out.dtype).eps * expected.abs() + 2.0**-30 * mechanism.noise_std / mechanism.divisor
+    return bool(((found - expected).abs() <= slack).all())
+
+
+def _normals(mechanism: Mechanism, parameter: int, start: int, count: int) -> Tensor:
+    return noise.standard_normal(
+        mechanism.key, release=mechanism.release, parameter=parameter, start=start, count=count
+    )
+
+
+def _place(region: Region, i: int) -> int:
+    """The element of the whole parameter that is the i-th of a shard."""
+    if region.columns is None:
+        return region.start + i
+    width, offset, size = region.columns
+    return region.start + i // size * width + offset + i % size
