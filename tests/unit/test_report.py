@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_dp.ledger import LEDGER_FILE, Ledger
+from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.report import main
 from fsdp_dp.training.app import privacy_config
 from fsdp_dp.training.run_folder import METRICS_FILE, write_config
@@ -19,11 +20,13 @@ from fsdp_dp.training.schema import PrivacyOptions, TrainConfig
 STEPS = 4
 
 
-def make_run(folder: Path, *, private: bool = True, loss: float = 3.25, seed: int | None = None) -> Path:
+def make_run(
+    folder: Path, *, private: bool = True, loss: float = 3.25, seed: int | None = None, block_size: int = 128
+) -> Path:
     """A folder as fsdp_dp.train leaves it, checkpoints apart; un-noised metrics depend on `loss`."""
     folder.mkdir(parents=True)
     options = PrivacyOptions(noise_multiplier=1.0, seed=seed) if private else PrivacyOptions(mechanism="none")
-    config = TrainConfig(privacy=options, steps=STEPS, batch_size=10)
+    config = TrainConfig(model=GPTConfig(block_size=block_size), privacy=options, steps=STEPS, batch_size=10)
     write_config(config, folder)
     lines = [
         {"step": step, "epsilon": step / 10 if private else None, "learning_rate": 0.1,
