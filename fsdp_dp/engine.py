@@ -47,6 +47,7 @@ from fsdp_dp.groups import Place, blocks_of_units, clipping_groups
 from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.intake import Intake
 from fsdp_dp.kernels.release import Segment, Verdict, privatize_all_
+from fsdp_dp.label_watch import LabelWatch
 from fsdp_dp.layers import keeps, per_sample_gradients
 from fsdp_dp.methods import Measured
 from fsdp_dp.numerics import accumulate_dtype, exact_arithmetic, un_noised_margin
@@ -185,6 +186,7 @@ class PrivacyEngine:
         self._watch: FirstForward | None = None
         self._uncompiled = Uncompiled()
         self._divisor = ConstantDivisor()
+        self._labels = LabelWatch(self.model.device)
         self._watched: set[tuple[bool, ...]] = set()
         self._buffer_versions: dict[str, tuple[int, int]] = {}
         self._first_microbatch: FirstMicrobatch | None = None
@@ -286,6 +288,7 @@ class PrivacyEngine:
         self._excess.zero_()
         self._current, self._pending, self._poisoned, self._in_forward = None, 0, None, False
         self._uncompiled.stop()
+        self._labels.forget()
 
     def privatize(self) -> None:
         """Release now: every managed ``.grad`` becomes its private gradient, which the next step uses as it is."""
@@ -604,6 +607,8 @@ class PrivacyEngine:
         self._window.open()
         if recorded is not None:
             recorded.saw_outputs(bounded)
+        elif not microbatch.rehearsal:
+            self._labels.start(microbatch.rows)
         return bounded
 
     def _start_record(self, layer: str) -> Report:
@@ -715,6 +720,7 @@ class PrivacyEngine:
                 )
         if not microbatch.entered:
             microbatch.entered = True
+            self._labels.stop()
             self._poisoned = "the last backward did not finish"
             self._window.close()
 
@@ -857,9 +863,17 @@ class PrivacyEngine:
                 stacklevel=5,
             )
 
+    def _check_labels(self) -> None:
+        try:
+            self._labels.check()
+        except PrivacyError:
+            self._poisoned = "a loss couples rows"
+            raise
+
     def _check_before_release(self) -> None:
         self._last_release.check()
         self._raise_if_poisoned()
+        self._check_labels()
         if self._gate.waiting:
             raise PrivacyError("privatize: a released gradient already waits for its optimizer.step()")
         if not self._pending:

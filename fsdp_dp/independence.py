@@ -27,11 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode, _push_mode
-from torch.utils._device import DeviceContext
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
+from fsdp_dp.modes import put_in, take_out
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 _COARSE_TOLERANCE = 2e-3
@@ -177,25 +177,11 @@ class LossRecording(TorchFunctionMode):
         self._outputs = outputs
         self._active = True
         self.asked = False
-        # Below all other modes, so that contexts around the forward end as they began; above torch's default device.
-        modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
-        if modes and isinstance(modes[-1], DeviceContext):
-            _push_mode(modes.pop())
-        _push_mode(self)
-        for mode in reversed(modes):
-            _push_mode(mode)
+        put_in(self)
 
     def stop(self) -> None:
-        """Leave the stack of modes, wherever in it this one is by now."""
         self._active = False
-        above = []
-        while _len_torch_function_stack():
-            mode = _pop_mode()
-            if mode is self:
-                break
-            above.append(mode)
-        for mode in reversed(above):
-            _push_mode(mode)
+        take_out(self)
         self._forget()
 
     def _forget(self) -> None:

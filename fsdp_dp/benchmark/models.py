@@ -33,7 +33,13 @@ class Shape:
     patches: int = 0
 
 
-_GPT2 = {"vocabulary": 50257, "tokens": 100, "kind": "gpt2"}
+def _gpt2(layers: int, heads: int, width: int, rows: int) -> Shape:
+    """At the setting of the book-keeping paper (arXiv 2210.00038): rows of 100 tokens."""
+    return Shape(
+        layers=layers, heads=heads, width=width, hidden=4 * width, vocabulary=50257, tokens=100, rows=rows, kind="gpt2"
+    )
+
+
 MODELS = {
     "llama-tiny": Shape(layers=2, heads=2, width=32, hidden=88, vocabulary=96, tokens=16, rows=3),
     "gpt2-tiny": Shape(layers=2, heads=2, width=32, hidden=64, vocabulary=96, tokens=16, rows=3, kind="gpt2"),
@@ -41,9 +47,9 @@ MODELS = {
     "llama-350m": Shape(layers=24, heads=16, width=1024, hidden=2736, vocabulary=32000, tokens=1024, rows=16),
     "llama-1.3b": Shape(layers=24, heads=16, width=2048, hidden=5504, vocabulary=32000, tokens=1024, rows=16),
     "llama-6.7b": Shape(layers=32, heads=32, width=4096, hidden=11008, vocabulary=32000, tokens=1024, rows=2),
-    "gpt2-small": Shape(layers=12, heads=12, width=768, hidden=3072, rows=100, **_GPT2),
-    "gpt2-medium": Shape(layers=24, heads=16, width=1024, hidden=4096, rows=50, **_GPT2),
-    "gpt2-large": Shape(layers=36, heads=20, width=1280, hidden=5120, rows=20, **_GPT2),
+    "gpt2-small": _gpt2(layers=12, heads=12, width=768, rows=100),
+    "gpt2-medium": _gpt2(layers=24, heads=16, width=1024, rows=50),
+    "gpt2-large": _gpt2(layers=36, heads=20, width=1280, rows=20),
     "vit-large": Shape(
         layers=24, heads=16, width=1024, hidden=4096, vocabulary=1000, tokens=197, rows=32, kind="vit", patches=768
     ),

@@ -47,6 +47,7 @@ def build(case: Case, device: torch.device) -> tuple[Step, Callable[[], None]]:
 
 
 def _privacy(case: Case) -> PrivacyConfig:
+    clipping: Any = case.side.removesuffix("-fsdp1")
     return PrivacyConfig(
         max_grad_norm=MAX_GRAD_NORM,
         noise_multiplier=NOISE_MULTIPLIER,
@@ -54,7 +55,7 @@ def _privacy(case: Case) -> PrivacyConfig:
         dataset_size=DATASET_SIZE,
         target_delta=1e-8,
         sampling="external_poisson",
-        clipping=case.side.removesuffix("-fsdp1"),
+        clipping=clipping,
     )
 
 

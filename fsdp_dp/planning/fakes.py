@@ -22,7 +22,9 @@ from fsdp_dp import engine, gradients, kernels, numerics
 from fsdp_dp.engine import PrivacyEngine
 from fsdp_dp.gradients import NormTerms, OuterProduct
 from fsdp_dp.kernels import norm_rows, outer
+from fsdp_dp.kernels.release import Verdict
 from fsdp_dp.sharding import ShardedModel
+from fsdp_dp.sharding.sums import Unit
 from fsdp_dp.watch import buffer_versions
 
 
@@ -47,7 +49,9 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
         (ShardedModel, "any_rank", lambda self, flag: flag),
         (ShardedModel, "dedicate_groups", lambda self: None),
         (PrivacyEngine, "_has_equal_rows", lambda self, inputs: True),
-        (engine, "privatize_all_", lambda segments, **_: None),
+        # A storage that is set anew is not followed here: the sums stay where they are, in forward too.
+        (Unit, "give_away", lambda self: setattr(self, "fresh", True)),
+        (engine, "privatize_all_", lambda segments, **_: Verdict()),
     ]
     if on_gpu:
         replaced += [

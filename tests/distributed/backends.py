@@ -498,11 +498,17 @@ class Training:
             optimizer=self.optimizer,
             expected_batch_size=EXPECTED_BATCH_SIZE,
             groups=self.groups,
-            is_block=is_listed if self.backend in ("plain", "ddp", "zero1", "tp alone", "sp alone") else is_unit,
+            is_block=self._is_block,
         )
         if self.dtype == torch.float64:
             return relative_error(moved, expected)
         return norm({n: moved[n].double() - x for n, x in expected.items()}) / norm(expected)
+
+    def _is_block(self, parent: nn.Module, module: nn.Module) -> bool:
+        if "root only" in self.backend:
+            return False
+        alone = self.backend in ("plain", "ddp", "zero1", "tp alone", "sp alone")
+        return is_listed(parent, module) if alone else is_unit(parent, module)
 
     @property
     def tolerance(self) -> float:

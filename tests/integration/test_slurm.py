@@ -116,18 +116,18 @@ class Job:
 
 def test_a_preempted_job_saves_itself_and_goes_on(cluster: dict[str, str], text: Path, tmp_path: Path) -> None:
     """Two nodes of two ranks; a job of higher priority takes both nodes away, and the run is finished all the same."""
-    job = Job(cluster, text, tmp_path / "run", steps=60)
+    job = Job(cluster, text, tmp_path / "run", steps=40)
     job.wait_for_steps(3)
     job.slurm(
         "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--time=1", "--output=/dev/null", "--wrap=sleep 1"
     )
     job.wait_for("a requeue", lambda: job.facts["Restarts"] == "1")
-    job.assert_complete(60)
+    job.assert_complete(40)
     assert "2 nodes (n[1-2]), 2 processes each" in job.said
-    assert "told to stop; the ranks save the run" in job.said and "saved; requeued" in job.said
+    assert "told to stop; the ranks save the run" in job.said and "requeued, to go on" in job.said
     # It saved before it went: nothing was lost, so nothing is counted that was not made.
     assert "going on from the checkpoint of step" in job.said
-    assert "60 releases" in job.verified_ledger()
+    assert "40 releases" in job.verified_ledger()
 
 
 def test_a_time_limit_and_a_lost_node(cluster: dict[str, str], text: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ def interpreter() -> Iterator[None]:
     """Kernels that are first imported inside run in the interpreter; the flag is read where they are defined and called.
 
     Two things that it lacks are put in: bounds of loops under NumPy 2, and products of bfloat16, which it keeps as bits.
+    Triton's own functions are interpreted as well, even if something imported Triton before.
     """
     if find_spec("triton") is None:
         pytest.skip("Triton is not installed")
@@ -40,7 +41,19 @@ def interpreter() -> Iterator[None]:
             return dot(self, _widened(triton_interpreter, a), _widened(triton_interpreter, b), *rest)
 
         patch.setattr(builder, "create_dot", create_dot)
+        _interpret_library(triton_interpreter, patch)
         yield
+
+
+def _interpret_library(triton_interpreter: Any, patch: pytest.MonkeyPatch) -> None:
+    """``tl.sum`` and its like are kernels' functions too, made when Triton is imported."""
+    import triton.language as tl
+    from triton.runtime.jit import JITFunction
+
+    for module in (tl.standard, tl):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                patch.setattr(module, name, triton_interpreter.InterpretedFunction(value.fn))
 
 
 def _widened(triton_interpreter: Any, x: Any) -> Any:

@@ -42,7 +42,7 @@ ORDER = (
         "methods",
         "shared_values",
     ),  # pure
-    ("taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),
+    ("modes", "label_watch", "taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),
     ("clipped_sum",),
     ("engine", "summary"),
     ("wrapper", "checkpoint", "export", "verdict"),

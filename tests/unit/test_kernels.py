@@ -17,6 +17,7 @@ import torch
 
 from fsdp_dp import chacha, kernels, noise
 from fsdp_dp.kernels.release import Segment, Verdict, privatize_all_, privatize_all_in_torch_, select
+from tests.unit.interpreted import interpreter
 
 KEY = noise.key_from_seed(3)
 RELEASE = 2**40 + 7
@@ -28,12 +29,7 @@ ARGUMENTS = {"key": KEY, "release": RELEASE, "lattice": LATTICE, "noise_std": ST
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[ModuleType]:
     """`chacha_normal` as Triton's interpreter sees it; the flag is read where kernels are defined and called."""
-    if find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    if torch.cuda.is_available():
-        pytest.skip("with a GPU the kernels are compiled, and tests/gpu runs them")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
+    with interpreter():
         from fsdp_dp.kernels import chacha_normal
 
         yield chacha_normal

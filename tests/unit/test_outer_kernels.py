@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fsdp_dp import planner
 from fsdp_dp.clipping import certified_norm
-from fsdp_dp.gradients import NormTerms, OuterProduct
+from fsdp_dp.gradients import NormTerms, _gram_norms
 from fsdp_dp.kernels import outer
 from tests.unit.interpreted import interpreter
 
@@ -129,7 +129,7 @@ def cancelling(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 def test_ghost_norms_of_layers_that_share_their_input(
     dtype: torch.dtype, adverse: bool, ghost_norm: ModuleType
 ) -> None:
-    """Seen to fail when tiles off the diagonal count once, or when an accumulation error is not charged."""
+    """Seen to fail when tiles off the diagonal count once."""
     for B, T, D, widths in [(2, 21, 24, (40, 8)), (1, 16, 40, (24,)), (1, 1, 8, (16, 8, 8))]:
         a, g = factors(B, T, D, sum(widths), dtype)
         gs = [x.contiguous() for x in g.split(widths, 2)]
@@ -145,11 +145,14 @@ def test_ghost_norms_of_layers_that_share_their_input(
 
 
 def test_ghost_norm_terms_are_about_those_of_the_reference(ghost_norm: ModuleType) -> None:
-    """The reference weighs every pair of positions by its own lengths, the kernel bounds these: never much more."""
+    """The reference weighs every pair of positions by its own lengths, the kernel bounds these: never less, never much more.
+
+    Seen to fail when the accumulation of the Grams is not charged.
+    """
     a, g = factors(2, 33, 48, 40, torch.float16)
-    found, reference = terms_of(ghost_norm, a, [g]), OuterProduct(a, g).norm_terms()
+    found, reference = terms_of(ghost_norm, a, [g]), _gram_norms(a, g)
     torch.testing.assert_close(found.norm_sq, reference.norm_sq, rtol=1e-6, atol=0)
-    assert (found.error <= 2 * reference.error).all()
+    assert (found.error >= 0.99 * reference.error).all() and (found.error <= 2 * reference.error).all()
     torch.testing.assert_close(found.rounding_sq.sqrt(), reference.rounding_sq.sqrt(), rtol=0.4, atol=0)
 
 
@@ -166,7 +169,7 @@ def test_wide_gram_matrices_are_contracted_in_chunks(ghost_norm: ModuleType, mon
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 def test_a_row_that_cannot_be_measured_is_not_finite(ghost_norm: ModuleType) -> None:
-    """NaN, infinity beside zeros, a token too long. Seen to fail with a maximum in place of the selection."""
+    """NaN, infinity beside zeros, a token too long."""
     a, g = factors(4, 3, 8, 8, torch.bfloat16)
     a[0, 1, 2] = torch.nan
     a[1, 1, 2], g[1] = torch.inf, 0.0

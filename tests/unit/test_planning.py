@@ -48,7 +48,7 @@ def test_what_is_kept_is_known_to_the_byte(side):
     assert optimizer[GRADIENTS] == shard
     counters = 4 * (3 + 9 * 2)  # Adam's step counts
     assert optimizer[STATE] == 2 * shard + counters
-    assert optimizer.get(SUMS, 0) == pytest.approx(0 if side == "plain" else shard, abs=100)
+    assert optimizer.get(SUMS, 0) <= 100  # gradients are released in their place
 
 
 def test_a_private_side_keeps_two_buckets_of_the_largest_unit():

@@ -56,7 +56,7 @@ def test_a_line_for_every_kind_of_layer() -> None:
     assert up[0] == down[0] == str(DEPTH)
     assert up[2:5] == ["weight, bias", "gram + store", f"{POSITIONS * 5 / (4 * WIDTH):.2f}"]
     assert table["Linear(in=2, out=2, bias=False)"][3] == "store"
-    assert table[f"Embedding({VOCABULARY}, {WIDTH})"][2:4] == ["weight (tied)", "gram and rows"]
+    assert table[f"Embedding({VOCABULARY}, {WIDTH})"][2:4] == ["weight (tied)", "gram + rows"]
     norms = table[f"LayerNorm(({WIDTH},), eps=1e-05, elementwise_affine=True)"]
     assert norms[0] == str(DEPTH + 1) and norms[3:6] == ["store", "0.00", f"{8 * WIDTH} B"]
     assert table["parameter of a module with children"][:3] == [
