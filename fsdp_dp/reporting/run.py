@@ -6,7 +6,7 @@ checkpoints leaves no ε to state.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +75,16 @@ def read_run(folder: Path) -> Run:
 
 def with_ledger(run: Run, folder: Path) -> Run:
     """The run with its ledger's verdict, and with what a sound ledger lets one state."""
-    known = {"name": run.name, "config": run.config, "records": run.records}
     if not run.claimed_private:
-        return Run(**known, verdict="none: plain training keeps no ledger")
+        return replace(run, verdict="none: plain training keeps no ledger")
     try:
         chain = check_run(folder)
         standing = chain.standing()
         releases = standing.counted if standing.budget is None else standing.budget
         bounds = standing.epsilon(releases)
     except (LedgerError, AccountingError, OSError) as error:
-        return Run(**known, verdict=f"FAILED: {error}")
-    return Run(**known, verdict=verdict(chain), standing=standing, privacy=privacy_of(standing), bounds=bounds)
+        return replace(run, verdict=f"FAILED: {error}")
+    return replace(run, verdict=verdict(chain), standing=standing, privacy=privacy_of(standing), bounds=bounds)
 
 
 def privacy_of(standing: Standing) -> PrivacyConfig:

@@ -35,7 +35,7 @@ def claim(run: Run) -> str:
 
 def statement(run: Run) -> list[Block]:
     """The statement as blocks of a page."""
-    opening = [Heading(2, f"Privacy statement: {run.name}"), Paragraph(claim(run))]
+    opening: list[Block] = [Heading(2, f"Privacy statement: {run.name}"), Paragraph(claim(run))]
     if run.privacy is None:
         return [*opening, Paragraph(f"Ledger: {run.verdict}.")]
     return [
