@@ -56,9 +56,7 @@ class RunLog:
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """(steps, values) of a metric, private or not, where it was recorded."""
-        flat = [(record["step"], {**record, **record[UNPROTECTED]}.get(name)) for record in self.records]
-        found = [(step, float(value)) for step, value in flat if value is not None]  # "nan", as JSON has it, too
-        return [step for step, _ in found], [value for _, value in found]
+        return series(self.records, name)
 
     def mean(self, name: str) -> float | None:
         """The mean of a metric over the steps; None where there were none."""
@@ -78,6 +76,13 @@ class RunLog:
         named |= {name: record[name] for name in ("epsilon", "learning_rate") if record.get(name) is not None}
         for name, value in named.items():
             self._board.add_scalar(name, value, record["step"])
+
+
+def series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of a metric, private or not, where it was recorded."""
+    flat = [(record["step"], {**record, **record[UNPROTECTED]}.get(name)) for record in records]
+    found = [(step, float(value)) for step, value in flat if value is not None]  # "nan", as JSON has it, too
+    return [step for step, _ in found], [value for _, value in found]
 
 
 def as_line(record: dict[str, Any]) -> str:

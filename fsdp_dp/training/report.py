@@ -13,6 +13,7 @@ from fsdp_dp.standing import Standing
 from fsdp_dp.training.budget import Budget
 from fsdp_dp.training.schema import TrainConfig
 
+MECHANISM = "DP-SGD: clipped gradients of rows are summed and noised, once a step"
 PACKAGES = ("fsdp-dp", "torch", "prv-accountant", "opacus", "dp-accounting", "cryptography", "hydra-core")
 
 
@@ -91,15 +92,6 @@ def guarantee(outcome: Outcome) -> str:
     privacy, budget = outcome.privacy, outcome.budget
     if privacy is None or budget is None:
         return ""
-    sampling = {
-        "poisson": f"Poisson: each row is in a step's batch independently, with probability {privacy.sample_rate:.6g}",
-        "shuffle": "each row at most once an epoch, in shuffled order; accounted without amplification by sampling",
-    }
-    cut = privacy.max_batch_size is not None
-    if cut:
-        sampling["poisson"] += (
-            f"; a draw of more than {privacy.max_batch_size} rows is cut to that many, chosen at random"
-        )
     return "\n".join(
         [
             "## What is guaranteed",
@@ -108,15 +100,12 @@ def guarantee(outcome: Outcome) -> str:
                 ("epsilon", f"{budget.cap:.6g} (upper bound, for the {privacy.steps} releases fixed at the start)"),
                 ("delta", f"{privacy.target_delta:.6g}"),
                 ("unit of privacy", outcome.corpus.unit),
-                (
-                    "adjacency",
-                    f"{'zeroing out' if cut or privacy.sampling == 'shuffle' else 'adding or removing'} one row",
-                ),
-                ("mechanism", "DP-SGD: clipped gradients of rows are summed and noised, once a step"),
+                ("adjacency", adjacency_in_words(privacy)),
+                ("mechanism", MECHANISM),
                 ("clipping", privacy.clipping_in_words),
                 ("noise", f"Gaussian on a lattice, standard deviation σ · R, σ = {outcome.noise_multiplier:.6g}"),
                 ("divisor", f"the expected batch size, {privacy.expected_batch_size}"),
-                ("sampling", sampling[privacy.sampling]),
+                ("sampling", sampling_in_words(privacy)),
                 ("releases made", f"{outcome.steps} of {privacy.steps}{lost(outcome)}"),
                 ("accountant", privacy.accountant),
                 ("numerics", privacy.numerics),
@@ -124,6 +113,24 @@ def guarantee(outcome: Outcome) -> str:
             *early_stop(outcome),
         ]
     )
+
+
+def adjacency_in_words(privacy: PrivacyConfig) -> str:
+    """What two neighbouring data sets differ in."""
+    zeroed = privacy.max_batch_size is not None or privacy.sampling == "shuffle"
+    return f"{'zeroing out' if zeroed else 'adding or removing'} one row"
+
+
+def sampling_in_words(privacy: PrivacyConfig) -> str:
+    """How the rows of a release are drawn."""
+    if privacy.sampling == "shuffle":
+        return "each row at most once an epoch, in shuffled order; accounted without amplification by sampling"
+    words = f"Poisson: each row is in a step's batch independently, with probability {privacy.sample_rate:.6g}"
+    if privacy.sampling == "external_poisson":
+        words += "; the loader is the user's own, and so is the responsibility for this"
+    if privacy.max_batch_size is not None:
+        words += f"; a draw of more than {privacy.max_batch_size} rows is cut to that many, chosen at random"
+    return words
 
 
 def lost(outcome: Outcome) -> str:
@@ -152,11 +159,16 @@ def early_stop(outcome: Outcome) -> list[str]:
 
 def assumptions(outcome: Outcome) -> str:
     """Everything that has to hold for ε to be true; empty for plain training."""
-    privacy = outcome.privacy
-    if privacy is None:
+    if outcome.privacy is None:
         return ""
+    points = assumed(outcome.privacy, outcome.corpus.unit)
+    return "\n".join(["## Assumptions", "", *(f"- {point}" for point in points)])
+
+
+def assumed(privacy: PrivacyConfig, unit: str) -> list[str]:
+    """What has to hold for ε to be true, point by point."""
     points = [
-        f"The unit is {outcome.corpus.unit}. Whoever is in several rows is protected more weakly.",
+        f"The unit is {unit}. Whoever is in several rows is protected more weakly.",
         f"The number of training rows, {privacy.dataset_size}, is public, and so are the options of this run.",
         "Random bits come from the operating system. The 256-bit keys are never written down, but are in the memory of "
         "the processes: a memory dump exposes the noise.",
@@ -172,28 +184,26 @@ def assumptions(outcome: Outcome) -> str:
         )
     if privacy.seed is not None:
         points.append("**Seed fixed: no privacy guarantee.** The noise can be computed by anyone who knows the seed.")
-    return "\n".join(["## Assumptions", "", *(f"- {point}" for point in points)])
+    return points
 
 
 def unprotected(outcome: Outcome) -> str:
-    """Rule 16: what a run writes and shows that no ε covers."""
-    points = [
+    """Rule 16: what a run writes and shows that no ε covers, with this run's figures."""
+    useful = "" if outcome.useful_rows is None else f" (here {outcome.useful_rows:.0%} of the rows run were no padding)"
+    bad = f" (here: {outcome.nonfinite_rows} non-finite rows, which contributed nothing)" if outcome.privacy else ""
+    return "\n".join(["## Outside the guarantee", "", *(f"- {point}" for point in uncovered(useful, bad))])
+
+
+def uncovered(useful: str = "", bad: str = "") -> list[str]:
+    """What no ε covers, point by point; `useful` and `bad` are remarks on a run's padding and non-finite rows."""
+    return [
         "Training loss (metrics.jsonl, TensorBoard, the figure, the progress bar): computed from un-noised data.",
-        "Rows per second, step times and padding: they reveal how many rows a step drew"
-        + (
-            "."
-            if outcome.useful_rows is None
-            else f" (here {outcome.useful_rows:.0%} of the rows run were no padding)."
-        ),
+        f"Rows per second, step times and padding: they reveal how many rows a step drew{useful}.",
         "Held-out bits per byte and byte frequencies: exact statistics of the held-out text, private if it is.",
-        "Norms, and counts of clipped or non-finite rows, where the engine is asked for them"
-        + (
-            f" (here: {outcome.nonfinite_rows} non-finite rows, which contributed nothing)." if outcome.privacy else "."
-        ),
+        f"Norms, and counts of clipped or non-finite rows, where the engine is asked for them{bad}.",
         "Comparisons with privacy=none: weights and metrics of that run are not private at all.",
         "The choice of hyper-parameters, by these metrics or by other runs on the same rows.",
     ]
-    return "\n".join(["## Outside the guarantee", "", *(f"- {point}" for point in points)])
 
 
 def setup(outcome: Outcome) -> str:

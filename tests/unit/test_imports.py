@@ -17,7 +17,7 @@ INDEX = "__init__"  # `fsdp_dp` itself: the public names
 
 # Lowest first. A module imports from its own row and from the rows above it.
 ORDER = (
-    ("config", "errors", "accounting", "second_opinion", "standing", "ledger", "auditing"),  # no torch
+    ("config", "errors", "accounting", "second_opinion", "standing", "ledger", "auditing", "tuning"),  # no torch
     (
         "numerics",
         "chacha",
@@ -47,7 +47,7 @@ ORDER = (
     ("engine", "summary"),
     ("wrapper", "checkpoint", "export", "verdict"),
     (INDEX,),
-    ("models", "data", "training", "train", "launch", "benchmark", "check", "audit"),
+    ("models", "data", "training", "train", "launch", "benchmark", "check", "audit", "reporting", "report", "sweep"),
     ("planning", "plan"),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
