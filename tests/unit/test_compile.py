@@ -101,7 +101,7 @@ def check_exact(model: nn.Module, reference: nn.Module, steps: int = 2) -> None:
 
 @pytest.mark.parametrize("kind", ["", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bare", "bare twice"))])
 def test_compiled_blocks_are_exact(kind: str) -> None:
-    """Seen to fail when a tap is a part of the graph (without `as_written`): its node is then among the targets."""
+    """Seen to fail when a tap is a part of the graph (without `as_written`), and when the watched forward runs compiled."""
     graphs, model = Graphs(), Model(kind)
     for block in model.blocks:
         block.compile(backend=graphs)
@@ -116,7 +116,7 @@ def test_a_model_compiled_as_a_whole_is_exact() -> None:
 
 
 def test_a_parameter_used_within_a_graph_is_found() -> None:
-    """Seen to fail when the watched forward ran compiled: inside a graph, nobody sees which tensors are used."""
+    """Inside a graph, nobody would see which tensors are used: the watched forward runs as written."""
     model, (x, y) = Model("hidden"), rows()
     for block in model.blocks:
         block.compile(backend="aot_eager")
