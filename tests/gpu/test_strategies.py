@@ -22,13 +22,14 @@ pytestmark = pytest.mark.gpu(count=2)
 
 EXACT = (
     "fsdp1", "fsdp1 shard_grad_op", "fsdp1 no_shard", "fsdp1 offload", "fsdp1 nested", "fsdp1 of meta", "fsdp2",
-    "fsdp2 not resharded", "fsdp2 offload", "fsdp2 of meta", "ddp", "zero1", "tp alone", "tp 1x2", "tp 2x1",
+    "fsdp2 not resharded", "fsdp2 offload", "fsdp2 of meta", "ddp", "zero1", "tp 1x2", "tp 2x1",
 )  # fmt: skip
 MIXED = ("fsdp1 bf16", "fsdp2 bf16")
 TASKS: tuple[Task, ...] = (
     *(Training(case="decoder", backend=backend, empty_last=True, optimizer="adamw", steps=2) for backend in EXACT),
     *(Training(case="tied", backend=backend, loss_reduction="sum") for backend in ("fsdp1", "fsdp2", "tp 1x2")),
-    *(Training(case="four positions", backend=backend) for backend in ("sp alone",)),
+    # torch 2.11's foreach optimizers refuse parameters of which only some are split.
+    *(Training(case="four positions", backend=backend, steps=1) for backend in ("tp alone", "sp alone")),
     *(Training(case="decoder", backend=backend, dedicated=True) for backend in ("fsdp1", "fsdp2")),
     *(all_at_once("decoder", backend, 0.7) for backend in ("fsdp1", "fsdp2", *MIXED)),
     *(one_by_one("decoder", backend, 0.7) for backend in MIXED),
