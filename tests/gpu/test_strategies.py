@@ -25,11 +25,10 @@ EXACT = (
     "fsdp2 not resharded", "fsdp2 offload", "fsdp2 of meta", "ddp", "zero1", "tp 1x2", "tp 2x1",
 )  # fmt: skip
 MIXED = ("fsdp1 bf16", "fsdp2 bf16")
+# Tensor parallel alone is left to CPUs: torch 2.11's optimizers refuse parameters on CUDA of which only some are split.
 TASKS: tuple[Task, ...] = (
     *(Training(case="decoder", backend=backend, empty_last=True, optimizer="adamw", steps=2) for backend in EXACT),
     *(Training(case="tied", backend=backend, loss_reduction="sum") for backend in ("fsdp1", "fsdp2", "tp 1x2")),
-    # torch 2.11's foreach optimizers refuse parameters of which only some are split.
-    *(Training(case="four positions", backend=backend, steps=1) for backend in ("tp alone", "sp alone")),
     *(Training(case="decoder", backend=backend, dedicated=True) for backend in ("fsdp1", "fsdp2")),
     *(all_at_once("decoder", backend, 0.7) for backend in ("fsdp1", "fsdp2", *MIXED)),
     *(one_by_one("decoder", backend, 0.7) for backend in MIXED),
