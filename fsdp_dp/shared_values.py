@@ -255,7 +255,8 @@ class _Use:
 
     def _is_batched_product(self) -> bool:
         """A product of matrices whose leading dimensions broadcast, rows among them."""
-        return self.name in _PRODUCTS and all(x.ndim > 2 for x in self.leaves if isinstance(x, Tensor))
+        matrices = self.name in _PRODUCTS and all(x.ndim > 2 for x in self.leaves if isinstance(x, Tensor))
+        return matrices and self._row_dimension() < self.row_data[0].ndim - 2
 
     def _looks_up(self) -> bool:
         """``table[ids]`` with the rows' own indices."""

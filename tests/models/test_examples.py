@@ -3,11 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-import hf_trainer
 import pytest
 
 from fsdp_dp import PrivacyError
-from tests.models.examples import PRIVACY, SGD, TOLERANCE, expected, moved
+from tests.models.examples import PRIVACY, SGD, TOLERANCE, expected, hf_trainer, moved
 from tests.oracle import relative_error
 
 
