@@ -159,7 +159,7 @@ def test_loss_masses(mechanism: Mechanism) -> None:
 @pytest.mark.parametrize("mechanism", [Mechanism(1.0, 0.1), Mechanism(0.4, 0.01), Mechanism(5.0, 0.5)], ids=str)
 @pytest.mark.parametrize("direction", ["add", "remove"])
 def test_loss_mean(mechanism: Mechanism, direction: Any) -> None:
-    sigma, q = mechanism
+    sigma, q, _ = mechanism
 
     def weighted(x: float) -> float:
         without, shifted = stats.norm.pdf(x, 0, sigma), stats.norm.pdf(x, 1, sigma)
