@@ -110,14 +110,14 @@ def test_refuses_seed(value: Any) -> None:
     ("option", "allowed"),
     [
         ("sampling", "'poisson', 'external_poisson', 'shuffle'"),
-        ("clipping", "'flat'"),
-        ("clip_function", "'abadi'"),
+        ("clipping", "'flat', 'block', 'layer', 'parameter'"),
+        ("clip_function", "'abadi', 'automatic', 'normalized'"),
         ("numerics", "'certified', 'nominal'"),
         ("loss_reduction", "'mean', 'sum'"),
         ("accountant", "'prv', 'pld', 'rdp'"),
     ],
 )
-@pytest.mark.parametrize("value", ["block", "", None, 3, ["flat"]], ids=repr)
+@pytest.mark.parametrize("value", ["stage", "", None, 3, ["flat"]], ids=repr)
 def test_refuses_unknown_choices_and_lists_the_allowed(option: str, allowed: str, value: Any) -> None:
     with pytest.raises(ValueError) as caught:
         config(**{option: value})
