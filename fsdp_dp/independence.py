@@ -46,13 +46,13 @@ _BY_NUMBERS = frozenset("div div_ true_divide __truediv__ mul mul_ multiply __mu
 
 @functools.cache
 def exchanged_rows(rows: int, complement: bool = False) -> tuple[int, ...]:
-    """Which rows are exchanged: about half, so chosen that shifting or reversing the order of rows gives others.
+    """Which rows are exchanged: about half, not the first, so chosen that shifting or reversing the order of rows gives others.
 
     (Were it every second row, a layer that is given the rows two places further on would not show.)
     """
     for seed in itertools.count():
         draw = random.Random(seed)
-        chosen = {row for row in range(rows) if draw.random() < 0.5}
+        chosen = {row for row in range(1, rows) if draw.random() < 0.5}
         moved = [{(row + k) % rows for row in chosen} for k in range(1, rows)] + [{rows - 1 - row for row in chosen}]
         if rows < 2 or (0 < len(chosen) < rows and chosen not in moved):
             break
