@@ -45,18 +45,22 @@ _BY_NUMBERS = frozenset("div div_ true_divide __truediv__ mul mul_ multiply __mu
 
 
 @functools.cache
-def exchanged_rows(rows: int, complement: bool = False) -> tuple[int, ...]:
-    """Which rows are exchanged: about half, not the first, so chosen that shifting or reversing the order of rows gives others.
+def exchanged_rows(rows: int, complement: bool = False, variant: int = 0) -> tuple[int, ...]:
+    """Which rows are exchanged: about half, not the first, so chosen that shifting or reversing the rows gives others.
 
-    (Were it every second row, a layer that is given the rows two places further on would not show.)
+    (Were it every second row, a layer that is given the rows two places further on would not show.) A second ``variant``
+    is another such choice, where there is one.
     """
+    found: list[set[int]] = []
     for seed in itertools.count():
         draw = random.Random(seed)
         chosen = {row for row in range(1, rows) if draw.random() < 0.5}
         moved = [{(row + k) % rows for row in chosen} for k in range(1, rows)] + [{rows - 1 - row for row in chosen}]
-        if rows < 2 or (0 < len(chosen) < rows and chosen not in moved):
+        if chosen not in found and (rows < 2 or (0 < len(chosen) < rows and chosen not in moved)):
+            found.append(chosen)
+        if len(found) > variant or (found and seed > 100):
             break
-    return tuple(row for row in range(rows) if (row in chosen) is not complement)
+    return tuple(row for row in range(rows) if (row in found[-1]) is not complement)
 
 
 def exchange_rows(x: Tensor, exchanged: Sequence[int], rows: int) -> Tensor:
@@ -166,14 +170,17 @@ class LossRecording(TorchFunctionMode):
     def __init__(self, rows: int, managed: frozenset[int]) -> None:
         super().__init__()
         self._rows, self._managed = rows, managed
-        self._exchanging = exchanged_rows(rows)
-        self._kept = [row for row in range(rows) if row not in self._exchanging]
+        self._choose(variant=0)
         self._outputs: list[Tensor] = []
         self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
         self._active = False
         self.averages_over_labels = False
         self.asked: bool | None = None
         """Whether the loss was examined: None before any forward, False while its backward is still to come."""
+
+    def _choose(self, variant: int) -> None:
+        self._exchanging = exchanged_rows(self._rows, variant=variant)
+        self._kept = [row for row in range(self._rows) if row not in self._exchanging]
 
     def start(self, outputs: list[Tensor]) -> None:
         self._outputs = outputs
@@ -272,22 +279,26 @@ class LossRecording(TorchFunctionMode):
             same = self._replay(loss, kwargs, lambda x: x, lambda x: x)
             if self._difference(before, same) is not None:
                 return False
-            others = [
-                self._replay(loss, kwargs, self._exchanged, labels)
-                for labels in (self._exchanged_labels, self._ignored_labels)
-            ]
+            off = next((x for x in self._replays(loss, kwargs, before) if x is not None), None)
         except (RuntimeError, LookupError, ValueError, TypeError):
             return False
-        for after in others:
-            off = self._difference(before, after)
-            if off is not None:
-                raise UnsupportedModelError(
-                    "The loss couples the rows of a microbatch: exchanging some rows' outputs and labels changed the "
-                    f"gradients of other rows by {off:.2g}. A mean over the batch's valid tokens does this; use a mean over "
-                    "a fixed number of tokens, or the mean over rows of each row's own mean (Hugging Face: a constant "
-                    "num_items_in_batch)"
-                )
+        if off is not None:
+            raise UnsupportedModelError(
+                "The loss couples the rows of a microbatch: exchanging some rows' outputs and labels changed the "
+                f"gradients of other rows by {off:.2g}. A mean over the batch's valid tokens does this; use a mean over "
+                "a fixed number of tokens, or the mean over rows of each row's own mean (Hugging Face: a constant "
+                "num_items_in_batch)"
+            )
         return True
+
+    def _replays(
+        self, loss: Tensor, kwargs: dict[str, Any], before: tuple[Tensor | None, ...]
+    ) -> Iterator[float | None]:
+        """By how much the rows that stay move, when others are exchanged or lose their labels; in two choices of rows."""
+        for variant in (0, 1):
+            self._choose(variant)
+            for labels in (self._exchanged_labels, self._ignored_labels):
+                yield self._difference(before, self._replay(loss, kwargs, self._exchanged, labels))
 
     def _exchanged(self, output: Tensor) -> Tensor:
         return exchange_rows(output, self._exchanging, self._rows) if _has_rows(output, self._rows) else output
