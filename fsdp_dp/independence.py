@@ -353,7 +353,8 @@ class LossRecording(TorchFunctionMode):
                 if old is not new:
                     return float("inf")
                 continue
-            kept = [x.reshape(self._rows, -1)[self._kept] if _has_rows(x, self._rows) else x for x in (old, new)]
+            here = [x.to_local() if isinstance(x, DTensor) else x for x in (old, new)]
+            kept = [x.reshape(self._rows, -1)[self._kept] if _has_rows(x, self._rows) else x for x in here]
             off = float((kept[0].double() - kept[1].double()).norm() / kept[0].double().norm().clamp(min=1e-300))
             if off > _TOLERANCE.get(old.dtype, _COARSE_TOLERANCE):
                 return off

@@ -447,7 +447,7 @@ def test_rule_09_wrapping_that_cannot_be_private_is_refused(two: list[dict[str, 
             assert told[case].startswith("PrivacyError: "), (case, told[case])
             assert "Pass privacy to the outermost wrapper" in told[case]
         assert "ValueError: " in told["parts without a root"] and "wrap the root" in told["parts without a root"]
-        assert "ValueError: " in told["NO_SHARD"] and "FULL_SHARD" in told["NO_SHARD"]
+        assert told["NO_SHARD"] == ""  # exact since there is an all-reduce for it (test_strategies)
     for told in of_case(two, refused_wrapping, "fsdp2"):
         assert "ValueError: " in told["parts without a root"] and "fully_shard(model)" in told["parts without a root"]
         for case in ("not sharded", "smaller group"):

@@ -61,7 +61,7 @@ def test_everything_that_can_be_trained_can_be_audited(tmp_path: Path, ranks: in
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("audit.kind=loss", "audit.kind must be one of gradient, data, found 'loss'"),
+        ("audit.kind=loss", "audit.kind must be one of 'gradient', 'data', found 'loss'"),
         ("privacy=none", "privacy=none claims no epsilon, so there is nothing to audit"),
     ],
 )
