@@ -91,6 +91,8 @@ def install(saboteur: Saboteur) -> None:
 
     def recorded(key: bytes, *, release: int, **region: Any) -> Any:
         values = draw(key, release=release, **region)
+        if sys._getframe(1).f_code.co_filename.endswith("guards.py"):
+            return values  # made again to look at a release; nothing is published with it
         saboteur.draws.write(
             release.to_bytes(8, "little") + values.numel().to_bytes(8, "little") + values.numpy().tobytes()
         )
