@@ -180,7 +180,8 @@ def _is_noised(parameter: ManagedParameter, out: Tensor, sum_K: Tensor, mechanis
         expected = mechanism.lattice.privatize(sum_K, xi_K, mechanism.noise_std)
     expected = expected / mechanism.divisor
     found = out.view(-1)[sites.to(out.device)].cpu().double()
-    slack = 2 * torch.finfo(out.dtype).eps * expected.abs() + 2.0**-30 * mechanism.noise_std / mechanism.divisor
+    cast = torch.finfo(out.dtype)  # below its smallest normal number, float16 rounds by more than eps
+    slack = 2 * cast.eps * expected.abs() + cast.tiny + 2.0**-30 * mechanism.noise_std / mechanism.divisor
     return bool(((found - expected).abs() <= slack).all())
 
 

@@ -228,7 +228,7 @@ def with_weight_norm() -> nn.Module:
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "rows coupled by a mean": (lambda: Leaf(lambda m, x: m.w * (x - x.mean(0)), w=parameter(D)), "mixes rows"),
-    "rows coupled in a sort": (lambda: Leaf(lambda m, x: m.w * x.sort(0)[0], w=parameter(D)), "mixes rows"),
+    "rows coupled in a sort": (lambda: Leaf(lambda m, x: m.w * x.sort(0)[0], w=parameter(D)), "picked from all rows"),
     "rows coupled by attention": (
         lambda: Leaf(lambda m, x: torch.softmax(x.flatten(1) @ x.flatten(1).T, 1)[:, :1, None] * x * m.w, w=parameter(D)),
         "mixes rows",
