@@ -22,10 +22,13 @@ LONG = 4000  # steps
 SECONDS = 180.0
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
-pytestmark = pytest.mark.skipif(
-    os.getuid() != 0 or not (shutil.which("slurmctld") or shutil.which("apt-get")),
-    reason="a Slurm cluster of one's own needs root, and slurm-wlm installed or apt-get to install it with",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.getuid() != 0 or not (shutil.which("slurmctld") or shutil.which("apt-get")),
+        reason="a Slurm cluster of one's own needs root, and slurm-wlm installed or apt-get to install it with",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
