@@ -43,5 +43,5 @@ class Zero1(ZeroRedundancyOptimizer):
                 "param_groups": [{**group, "params": [number[key] for key in group["params"]]} for group in groups],
             }
         )
-        for parameter in [p for p in self.optim.state if self._param_to_rank[p] != self.rank]:
+        for parameter in [p for p in self.optim.state if self._param_to_rank[p] != self.rank]:  # type: ignore[attr-defined]
             del self.optim.state[parameter]  # kept by another rank; saving would look for it in this one's groups
