@@ -158,7 +158,7 @@ def initial(folders: dict[tuple[str, str], Path]) -> dict[tuple[str, str], Gradi
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_shardings_take_turns(route: tuple[str, str], folders: Any, initial: Any, tmp_path: Path) -> None:
-    """Seen to fail without the optimizer in the checkpoint, and with the state of after the next step in it."""
+    """Would show an optimizer left out of the checkpoint, or a state of after the next step in it; not yet broken by hand."""
     name, optimizer = route
     steps = len(CHAIN) + 1
     weights = model_weights(folders[route] / f"step-{steps:08d}")
@@ -280,7 +280,7 @@ def test_a_checkpoint_of_another_ledger_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at_first", [True, False])
 def test_a_ledger_is_kept_for_a_whole_run(at_first: bool, tmp_path: Path) -> None:
-    """Seen to fail without the check: releases after the checkpoint would be counted by nobody."""
+    """Not yet broken by hand. Without the check, releases after the checkpoint would be counted by nobody."""
     privacy = privacy_config(max_grad_norm=median_norm("decoder"), steps=10)
     ledger = begin(tmp_path, privacy)
     ledger.reserve(0)

@@ -190,7 +190,7 @@ FAILURES = [
 def test_failures_are_named_by_all_ranks(scenario: Scenario) -> None:
     """Out of memory, rows that cannot be read, workers that die, a disk without room; then a row without a finite gradient.
 
-    Seen to fail when a rank does not tell the others why it ends.
+    Would show a rank that does not tell the others why it ends; not yet broken by hand.
     """
     scenario.steps = 50
     for fault, cause in FAILURES:
