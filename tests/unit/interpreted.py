@@ -14,7 +14,7 @@ import torch
 
 @contextmanager
 def interpreter() -> Iterator[None]:
-    """Kernels that are first imported inside run in the interpreter; the flag is read where they are defined and called.
+    """Completes the interpreter, which tests/conftest.py turns on.
 
     Two things that it lacks are put in: bounds of loops under NumPy 2, and products of bfloat16, which it keeps as bits.
     Triton's own functions are interpreted as well, even if something imported Triton before.
@@ -24,7 +24,6 @@ def interpreter() -> Iterator[None]:
     if torch.cuda.is_available():
         pytest.skip("with a GPU the kernels are compiled, and tests/gpu runs them")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
         from triton.runtime import interpreter as triton_interpreter
 
         patch_tensor = triton_interpreter._patch_lang_tensor

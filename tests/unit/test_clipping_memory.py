@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import _len_torch_function_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -66,15 +64,6 @@ class Stack(nn.Module):
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
         return x
-
-
-@pytest.fixture(autouse=True)
-def no_recordings() -> Iterator[None]:
-    """An engine that another test left between forward and backward still records, and keeps, what torch is asked to do."""
-    modes = [_pop_mode() for _ in range(_len_torch_function_stack())]
-    yield
-    for mode in reversed(modes):
-        _push_mode(mode)
 
 
 @functools.cache
