@@ -73,7 +73,7 @@ class OptimizerGate:
                 "optimizer.step(closure) may run the closure, and so the backward, more than once; call backward "
                 "yourself and step() without a closure"
             )
-        if getattr(optimizer, "grad_scale", None) is not None:
+        if any(getattr(optimizer, left, None) is not None for left in ("grad_scale", "found_inf")):
             refuse_grad_scaler()
         if self._is_state_initialization(held):
             return

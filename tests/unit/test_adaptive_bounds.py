@@ -81,7 +81,7 @@ def test_a_discarded_batch_leaves_no_count() -> None:
     engine = make_private(model, privacy_config(max_grad_norm=1.0, adaptive_bounds=OPTIONS))
     model(torch.ones(8, 4)).sum(1).mean().backward()
     engine.discard()
-    assert not engine._excess.any()
+    assert not engine._bounds._excess.any()
 
 
 def test_a_release_that_fails_at_the_counts_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_a_release_that_fails_at_the_counts_is_none(monkeypatch: pytest.MonkeyPa
     with pytest.raises(PrivacyError, match="a release failed halfway"):
         optimizer.step()
     optimizer.zero_grad()
-    assert not engine._excess.any()
+    assert not engine._bounds._excess.any()
 
 
 def test_bounds_of_another_model_are_refused() -> None:
@@ -123,7 +123,7 @@ def test_a_resumed_run_keeps_its_bounds() -> None:
     _, other = attach()
     other.load_state_dict(engine.state_dict())
     assert other.bounds == engine.bounds != (1.0,)
-    assert other._lattice == engine._lattice
+    assert other._bounds.lattice == engine._bounds.lattice
 
 
 def test_other_clip_functions_are_refused() -> None:

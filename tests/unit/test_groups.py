@@ -181,7 +181,7 @@ def test_finished_groups_hold_nothing(clipping: str, most: int) -> None:
     model = Deep(6)
     engine = make_private(model, privacy_config(max_grad_norm=1.0, clipping=clipping))
     for _ in range(2):
-        model.look = lambda: engine._current.sums.held
+        model.look = lambda: engine._recorder.current.sums.held
         model(torch.randn(4, 3, 6)).square().mean((1, 2)).mean().backward()
     assert len(model.held) == 10
     assert max(model.held) == most
