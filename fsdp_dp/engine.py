@@ -1,13 +1,13 @@
 """One private step, from the recorded microbatch to the released gradient. This page is the heart of the library.
 
-    forward    the freeze window closes, layers are tapped                                       [taps]
-    backward   each tap turns (a, g) into a per-sample gradient in factored form                 [layers, gradients]
+    forward    the freeze window closes, layers are tapped                                       [recorder, taps]
+    backward   each tap turns (a, g) into a per-sample gradient in factored form                 [recorder, layers, gradients]
     its end    norms -> (summed over ranks that split a row) -> weights -> weighted sums,
-               unit by unit, reduce-scattered into float32 accumulators on the local shard       [clipping, sharding]
+               unit by unit, reduce-scattered into float32 accumulators on the local shard       [clipped_sum, sharding]
     step       the release number grows, lattice noise is added, ``p.grad`` is published         [noise]
 
-States of a logical batch: nothing pending -> (forward, backward)* -> pending -> released -> consumed by optimizers.
-An exception in between poisons it: it can only be discarded.
+The engine decides what is released, and when; `logical_batch` says what is pending, `bounds` what a row may weigh, and
+`examination` refuses models and losses that couple rows.
 """
 
 from __future__ import annotations
@@ -16,24 +16,21 @@ import dataclasses
 import math
 import struct
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from fsdp_dp import accounting, noise
-from fsdp_dp.adaptive_bounds import next_bounds, split_noise
-from fsdp_dp.clipped_sum import ClippedSum, ClippingPlan, MeasuredNorms
+from fsdp_dp.bounds import Bounds
+from fsdp_dp.clipped_sum import ClippedSum, ClippingPlan
 from fsdp_dp.clipping import RowWeights, row_weights
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.coverage import (
-    RowLayouts,
     mark_attached,
     refuse_attached,
     refuse_strangers,
@@ -42,70 +39,28 @@ from fsdp_dp.coverage import (
     unmark_attached,
 )
 from fsdp_dp.errors import BudgetExceededError, NoEpsilonWarning, PrivacyError, UnsupportedModelError
-from fsdp_dp.gradients import Materialized, NormTerms, PerSampleGradient
+from fsdp_dp.examination import Examination
+from fsdp_dp.gradients import NormTerms
 from fsdp_dp.groups import Place, blocks_of_units, clipping_groups
 from fsdp_dp.guards import Mechanism, ReleaseGuard
-from fsdp_dp.independence import FirstMicrobatch
-from fsdp_dp.intake import Intake
 from fsdp_dp.kernels.release import Segment, Verdict, privatize_all_
-from fsdp_dp.label_watch import LabelWatch
-from fsdp_dp.layers import keeps, per_sample_gradients
+from fsdp_dp.logical_batch import LogicalBatch, Microbatch
 from fsdp_dp.methods import Measured
-from fsdp_dp.numerics import accumulate_dtype, exact_arithmetic, un_noised_margin
 from fsdp_dp.optimizer_gate import OptimizerGate
-from fsdp_dp.records import NO_CALL, Call, Record
+from fsdp_dp.recorder import Recorder
 from fsdp_dp.sampling import LogicalBatchLoader
 from fsdp_dp.sharding import open_model
-from fsdp_dp.shared_values import Meetings, SharedValue, is_marked
 from fsdp_dp.side_stream import to_device
 from fsdp_dp.summary import describe
 from fsdp_dp.taps import (
-    FreezeWindow,
-    Report,
-    SharedParameters,
-    Taps,
-    at_end_of_backward,
     recomputing,
-    with_boundary,
 )
-from fsdp_dp.watch import ConstantDivisor, FirstForward, Uncompiled, buffer_versions
 
 _MECHANISM = (
     "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "max_batch_size", "clipping",
     "group_bounds", "clip_function", "clip_stability", "adaptive_bounds", "numerics",
 )  # fmt: skip
 _SEED_WARNING = "seed fixed: no privacy guarantee. Leave seed=None outside tests"
-
-
-@dataclasses.dataclass(eq=False)
-class _Microbatch:
-    """One forward and its backward.
-
-    ``sums`` is given the per-sample gradients, ``norms`` the norm of every parameter where that is asked for. A
-    rehearsal (see `independence`) has the latter alone: it is measured and never summed. ``taps`` counts the calls of each
-    layer; ``norm_sq_B`` adds up over clipping groups, ``dropped_B`` says which rows had no finite norm in some group.
-    """
-
-    rows: int
-    mask_B: Tensor
-    vouched: bool
-    sums: ClippedSum | None = None
-    norms: MeasuredNorms | None = None
-    norm_sq_B: Tensor | None = None
-    dropped_B: Tensor | None = None
-    narrowest: torch.dtype = torch.float64
-    taps: Counter[str] = dataclasses.field(default_factory=Counter)
-    entered: bool = False
-    recording: bool = False
-    done: bool = False
-
-    @property
-    def rehearsal(self) -> bool:
-        return self.sums is None
-
-    @property
-    def takers(self) -> list[ClippedSum | MeasuredNorms]:
-        return [taker for taker in (self.norms, self.sums) if taker is not None]
 
 
 class PrivacyEngine:
@@ -122,13 +77,12 @@ class PrivacyEngine:
     Attributes:
         privacy: the configuration.
         noise_multiplier: sigma, given or calibrated; what is accounted.
+        layers: canonical name -> module, of the layers that are tapped.
         groups: the clipping groups.
-        bounds: the bound of each group, R_k; ``max_grad_norm`` is R, of all together.
         steps: releases so far.
         guard: looks at releases before they are published (see `guards`).
         seeded: some of them drew their noise from a fixed seed, so that there is no guarantee.
         nonfinite_rows: int64 scalar, rows of this rank zeroed because their gradient was not finite. Not private.
-        measured: parameter -> how its gradients were measured, in the first microbatch. Not private.
     """
 
     def __init__(self, model: nn.Module, privacy: PrivacyConfig, optimizer: Optimizer | None = None) -> None:
@@ -149,27 +103,14 @@ class PrivacyEngine:
         self._plan = ClippingPlan(self.model, self.groups)
         if self._plan.streams:
             self.model.dedicate_groups()
-        self.gradient_noise_multiplier, self._count_noise = split_noise(
-            self.noise_multiplier, len(self.groups), privacy.adaptive_bounds
-        )
-        self._set_bounds([group.bound for group in self.groups])
-        self._excess = torch.zeros(len(self.groups), dtype=torch.float64, device=self.model.device)
+        self._bounds = Bounds(self.model, self.groups, privacy, self.noise_multiplier, self.dtype)
         self.steps = 0
         self.seeded = privacy.seed is not None
         self.guard = ReleaseGuard(self.model)
         self._new_keys()
 
-        self._parameters = {p.name: p for p in self.model.parameters}
-        self._attributes: dict[nn.Module, dict[str, str]] = {layer: {} for layer in self.layers.values()}
-        for (module, attribute), name in self.model.names.items():
-            if module in self._attributes:
-                self._attributes[module][attribute] = name
-        handles = {p.name: p.parameter for p in self.model.parameters}
-        self._intake = Intake()
-        self._current: _Microbatch | None = None
-        self._in_forward = False
-        self._pending = 0
-        self._poisoned: str | None = None
+        self._handles = {p.name: p.parameter for p in self.model.parameters}
+        self._batch = LogicalBatch()
         self._vouched, self._warned = True, False
         self._draws_of_loaders: list[int] = []
         self._drawn_epoch: tuple[int, int] | None = None
@@ -177,24 +118,13 @@ class PrivacyEngine:
         self._earlier_epochs = 0
         self._norm_B: Tensor | None = None
         self._last_release = Verdict()
-        self.measured: dict[str, Measured] = {}
         self.nonfinite_rows = torch.zeros((), dtype=torch.int64, device=self.model.device)
 
-        self._window = FreezeWindow(handles, self._refusals_poison)
-        self._taps = Taps(self.layers, keeps, self._start_record, self._share_output, lambda: self._meetings.rows)
-        self._shared_parameters = SharedParameters(bare, self._is_sharing, self._share_parameter)
-        self._meetings = Meetings()
-        self._same_for_all_rows: set[str] = set()
-        self._layouts = RowLayouts(self.layers)
-        self._watch: FirstForward | None = None
-        self._uncompiled = Uncompiled()
-        self._divisor = ConstantDivisor()
-        self._labels, self._averages_over_labels = LabelWatch(self.model.device), False
-        self._watched: set[tuple[bool, ...]] = set()
-        self._buffer_versions: dict[str, tuple[int, int]] = {}
-        self._first_microbatch: FirstMicrobatch | None = None
-        self._checked = False
-        self._gate = OptimizerGate(handles, self._release, self._discard_pending)
+        self._recorder = Recorder(
+            self.model, self.layers, bare, self._batch, self._enter_backward, self._finish_backward
+        )
+        self._examination = Examination(self.model, self._batch, self._recorder)
+        self._gate = OptimizerGate(self._handles, self._release, self._discard_pending)
         self._gate.adopt_zero_grad(model)
         if optimizer is not None:
             self._gate.adopt(optimizer)
@@ -233,6 +163,31 @@ class PrivacyEngine:
         return accounting.epsilon_for(self.privacy, self.noise_multiplier, self._accounted_steps(), delta).upper
 
     @property
+    def bounds(self) -> tuple[float, ...]:
+        """R_k: the bound of each clipping group, now."""
+        return self._bounds.of_groups
+
+    @property
+    def max_grad_norm(self) -> float:
+        """R: the bound of all groups together, now."""
+        return self._bounds.max_grad_norm
+
+    @property
+    def row_bound(self) -> float:
+        """What a row's gradient may weigh as computed: R less what rounding may add."""
+        return self._bounds.for_a_row
+
+    @property
+    def gradient_noise_multiplier(self) -> float:
+        """sigma_g: sigma, or more where adaptive bounds have a share in the release."""
+        return self._bounds.gradient_noise_multiplier
+
+    @property
+    def measured(self) -> dict[str, Measured]:
+        """Parameter -> how its gradients were measured, in the first microbatch. Not private."""
+        return self._examination.measured
+
+    @property
     def per_sample_norms(self) -> Tensor:
         """``[B]`` float64: gradient norms of the last microbatch's rows on this rank. Not private: do not publish."""
         if self._norm_B is None:
@@ -261,21 +216,21 @@ class PrivacyEngine:
             rank=self.model.data_rank,
             world_size=self.model.data_size,
             on_logical_batch=lambda: self._start_logical_batch(number),
-            on_microbatch=lambda mask_B: self._intake.take(mask_B, number),
-            on_logical_batch_end=lambda: self._intake.end_logical_batch(number),
+            on_microbatch=lambda mask_B: self._batch.intake.take(mask_B, number),
+            on_logical_batch_end=lambda: self._batch.intake.end_logical_batch(number),
             dataloader_kwargs=dataloader_kwargs,
         )
 
     @contextmanager
     def microbatch(self, mask: Tensor) -> Iterator[None]:
         """Run one forward and backward of your own loader's microbatch; ``mask`` ``[B]`` is False for padding rows."""
-        self._raise_if_poisoned()
-        self._intake.open_block(mask)
+        self._batch.raise_if_poisoned()
+        self._batch.intake.open_block(mask)
         try:
             yield
-            self._intake.close_block()
+            self._batch.intake.close_block()
         except BaseException:
-            self._poisoned = self._poisoned or "an exception ended a microbatch"
+            self._batch.poison("an exception ended a microbatch")
             raise
 
     def discard(self) -> None:
@@ -283,16 +238,13 @@ class PrivacyEngine:
 
         To be called on all ranks alike.
         """
-        self._window.open()
+        self._recorder.discard()
+        self._examination.discard()
         self._gate.clear()
         self.model.zero_accumulators()
-        self._forget_first_microbatch()
-        self._intake.discard()
-        self._excess.zero_()
+        self._batch.discard()
+        self._bounds.discard_counts()
         self.guard.rows.zero_()
-        self._current, self._pending, self._poisoned, self._in_forward = None, 0, None, False
-        self._uncompiled.stop()
-        self._labels.forget()
 
     def privatize(self) -> None:
         """Release now: every managed ``.grad`` becomes its private gradient, which the next step uses as it is."""
@@ -349,16 +301,14 @@ class PrivacyEngine:
         self.steps = max(self.steps, int(state["steps"]))
         self._vouched = self._vouched and bool(state["vouched"])
         self.seeded = self.seeded or bool(state["seeded"])
-        self._agree_on_bounds(state["bounds"])
+        self._bounds.agree_on(state["bounds"])
         self._new_keys()
 
     def detach(self) -> None:
         """Give the model back as it was. Un-released sums are dropped; the engine cannot be used any more."""
         self.discard()
-        self._poisoned = "the engine was detached from its model"
-        self._taps.remove()
-        self._shared_parameters.remove()
-        self._window.remove()
+        self._batch.poison("the engine was detached from its model")
+        self._recorder.remove()
         self._gate.remove()
         unmark_attached(self.layers.values())
         for hook in self._hooks:
@@ -389,7 +339,7 @@ class PrivacyEngine:
     @property
     def rows_are_independent(self) -> bool:
         """Whether the check before the first release saw that no row's gradient depends on another (see `independence`)."""
-        return self._checked
+        return self._examination.passed
 
     # ------------------------------------------------------------------------------------------------- attachment
 
@@ -431,32 +381,6 @@ class PrivacyEngine:
         block_of = blocks_of_units({p.name: p.unit for p in self.model.parameters})
         return [Place(name=n, block=block_of[n], numel=parameters[n].numel) for n in dict.fromkeys(sites)]
 
-    def _set_bounds(self, bounds: Sequence[float]) -> None:
-        """Bounds of the groups for the logical batches from here on, and what follows from them."""
-        self.bounds = tuple(float(bound) for bound in bounds)
-        # Up by a hair, since the R_k^2 of several groups add up to R^2 only up to rounding.
-        self.max_grad_norm = self.bounds[0] if len(bounds) == 1 else math.hypot(*bounds) * (1 + 2.0**-48)
-        self._lattice = noise.Lattice.for_release(
-            max_grad_norm=self.max_grad_norm,
-            noise_multiplier=self.gradient_noise_multiplier,
-            expected_batch_size=self.privacy.expected_batch_size,
-        )
-        self.row_bound = self._sensitivity_left_for_a_row()
-
-    def _sensitivity_left_for_a_row(self) -> float:
-        """``max_grad_norm`` less what rounding of sums and the noise lattice may add (rules 2 to 4)."""
-        bound = self.max_grad_norm
-        if self.privacy.numerics == "certified":
-            bound -= self.max_grad_norm * un_noised_margin(self.dtype, self.model.device)
-        if self.noise_multiplier > 0:
-            bound -= self._lattice.sensitivity_charge(self.model.global_numel)
-        if bound <= 0:
-            raise UnsupportedModelError(
-                f"The noise lattice (spacing {self._lattice.spacing:.2e}) is too coarse for {self.model.global_numel} "
-                "parameters at this expected_batch_size; lower expected_batch_size or noise_multiplier"
-            )
-        return bound
-
     def _epochs(self) -> int:
         """Epochs of shuffling with a release, over all loaders: no row was in more releases than that."""
         return self._earlier_epochs + len(self._released_epochs)
@@ -472,62 +396,30 @@ class PrivacyEngine:
     # --------------------------------------------------------------------------------------------- forward, backward
 
     def _start_logical_batch(self, loader: int) -> None:
-        if self._pending:
+        if self._batch.pending:
             raise PrivacyError(
                 "A new logical batch starts while the sums of the last one are not released: call optimizer.step() "
                 "after every logical batch, or engine.discard() on all ranks to drop it"
             )
         self._drawn_epoch = (loader, self._draws_of_loaders[loader] // self._steps_per_epoch)
         self._draws_of_loaders[loader] += 1
-        self._intake.start_logical_batch(loader)
+        self._batch.intake.start_logical_batch(loader)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and not recomputing():
-            with self._refusals_poison():
-                self._begin_forward(module, args, kwargs)
-
-    @contextmanager
-    def _refusals_poison(self) -> Iterator[None]:
-        """A refused microbatch is missing from the sums, so they cannot be released (rule 1)."""
-        try:
-            yield
-        except BaseException:
-            if self._pending or self._intake.source != "free":
-                self._poisoned = self._poisoned or "a microbatch was refused"
-            raise
-
-    def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.model.prepare_forward()
-        rehearsal = self._current is not None and self._current.rehearsal and not self._current.entered
-        if not rehearsal:
-            self._check_before_forward()
-            self._divisor.check(kwargs)
-            self._current = self._next_microbatch(args, kwargs)
-        assert self._current is not None
-        self._window.close()
-        self._taps.of_forward.clear()
-        self._in_forward = True
-        if not rehearsal and not self._checked and not self._pending:
-            self._forget_first_microbatch()
-            self._current.norms = MeasuredNorms()
-            self._first_microbatch = FirstMicrobatch(
-                module,
-                self._current.rows,
-                args,
-                kwargs,
-                self.model.device,
-                frozenset(id(p.parameter) for p in self.model.parameters),
-                self.model.data_rank,
-            )
-        modes = tuple(m.training for m in module.modules())
-        if modes not in self._watched or self._buffers_moved():
-            self._uncompiled.start()
-            self._watch = FirstForward(module, self.model.names, self._taps.running, (args, kwargs), self._current.rows)
-            self._watch.__enter__()
-        self._meetings.rows, self._meetings.learning = self._current.rows, self._watch is not None
+        if not torch.is_grad_enabled() or recomputing():
+            return
+        with self._batch.refusals_poison():
+            self.model.prepare_forward()
+            microbatch = self._recorder.current
+            if microbatch is None or not microbatch.rehearsal or microbatch.entered:
+                self._check_before_forward()
+                self._examination.check_arguments(kwargs)
+                microbatch = self._next_microbatch(args, kwargs)
+            self._recorder.start_forward(microbatch)
+            self._examination.start_forward(microbatch, args, kwargs)
 
     def _check_before_forward(self) -> None:
-        self._raise_if_poisoned()
+        self._batch.raise_if_poisoned()
         refuse_training_batch_norm(self._batch_norms)
         refuse_strangers(self.model)
         if self._gate.waiting:
@@ -537,7 +429,7 @@ class PrivacyEngine:
             )
         self._gate.clear()
 
-    def _next_microbatch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Microbatch:
+    def _next_microbatch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Microbatch:
         """Pair the mask that travels with the microbatch with the rows that the model is given."""
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
         rows = tensors[0].shape[0] if tensors else 0
@@ -546,246 +438,53 @@ class PrivacyEngine:
                 "The model was called without a row (no tensor input, or a first dimension of 0). Pad an empty "
                 "microbatch with one row and mask it: with engine.microbatch(torch.tensor([False]))"
             )
+        intake = self._batch.intake
         longest = max(x.shape[0] for x in tensors)
-        if longest > rows == 1 and self._intake.source == "free":
+        if longest > rows == 1 and intake.source == "free":
             raise PrivacyError(
                 f"The model's first input has one row and another one {longest}, so how many rows there are cannot be "
                 "told: give the input that has the rows first, or run this in a `with engine.microbatch(mask)` block"
             )
-        mask, from_loader = self._intake.next_mask(rows, pending=self._pending > 0)
+        mask, from_loader = intake.next_mask(rows, pending=self._batch.pending > 0)
         vouched = from_loader or self.privacy.sampling == "external_poisson"
-        microbatch = _Microbatch(rows, to_device(mask.to(torch.bool), self.model.device), vouched)
+        microbatch = Microbatch(rows, to_device(mask.to(torch.bool), self.model.device), vouched)
         microbatch.sums = ClippedSum(self._plan, rows, lambda group, terms: self._weigh(microbatch, group, terms))
         return microbatch
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if not self._in_forward or recomputing():
+        """The outputs behind a boundary; the freeze window is open until backward comes back there."""
+        recorder, failed = self._recorder, output is None
+        if not recorder.in_forward or recomputing():
             return None
-        self._in_forward = self._meetings.learning = False
-        self._taps.running.clear()
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.__exit__(None, None, None)
-        if output is None:
-            self._window.open()
-            self._uncompiled.stop()
-            self._poisoned = "a forward raised an exception"
-            return None
-        if watch is not None:
-            self._verify(watch)
-            if watch.settled:
-                self._watched.add(tuple(m.training for m in module.modules()))
-        return self._bounded(output)
-
-    def _buffers_moved(self) -> bool:
-        """Whether a buffer was written since the last training forward began; the next one is then watched again."""
-        before, self._buffer_versions = self._buffer_versions, buffer_versions(self.model.root)
-        return before != self._buffer_versions
-
-    def _verify(self, watch: FirstForward) -> None:
+        recorder.end_forward()
         try:
-            watch.verify()
+            self._end_examined_forward(failed)
+            assert recorder.current is not None
+            return None if failed else self._examination.bounded(recorder.current, output)
+        finally:
+            recorder.window.open()
+
+    def _end_examined_forward(self, failed: bool) -> None:
+        try:
+            self._examination.end_forward(failed=failed)
         except UnsupportedModelError:
-            self._window.open()
-            self._poisoned = "the model is not supported"
+            self._batch.poison("the model is not supported")
             raise
+        if failed:
+            self._batch.poison("a forward raised an exception")
 
-    def _bounded(self, output: Any) -> Any:
-        """The outputs with a boundary behind which the freeze window is open until backward comes back."""
-        microbatch, recorded = self._current, self._first_microbatch
-        assert microbatch is not None
-        if recorded is not None and (microbatch.rehearsal or self._pending):
-            recorded = None
+    def _enter_backward(self) -> None:
+        self._examination.entered_backward()
 
-        def entered(index: int, grad: Tensor) -> None:
-            self._enter_backward(microbatch)
-            if recorded is not None:
-                recorded.saw_output_grad(index, grad)
+    def _finish_backward(self, microbatch: Microbatch) -> None:
+        self._examination.finished_backward(microbatch)
+        if microbatch.sums is not None:
+            microbatch.sums.finish()
+            self._account_rows(microbatch)
 
-        bounded, found = with_boundary(output, entered)
-        if not found:
-            self._window.open()
-            raise UnsupportedModelError(
-                f"The model's output ({type(output).__name__}) holds no tensor that requires grad: return a tensor, or a "
-                "tuple, list or dict of tensors, or register its class with torch.utils._pytree.register_dataclass"
-            )
-        self._window.open()
-        if recorded is not None:
-            recorded.saw_outputs(bounded)
-        elif self._averages_over_labels and not microbatch.rehearsal:
-            self._labels.start(microbatch.rows)
-        return bounded
-
-    def _start_record(self, layer: str) -> Report:
-        """A tap's report function, made at each call of a layer in forward."""
-        microbatch = self._current
-        if recomputing():
-            return self._recomputed(microbatch, layer)
-        self._require_forward(layer)
-        assert microbatch is not None
-        microbatch.taps[layer] += 1
-        for name in self._attributes[self.layers[layer]].values():
-            for taker in microbatch.takers:
-                taker.expect(name)
-        return lambda call, inputs, grads: self._record(microbatch, layer, Record(call, inputs, grads))
-
-    def _require_forward(self, layer: str) -> None:
-        if self._in_forward and self._current is not None:
-            return
-        with self._refusals_poison():
-            raise PrivacyError(
-                f"Layer '{layer}' was called outside the model's own forward, where its gradient cannot be clipped "
-                "with the rest of the row; call it inside model.forward, or under torch.no_grad()"
-            )
-
-    def _share_output(self, layer: str, inputs: Sequence[Tensor]) -> Callable[[Tensor], SharedValue] | None:
-        """How to carry a layer's output if its inputs are the same for all rows, such as position ids without a batch.
-
-        Found out in the first forward, where tensors that descend from the rows are marked. Ids that the program expanded
-        to the batch itself have rows already.
-        """
-        if any(isinstance(x, SharedValue) for x in inputs):
-            return self._sharing(layer)
-        if any(isinstance(x, DTensor) for x in inputs):
-            return None  # under tensor parallelism every input needs the batch, or its layout is refused
-        if self._meetings.learning and not any(map(is_marked, inputs)) and not self._has_equal_rows(inputs):
-            self._same_for_all_rows.add(layer)
-        return self._sharing(layer) if layer in self._same_for_all_rows else None
-
-    def _has_equal_rows(self, inputs: Sequence[Tensor]) -> bool:
-        rows = self._meetings.rows
-        if rows < 2 or not inputs:
-            return False
-        return all(x.ndim > 1 and x.shape[0] == rows and bool((x == x[:1]).all()) for x in inputs)
-
-    def _sharing(self, owner: str) -> Callable[[Tensor], SharedValue]:
-        rows = self._meetings.rows
-        return lambda x: SharedValue(x.expand(rows, *x.shape), owner, self._meetings)
-
-    def _is_sharing(self) -> bool:
-        """Whether the program that reads a bare parameter now is the model's training forward, or a part run again."""
-        return torch.is_grad_enabled() and (self._in_forward or recomputing())
-
-    def _share_parameter(self, name: str, parameter: Tensor) -> SharedValue:
-        """A bare parameter, carried once a row behind a tap."""
-        if isinstance(parameter, DTensor):
-            raise UnsupportedModelError(
-                f"Parameter '{name}' on a module with children is a DTensor in forward (tensor parallelism); move it into "
-                "a layer of its own"
-            )
-        microbatch = self._current
-        if recomputing():
-            report = self._recomputed(microbatch, name)
-        else:
-            self._require_forward(name)
-            assert microbatch is not None
-            microbatch.taps[name] += 1
-            for taker in microbatch.takers:
-                taker.expect(name)
-            report = self._shared_report(microbatch, name)
-        with torch._C.DisableTorchFunction():  # no use of the parameter that the watch should look at
-            expanded = parameter.detach().expand(self._meetings.rows, *parameter.shape)
-        (per_row,) = self._taps.through(NO_CALL, report, [expanded], [])
-        return SharedValue(per_row, name, self._meetings)
-
-    def _shared_report(self, microbatch: _Microbatch, name: str) -> Report:
-        def report(call: Call, inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
-            self._start_recording(microbatch)
-            gradient = None
-            with exact_arithmetic(self.model.device):
-                if grads[0] is not None:
-                    self._note_dtypes(microbatch, grads)
-                    g_B = grads[0].reshape(microbatch.rows, *(grads[0].shape[1:] or (1,)))
-                    gradient = Materialized(g_B.to(accumulate_dtype(g_B.dtype)))
-                for taker in microbatch.takers:
-                    taker.report(name, gradient)
-
-        return report
-
-    def _recomputed(self, microbatch: _Microbatch | None, layer: str) -> Report:
-        """Activation checkpointing calls a layer again: the tap of the first call reports, this one is idle."""
-        if microbatch is None or microbatch.taps[layer] == 0:
-            raise UnsupportedModelError(
-                f"Layer '{layer}' is recomputed in backward, but its forward ran without a graph: reentrant activation "
-                "checkpointing hides its gradient from the engine. Use checkpoint(..., use_reentrant=False)"
-            )
-        return lambda call, inputs, grads: None
-
-    def _enter_backward(self, microbatch: _Microbatch) -> None:
-        with self._refusals_poison():
-            if microbatch.done:
-                raise PrivacyError(
-                    "A second backward on one microbatch: its rows would contribute twice. Add the losses and call "
-                    "backward once"
-                )
-            if microbatch is not self._current:
-                raise PrivacyError(
-                    "backward through an earlier forward: the model was run again since. Run one forward, then its "
-                    "backward; use torch.no_grad() for forwards without backward"
-                )
-        if not microbatch.entered:
-            microbatch.entered = True
-            self._labels.stop()
-            if self._first_microbatch is not None:
-                self._averages_over_labels |= self._first_microbatch.loss.averages_over_labels
-            self._poisoned = "the last backward did not finish"
-            self._window.close()
-
-    def _start_recording(self, microbatch: _Microbatch) -> None:
-        if microbatch.recording and not microbatch.done and microbatch is self._current:
-            return
-        self._enter_backward(microbatch)
-        if not microbatch.recording:
-            microbatch.recording = True
-            at_end_of_backward(self._finish_backward)
-            for report in self._taps.unreached():  # or their groups would wait for the end, longer than on other ranks
-                report(NO_CALL, (), (None,))
-
-    @staticmethod
-    def _note_dtypes(microbatch: _Microbatch, grads: Sequence[Tensor | None]) -> None:
-        dtypes = [grad.dtype for grad in grads if grad is not None]
-        microbatch.narrowest = min(microbatch.narrowest, *dtypes, key=lambda dtype: dtype.itemsize)
-
-    def _record(self, microbatch: _Microbatch, layer: str, record: Record) -> None:
-        self._start_recording(microbatch)
-        module = self.layers[layer]
-        names = self._attributes[module]
-        gradients: dict[str, PerSampleGradient] = {}
-        with exact_arithmetic(self.model.device):
-            if any(grad is not None for grad in record.grads):
-                record, complete = self.model.localize(layer, module, record)
-                layout = self._layouts.of(layer, record, microbatch.rows)
-                self._note_dtypes(microbatch, record.grads)
-                gradients = per_sample_gradients(module, record.arranged(layout, microbatch.rows), frozenset(names))
-                if layout == "merged":
-                    gradients = {name: gradient.regroup(microbatch.rows) for name, gradient in gradients.items()}
-                gradients = {name: gradient.settle() for name, gradient in complete(gradients).items()}
-            for attribute, name in names.items():
-                for taker in microbatch.takers:
-                    taker.report(name, gradients.get(attribute))
-
-    def _finish_backward(self) -> None:
-        microbatch = self._current
-        assert microbatch is not None
-        with exact_arithmetic(self.model.device):
-            if microbatch.norms is not None and self._first_microbatch is not None:
-                measured = microbatch.norms.finish()
-                self._first_microbatch.measured({name: m.terms.norm_sq for name, m in measured.items()})
-                if not microbatch.rehearsal:
-                    self.measured = measured
-            if microbatch.sums is not None:
-                microbatch.sums.finish()
-                self._account_rows(microbatch)
-        self.model.after_backward()
-        microbatch.norms = None  # it holds every record until the garbage collector finds it
-        microbatch.done, self._poisoned = True, None
-        self._intake.finished()
-        self._window.open()
-        self._uncompiled.stop()
-
-    def _weigh(self, microbatch: _Microbatch, group: int, terms: NormTerms) -> RowWeights:
+    def _weigh(self, microbatch: Microbatch, group: int, terms: NormTerms) -> RowWeights:
         """Clip weights of a group's rows, from their norms."""
-        bound = self.bounds[group] * (self.row_bound / self.max_grad_norm)
+        bound = self._bounds.of_row_in(group)
         rows = row_weights(
             terms,
             microbatch.mask_B,
@@ -796,21 +495,19 @@ class PrivacyEngine:
             clip_function=self.privacy.clip_function,
             stability=self.privacy.clip_stability,
         )
+        self._bounds.count(group, rows.keep_B & (rows.norm_B <= bound), microbatch.mask_B)
         dropped_B, norm_sq_B = ~rows.keep_B, rows.norm_B.square()
-        if self.privacy.adaptive_bounds is not None:
-            within_B = torch.where(rows.keep_B & (rows.norm_B <= bound), 0.5, -0.5)
-            self._excess[group] += torch.where(microbatch.mask_B, within_B, 0.0).sum()
         if microbatch.norm_sq_B is not None and microbatch.dropped_B is not None:
             dropped_B, norm_sq_B = dropped_B | microbatch.dropped_B, norm_sq_B + microbatch.norm_sq_B
         microbatch.dropped_B, microbatch.norm_sq_B = dropped_B, norm_sq_B
         return rows
 
-    def _account_rows(self, microbatch: _Microbatch) -> None:
+    def _account_rows(self, microbatch: Microbatch) -> None:
         """What a finished microbatch leaves behind besides its sum."""
         assert microbatch.norm_sq_B is not None and microbatch.dropped_B is not None
         self._norm_B = microbatch.norm_sq_B.sqrt()
         self.nonfinite_rows += (microbatch.mask_B & microbatch.dropped_B).sum()
-        self._pending += 1
+        self._batch.pending += 1
         self.guard.count(microbatch.mask_B)
         self._vouched &= microbatch.vouched
 
@@ -819,8 +516,7 @@ class PrivacyEngine:
     def _release(self) -> None:
         """Noise what is pending and publish it. The counter grows before the first draw and is never taken back."""
         self._check_before_release()
-        if not self._checked:
-            self._check_independence()
+        self._examine_first_microbatch()
         self.model.finish_accumulate()
         self.steps += 1
         if self._drawn_epoch is not None:
@@ -829,36 +525,16 @@ class PrivacyEngine:
             gradients = self._private_gradients()
             for parameter in self.model.parameters:
                 self.model.publish(parameter, gradients[parameter.name])
-            self._adapt_bounds()
+            self._bounds.adapt(self._bounds_key, self.steps)
         except BaseException:
-            self._poisoned = "a release failed halfway"
+            self._batch.poison("a release failed halfway")
             for parameter in self.model.parameters:
                 parameter.parameter.grad = None
             raise
-        self._pending = 0
-        self._intake.released()
+        self._batch.released()
         self._warn_unless_vouched()
-        grads = {name: p.parameter.grad for name, p in self._parameters.items()}
+        grads = {name: parameter.grad for name, parameter in self._handles.items()}
         self._gate.published({name: grad for name, grad in grads.items() if grad is not None})
-
-    def _adapt_bounds(self) -> None:
-        """Move the bounds by the noised shares of rows within them: a part of the release that was just made."""
-        options, groups = self.privacy.adaptive_bounds, len(self.groups)
-        if options is None:
-            return
-        excess = self.model.sum_over_data(self._excess).tolist()
-        normals = noise.standard_normal(self._bounds_key, release=self.steps, parameter=0, start=0, count=groups)
-        first = [group.bound for group in self.groups]
-        counts = [self._count_noise * x for x in normals.tolist()]
-        self._agree_on_bounds(
-            next_bounds(self.bounds, first, excess, counts, self.privacy.expected_batch_size, options)
-        )
-        self._excess.zero_()
-
-    def _agree_on_bounds(self, bounds: Sequence[float]) -> None:
-        """Rank 0's, to the last digit: noise is made for the bounds that every rank clips to."""
-        form = f"<{len(self.groups)}d"
-        self._set_bounds(struct.unpack(form, self.model.agree(struct.pack(form, *bounds))))
 
     def _warn_unless_vouched(self) -> None:
         if not self._vouched and not self._warned:
@@ -871,25 +547,18 @@ class PrivacyEngine:
                 stacklevel=5,
             )
 
-    def _check_labels(self) -> None:
-        try:
-            self._labels.check()
-        except PrivacyError:
-            self._poisoned = "a loss couples rows"
-            raise
-
     def _check_before_release(self) -> None:
         self._last_release.check()
-        self._raise_if_poisoned()
-        self._check_labels()
+        self._batch.raise_if_poisoned()
+        self._examination.check_labels()
         if self._gate.waiting:
             raise PrivacyError("privatize: a released gradient already waits for its optimizer.step()")
-        if not self._pending:
+        if not self._batch.pending:
             raise PrivacyError(
                 "optimizer.step() without a backward since the last release: there is nothing to release. Run at least "
                 "one microbatch (an empty draw still gives one, all padding, from engine.loader)"
             )
-        self._intake.check_release()
+        self._batch.intake.check_release()
         if self._budget_is_spent():
             self.discard()
             raise BudgetExceededError(
@@ -906,35 +575,14 @@ class PrivacyEngine:
             return self.steps >= limit or self._epochs() >= -(-limit // self._steps_per_epoch)
         return self.steps >= limit
 
-    def _check_independence(self) -> None:
-        """Rerun the first microbatch with some rows exchanged, before anything is released (see `independence`)."""
-        first, current = self._first_microbatch, self._current
-        if first is None or not first.was_measured:
+    def _examine_first_microbatch(self) -> None:
+        if self._examination.passed:
             return
-        if first.loss.asked is False:
-            self.discard()
-            raise PrivacyError(
-                "The loss was not run backward by loss.backward(), so whether it couples rows could not be examined before "
-                "the first release; call loss.backward() instead of torch.autograd.backward"
-            )
-        first.loss.stop()
-        rehearsal = _Microbatch(first.rows, torch.ones(first.rows, dtype=torch.bool), False, norms=MeasuredNorms())
-        self._current = rehearsal
-        self._uncompiled.start()
         try:
-            first.run_exchanged()
-            told = first.compare(rehearsal.narrowest)
+            self._examination.check_first_microbatch()
         except BaseException:
             self.discard()
             raise
-        self._checked = self._layouts.verified = self.model.any_rank(told)
-        self._forget_first_microbatch()
-        self._current = current
-
-    def _forget_first_microbatch(self) -> None:
-        if self._first_microbatch is not None:
-            self._first_microbatch.loss.stop()
-            self._first_microbatch = None
 
     def _private_gradients(self) -> dict[str, Tensor]:
         """``(sum_i w_i G_i + sigma R xi) / expected_batch_size`` of every local shard, flat, in place of the sums.
@@ -961,7 +609,7 @@ class PrivacyEngine:
         mechanism = Mechanism(
             key=self._noise_key,
             release=self.steps,
-            lattice=self._lattice,
+            lattice=self._bounds.lattice,
             noise_std=self.gradient_noise_multiplier * self.max_grad_norm,
             divisor=self.privacy.expected_batch_size,
         )
@@ -974,16 +622,9 @@ class PrivacyEngine:
 
     def _discard_pending(self) -> None:
         """What ``zero_grad`` does: drop what is pending, if anything is."""
-        self._intake.zero_grad()
-        if self._pending or self._poisoned or self._gate.waiting:
+        self._batch.intake.zero_grad()
+        if self._batch.pending or self._batch.poisoned or self._gate.waiting:
             self.discard()
-
-    def _raise_if_poisoned(self) -> None:
-        if self._poisoned is not None:
-            raise PrivacyError(
-                f"Nothing was released: {self._poisoned}, so the sums of this logical batch are incomplete. Call "
-                "optimizer.zero_grad() or engine.discard() on all ranks and go on with the next logical batch"
-            )
 
 
 def make_private(model: nn.Module, privacy: PrivacyConfig, optimizer: Optimizer | None = None) -> PrivacyEngine:

@@ -23,9 +23,9 @@ from fsdp_dp.engine import PrivacyEngine
 from fsdp_dp.gradients import NormTerms, OuterProduct
 from fsdp_dp.kernels import norm_rows, outer
 from fsdp_dp.kernels.release import Verdict
+from fsdp_dp.recorder import Recorder
 from fsdp_dp.sharding import ShardedModel
 from fsdp_dp.sharding.sums import Unit
-from fsdp_dp.watch import buffer_versions
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
         (ShardedModel, "agree", lambda self, payload: payload),
         (ShardedModel, "any_rank", lambda self, flag: flag),
         (ShardedModel, "dedicate_groups", lambda self: None),
-        (PrivacyEngine, "_has_equal_rows", lambda self, inputs: True),
+        (Recorder, "_has_equal_rows", lambda self, inputs: True),
         # A storage that is set anew is not followed here: the sums stay where they are, in forward too.
         (Unit, "give_away", lambda self: setattr(self, "fresh", True)),
         (engine, "privatize_all_", lambda segments, **_: Verdict()),
@@ -71,15 +71,13 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
 
 def past_first_step(private: PrivacyEngine) -> None:
     """As after the first step, whose checks look at values: the model and the loss have been found to be good."""
-    private._checked = True
     private.guard.pass_first_release()
-    private._watched.add(tuple(module.training for module in private.model.root.modules()))
-    private._buffer_versions = buffer_versions(private.model.root)
+    private._examination.pass_over()
 
 
 def records_of(private: PrivacyEngine) -> Iterable[Tensor]:
     """The tensors in which the rows' gradients are kept at this moment."""
-    microbatch = private._current
+    microbatch = private._recorder.current
     held = microbatch.sums.held if microbatch is not None and microbatch.sums is not None else []
     return (x for gradient in held for x in vars(gradient).values() if isinstance(x, Tensor))
 

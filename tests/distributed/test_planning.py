@@ -32,6 +32,7 @@ MODEL = GPTConfig(
 CONFIG = TrainConfig(model=MODEL, sharding=ShardingConfig(strategy="fully_shard"), device="cpu")
 SIDES = ("plain", "flat", "block", "layer")
 STEPS = MICROBATCHES = 2
+TRIES = 3
 
 
 def step(side: str) -> Step:
@@ -39,7 +40,8 @@ def step(side: str) -> Step:
 
 
 def measure(rank: int, world_size: int) -> list[tuple[int, dict[str, int]]]:
-    return [measured(step(side)) for side in SIDES]
+    """The smallest peak of some tries: what gloo's threads still hold of a collective that is over comes on top."""
+    return [min((measured(step(side)) for _ in range(TRIES)), key=lambda found: found[0]) for side in SIDES]
 
 
 def measured(one: Step) -> tuple[int, dict[str, int]]:
@@ -78,6 +80,5 @@ def test_a_plan_is_what_ranks_measure() -> None:
     results = run(measure, 2, timeout=300.0)[0]
     for side, (peak, counts) in zip(SIDES, results, strict=True):
         found = trace(step(side))
-        # Above the plan by what gloo's threads still hold of a collective that is over.
         assert found.peak.total() == pytest.approx(peak, rel=0.06), side
         assert {kind.replace("-", ""): n for kind, n in found.calls.items()} == counts, side

@@ -43,7 +43,10 @@ ORDER = (
         "shared_values",
     ),  # pure
     ("modes", "label_watch", "taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),
-    ("clipped_sum", "guards"),
+    ("clipped_sum", "guards", "bounds"),
+    ("logical_batch",),
+    ("recorder",),
+    ("examination",),
     ("engine", "summary"),
     ("wrapper", "checkpoint", "export", "verdict"),
     (INDEX,),

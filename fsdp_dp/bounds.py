@@ -1,0 +1,106 @@
+"""Clipping bounds as they are now, with the noise that belongs to them: what one row may weigh, on which lattice."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fsdp_dp import noise
+from fsdp_dp.adaptive_bounds import next_bounds, split_noise
+from fsdp_dp.config import PrivacyConfig
+from fsdp_dp.errors import UnsupportedModelError
+from fsdp_dp.groups import Group
+from fsdp_dp.numerics import un_noised_margin
+from fsdp_dp.sharding.base import ShardedModel
+
+
+class Bounds:
+    """Fixed within a logical batch; with ``adaptive_bounds`` they move after a release (rule 13).
+
+    Args:
+        dtype: of the accumulators.
+        noise_multiplier: sigma, the one that is accounted.
+
+    Attributes:
+        of_groups: R_k.
+        max_grad_norm: R, of all together.
+        for_a_row: R less what rounding may add.
+        gradient_noise_multiplier: sigma_g, of the gradients' noise.
+        lattice: on which noise is drawn.
+    """
+
+    def __init__(
+        self,
+        model: ShardedModel,
+        groups: Sequence[Group],
+        privacy: PrivacyConfig,
+        noise_multiplier: float,
+        dtype: torch.dtype,
+    ) -> None:
+        self._model, self._privacy, self._dtype = model, privacy, dtype
+        self._first = [group.bound for group in groups]
+        self.gradient_noise_multiplier, self._count_noise = split_noise(
+            noise_multiplier, len(groups), privacy.adaptive_bounds
+        )
+        self._excess = torch.zeros(len(groups), dtype=torch.float64, device=model.device)
+        self.set(self._first)
+
+    def set(self, bounds: Sequence[float]) -> None:
+        """Bounds of the groups for the logical batches from here on, and what follows from them."""
+        self.of_groups = tuple(float(bound) for bound in bounds)
+        # Up by a hair, since the R_k^2 of several groups add up to R^2 only up to rounding.
+        self.max_grad_norm = self.of_groups[0] if len(bounds) == 1 else math.hypot(*bounds) * (1 + 2.0**-48)
+        self.lattice = noise.Lattice.for_release(
+            max_grad_norm=self.max_grad_norm,
+            noise_multiplier=self.gradient_noise_multiplier,
+            expected_batch_size=self._privacy.expected_batch_size,
+        )
+        self.for_a_row = self._sensitivity_left_for_a_row()
+
+    def of_row_in(self, group: int) -> float:
+        """What a row's gradient may weigh in a group, as computed."""
+        return self.of_groups[group] * (self.for_a_row / self.max_grad_norm)
+
+    def count(self, group: int, within_B: Tensor, mask_B: Tensor) -> None:
+        """Rows of a finished microbatch within the group's bound, and beyond it: ±1/2 each, padding nothing."""
+        if self._privacy.adaptive_bounds is not None:
+            self._excess[group] += torch.where(mask_B, torch.where(within_B, 0.5, -0.5), 0.0).sum()
+
+    def discard_counts(self) -> None:
+        self._excess.zero_()
+
+    def adapt(self, key: bytes, release: int) -> None:
+        """Move by the noised shares of rows within the bounds: a part of the release that was just made."""
+        options = self._privacy.adaptive_bounds
+        if options is None:
+            return
+        excess = self._model.sum_over_data(self._excess).tolist()
+        normals = noise.standard_normal(key, release=release, parameter=0, start=0, count=len(self._first))
+        counts = [self._count_noise * x for x in normals.tolist()]
+        self.agree_on(
+            next_bounds(self.of_groups, self._first, excess, counts, self._privacy.expected_batch_size, options)
+        )
+        self._excess.zero_()
+
+    def agree_on(self, bounds: Sequence[float]) -> None:
+        """Rank 0's, to the last digit: noise is made for the bounds that every rank clips to."""
+        form = f"<{len(self._first)}d"
+        self.set(struct.unpack(form, self._model.agree(struct.pack(form, *bounds))))
+
+    def _sensitivity_left_for_a_row(self) -> float:
+        """``max_grad_norm`` less what rounding of sums and the noise lattice may add (rules 2 to 4)."""
+        bound = self.max_grad_norm
+        if self._privacy.numerics == "certified":
+            bound -= self.max_grad_norm * un_noised_margin(self._dtype, self._model.device)
+        if self.gradient_noise_multiplier > 0:
+            bound -= self.lattice.sensitivity_charge(self._model.global_numel)
+        if bound <= 0:
+            raise UnsupportedModelError(
+                f"The noise lattice (spacing {self.lattice.spacing:.2e}) is too coarse for {self._model.global_numel} "
+                "parameters at this expected_batch_size; lower expected_batch_size or noise_multiplier"
+            )
+        return bound

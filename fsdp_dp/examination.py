@@ -1,0 +1,175 @@
+"""What is looked at while the program trains, so that a model or a loss that couples rows is refused (rules 7 to 9).
+
+Every forward of a kind not seen before is watched (see `watch`), the first microbatch is run again with rows exchanged
+before anything is released (see `independence`), and losses over labels are looked at in every one (see `label_watch`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsdp_dp.clipped_sum import MeasuredNorms
+from fsdp_dp.errors import PrivacyError, UnsupportedModelError
+from fsdp_dp.independence import FirstMicrobatch
+from fsdp_dp.label_watch import LabelWatch
+from fsdp_dp.logical_batch import LogicalBatch, Microbatch
+from fsdp_dp.methods import Measured
+from fsdp_dp.recorder import Recorder
+from fsdp_dp.sharding.base import ShardedModel
+from fsdp_dp.taps import with_boundary
+from fsdp_dp.watch import ConstantDivisor, FirstForward, Uncompiled, buffer_versions
+
+
+class Examination:
+    """Beside a `Recorder`, around the same forwards and backwards.
+
+    Attributes:
+        passed: the check before the first release saw that no row's gradient depends on another.
+        measured: parameter -> how its gradients were measured, in the first microbatch. Not private.
+    """
+
+    def __init__(self, model: ShardedModel, batch: LogicalBatch, recorder: Recorder) -> None:
+        self._model, self._batch, self._recorder = model, batch, recorder
+        self.passed = False
+        self.measured: dict[str, Measured] = {}
+        self._first: FirstMicrobatch | None = None
+        self._watch: FirstForward | None = None
+        self._watched: set[tuple[bool, ...]] = set()
+        self._buffer_versions: dict[str, tuple[int, int]] = {}
+        self._uncompiled = Uncompiled()
+        self._divisor = ConstantDivisor()
+        self._labels, self._averages_over_labels = LabelWatch(model.device), False
+
+    # ------------------------------------------------------------------------------------------- forward and backward
+
+    def check_arguments(self, kwargs: dict[str, Any]) -> None:
+        self._divisor.check(kwargs)
+
+    def start_forward(self, microbatch: Microbatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        root, recorder = self._model.root, self._recorder
+        if not microbatch.rehearsal and not self.passed and not self._batch.pending:
+            self._forget_first()
+            microbatch.norms = MeasuredNorms()
+            managed = frozenset(id(p.parameter) for p in self._model.parameters)
+            self._first = FirstMicrobatch(
+                root, microbatch.rows, args, kwargs, self._model.device, managed, self._model.data_rank
+            )
+        if self._modes() not in self._watched or self._buffers_moved():
+            self._uncompiled.start()
+            self._watch = FirstForward(root, self._model.names, recorder.running, (args, kwargs), microbatch.rows)
+            self._watch.__enter__()
+        recorder.meetings.learning = self._watch is not None
+
+    def end_forward(self, *, failed: bool) -> None:
+        """Raises UnsupportedModelError if the forward did what only running it shows, and must not be."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.__exit__(None, None, None)
+        if failed:
+            self._uncompiled.stop()
+        elif watch is not None:
+            watch.verify()
+            if watch.settled:
+                self._watched.add(self._modes())
+
+    def bounded(self, microbatch: Microbatch, output: Any) -> Any:
+        """The outputs with a boundary, where backward comes back to the model.
+
+        Raises:
+            UnsupportedModelError: there is no tensor in them that requires grad.
+        """
+        recorded = self._first
+        if recorded is not None and (microbatch.rehearsal or self._batch.pending):
+            recorded = None
+
+        def entered(index: int, grad: Tensor) -> None:
+            self._recorder.enter_backward(microbatch)
+            if recorded is not None:
+                recorded.saw_output_grad(index, grad)
+
+        bounded, found = with_boundary(output, entered)
+        if not found:
+            raise UnsupportedModelError(
+                f"The model's output ({type(output).__name__}) holds no tensor that requires grad: return a tensor, or a "
+                "tuple, list or dict of tensors, or register its class with torch.utils._pytree.register_dataclass"
+            )
+        if recorded is not None:
+            recorded.saw_outputs(bounded)
+        elif self._averages_over_labels and not microbatch.rehearsal:
+            self._labels.start(microbatch.rows)
+        return bounded
+
+    def entered_backward(self) -> None:
+        self._labels.stop()
+        if self._first is not None:
+            self._averages_over_labels |= self._first.loss.averages_over_labels
+
+    def finished_backward(self, microbatch: Microbatch) -> None:
+        if microbatch.norms is not None and self._first is not None:
+            measured = microbatch.norms.finish()
+            self._first.measured({name: m.terms.norm_sq for name, m in measured.items()})
+            if not microbatch.rehearsal:
+                self.measured = measured
+        self._uncompiled.stop()
+
+    # -------------------------------------------------------------------------------------------------------- release
+
+    def check_labels(self) -> None:
+        """Raises PrivacyError if a loss since the last release divided by a number of labels that rows decide."""
+        try:
+            self._labels.check()
+        except PrivacyError:
+            self._batch.poison("a loss couples rows")
+            raise
+
+    def check_first_microbatch(self) -> None:
+        """Run it again with some rows exchanged, before anything is released (see `independence`).
+
+        Raises:
+            PrivacyError: a row's gradient changed with other rows, or this could not be found out.
+        """
+        first, current = self._first, self._recorder.current
+        if first is None or not first.was_measured:
+            return
+        if first.loss.asked is False:
+            raise PrivacyError(
+                "The loss was not run backward by loss.backward(), so whether it couples rows could not be examined before "
+                "the first release; call loss.backward() instead of torch.autograd.backward"
+            )
+        first.loss.stop()
+        mask_B = torch.ones(first.rows, dtype=torch.bool)
+        rehearsal = Microbatch(first.rows, mask_B, vouched=False, norms=MeasuredNorms())
+        self._recorder.current = rehearsal
+        self._uncompiled.start()
+        first.run_exchanged()
+        told = first.compare(rehearsal.narrowest)
+        self.passed = self._recorder.layouts.verified = self._model.any_rank(told)
+        self._forget_first()
+        self._recorder.current = current
+
+    def discard(self) -> None:
+        self._forget_first()
+        self._uncompiled.stop()
+        self._labels.forget()
+
+    def pass_over(self) -> None:
+        """As after the first release, of a model that has been found to be good: a forecast looks at no values."""
+        self.passed = True
+        self._watched.add(self._modes())
+        self._buffer_versions = buffer_versions(self._model.root)
+
+    def _modes(self) -> tuple[bool, ...]:
+        return tuple(module.training for module in self._model.root.modules())
+
+    def _buffers_moved(self) -> bool:
+        """Whether a buffer was written since the last training forward began; the next one is then watched again."""
+        before, self._buffer_versions = self._buffer_versions, buffer_versions(self._model.root)
+        return before != self._buffer_versions
+
+    def _forget_first(self) -> None:
+        if self._first is not None:
+            self._first.loss.stop()
+            self._first = None

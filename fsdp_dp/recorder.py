@@ -1,0 +1,249 @@
+"""From the taps of a forward to the microbatch's per-sample gradients, which its takers are given as backward runs.
+
+    forward    the freeze window closes, every call of a layer is tapped, and each taker told to expect it   [taps]
+    backward   each tap turns (a, g) into a per-sample gradient in factored form, for every taker      [layers, gradients]
+
+Inputs that are the same for all rows, and bare parameters, are carried once a row (see `shared_values`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fsdp_dp.coverage import RowLayouts
+from fsdp_dp.errors import PrivacyError, UnsupportedModelError
+from fsdp_dp.gradients import Materialized, PerSampleGradient
+from fsdp_dp.layers import keeps, per_sample_gradients
+from fsdp_dp.logical_batch import LogicalBatch, Microbatch
+from fsdp_dp.numerics import accumulate_dtype, exact_arithmetic
+from fsdp_dp.records import NO_CALL, Call, Record
+from fsdp_dp.sharding.base import ShardedModel
+from fsdp_dp.shared_values import Meetings, SharedValue, is_marked
+from fsdp_dp.taps import Bare, FreezeWindow, Report, SharedParameters, Taps, at_end_of_backward, recomputing
+
+
+class Recorder:
+    """Taps on every layer that has managed parameters, and on parameters outside of layers.
+
+    Args:
+        layers: canonical name -> module to tap.
+        bare: the parameters outside of layers.
+        entered: called when a microbatch's backward comes to the model.
+        finished: called at its end, under exact arithmetic.
+
+    Attributes:
+        current: the microbatch that is recorded.
+        in_forward: whether its forward runs now.
+        window: what of the parameters may not be changed now.
+        meetings: of values without rows with values that have them.
+    """
+
+    def __init__(
+        self,
+        model: ShardedModel,
+        layers: Mapping[str, nn.Module],
+        bare: Sequence[Bare],
+        batch: LogicalBatch,
+        entered: Callable[[], None],
+        finished: Callable[[Microbatch], None],
+    ) -> None:
+        self._model, self._batch, self._entered, self._finished = model, batch, entered, finished
+        self._layers = layers
+        self._attributes: dict[nn.Module, dict[str, str]] = {layer: {} for layer in layers.values()}
+        for (module, attribute), name in model.names.items():
+            if module in self._attributes:
+                self._attributes[module][attribute] = name
+        self.current: Microbatch | None = None
+        self.in_forward = False
+        self.meetings = Meetings()
+        self.layouts = RowLayouts(layers)
+        self.window = FreezeWindow({p.name: p.parameter for p in model.parameters}, batch.refusals_poison)
+        self._taps = Taps(layers, keeps, self._start_record, self._share_output, lambda: self.meetings.rows)
+        self._shared_parameters = SharedParameters(bare, self._is_sharing, self._share_parameter)
+        self._same_for_all_rows: set[str] = set()
+
+    @property
+    def running(self) -> list[nn.Module]:
+        """The stack of layers whose forward is running now."""
+        return self._taps.running
+
+    def start_forward(self, microbatch: Microbatch) -> None:
+        self.current = microbatch
+        self.meetings.rows = microbatch.rows
+        self.window.close()
+        self._taps.of_forward.clear()
+        self.in_forward = True
+
+    def end_forward(self) -> None:
+        self.in_forward = self.meetings.learning = False
+        self._taps.running.clear()
+
+    def enter_backward(self, microbatch: Microbatch) -> None:
+        """Backward comes to the model: by a boundary behind its outputs, or by a tap."""
+        with self._batch.refusals_poison():
+            if microbatch.done:
+                raise PrivacyError(
+                    "A second backward on one microbatch: its rows would contribute twice. Add the losses and call "
+                    "backward once"
+                )
+            if microbatch is not self.current:
+                raise PrivacyError(
+                    "backward through an earlier forward: the model was run again since. Run one forward, then its "
+                    "backward; use torch.no_grad() for forwards without backward"
+                )
+        if not microbatch.entered:
+            microbatch.entered = True
+            self._entered()
+            self._batch.poisoned = "the last backward did not finish"
+            self.window.close()
+
+    def discard(self) -> None:
+        self.window.open()
+        self.current, self.in_forward = None, False
+
+    def remove(self) -> None:
+        self._taps.remove()
+        self._shared_parameters.remove()
+        self.window.remove()
+
+    # ------------------------------------------------------------------------------------------------------- forward
+
+    def _start_record(self, layer: str) -> Report:
+        """A tap's report function, made at each call of a layer in forward."""
+        microbatch = self.current
+        if recomputing():
+            return self._recomputed(microbatch, layer)
+        microbatch = self._expect(layer, self._attributes[self._layers[layer]].values())
+        return lambda call, inputs, grads: self._record(microbatch, layer, Record(call, inputs, grads))
+
+    def _expect(self, layer: str, parameters: Any) -> Microbatch:
+        """Every taker is told that these parameters get one more gradient."""
+        if not self.in_forward or self.current is None:
+            with self._batch.refusals_poison():
+                raise PrivacyError(
+                    f"Layer '{layer}' was called outside the model's own forward, where its gradient cannot be clipped "
+                    "with the rest of the row; call it inside model.forward, or under torch.no_grad()"
+                )
+        self.current.taps[layer] += 1
+        for name in parameters:
+            for taker in self.current.takers:
+                taker.expect(name)
+        return self.current
+
+    def _recomputed(self, microbatch: Microbatch | None, layer: str) -> Report:
+        """Activation checkpointing calls a layer again: the tap of the first call reports, this one is idle."""
+        if microbatch is None or microbatch.taps[layer] == 0:
+            raise UnsupportedModelError(
+                f"Layer '{layer}' is recomputed in backward, but its forward ran without a graph: reentrant activation "
+                "checkpointing hides its gradient from the engine. Use checkpoint(..., use_reentrant=False)"
+            )
+        return lambda call, inputs, grads: None
+
+    def _share_output(self, layer: str, inputs: Sequence[Tensor]) -> Callable[[Tensor], SharedValue] | None:
+        """How to carry a layer's output if its inputs are the same for all rows, such as position ids without a batch.
+
+        Found out in the first forward, where tensors that descend from the rows are marked. Ids that the program expanded
+        to the batch itself have rows already.
+        """
+        if any(isinstance(x, SharedValue) for x in inputs):
+            return self._sharing(layer)
+        if any(isinstance(x, DTensor) for x in inputs):
+            return None  # under tensor parallelism every input needs the batch, or its layout is refused
+        if self.meetings.learning and not any(map(is_marked, inputs)) and not self._has_equal_rows(inputs):
+            self._same_for_all_rows.add(layer)
+        return self._sharing(layer) if layer in self._same_for_all_rows else None
+
+    def _has_equal_rows(self, inputs: Sequence[Tensor]) -> bool:
+        rows = self.meetings.rows
+        if rows < 2 or not inputs:
+            return False
+        return all(x.ndim > 1 and x.shape[0] == rows and bool((x == x[:1]).all()) for x in inputs)
+
+    def _sharing(self, owner: str) -> Callable[[Tensor], SharedValue]:
+        rows = self.meetings.rows
+        return lambda x: SharedValue(x.expand(rows, *x.shape), owner, self.meetings)
+
+    def _is_sharing(self) -> bool:
+        """Whether the program that reads a bare parameter now is the model's training forward, or a part run again."""
+        return torch.is_grad_enabled() and (self.in_forward or recomputing())
+
+    def _share_parameter(self, name: str, parameter: Tensor) -> SharedValue:
+        """A bare parameter, carried once a row behind a tap."""
+        if isinstance(parameter, DTensor):
+            raise UnsupportedModelError(
+                f"Parameter '{name}' on a module with children is a DTensor in forward (tensor parallelism); move it into "
+                "a layer of its own"
+            )
+        if recomputing():
+            report = self._recomputed(self.current, name)
+        else:
+            report = self._shared_report(self._expect(name, [name]), name)
+        with torch._C.DisableTorchFunction():  # no use of the parameter that the watch should look at
+            expanded = parameter.detach().expand(self.meetings.rows, *parameter.shape)
+        (per_row,) = self._taps.through(NO_CALL, report, [expanded], [])
+        return SharedValue(per_row, name, self.meetings)
+
+    # ------------------------------------------------------------------------------------------------------ backward
+
+    def _start_recording(self, microbatch: Microbatch) -> None:
+        if microbatch.recording and not microbatch.done and microbatch is self.current:
+            return
+        self.enter_backward(microbatch)
+        if not microbatch.recording:
+            microbatch.recording = True
+            at_end_of_backward(self._finish_backward)
+            for report in self._taps.unreached():  # or their groups would wait for the end, longer than on other ranks
+                report(NO_CALL, (), (None,))
+
+    def _record(self, microbatch: Microbatch, layer: str, record: Record) -> None:
+        self._start_recording(microbatch)
+        module = self._layers[layer]
+        names = self._attributes[module]
+        gradients: dict[str, PerSampleGradient] = {}
+        with exact_arithmetic(self._model.device):
+            if any(grad is not None for grad in record.grads):
+                record, complete = self._model.localize(layer, module, record)
+                layout = self.layouts.of(layer, record, microbatch.rows)
+                _note_dtypes(microbatch, record.grads)
+                gradients = per_sample_gradients(module, record.arranged(layout, microbatch.rows), frozenset(names))
+                if layout == "merged":
+                    gradients = {name: gradient.regroup(microbatch.rows) for name, gradient in gradients.items()}
+                gradients = {name: gradient.settle() for name, gradient in complete(gradients).items()}
+            for attribute, name in names.items():
+                for taker in microbatch.takers:
+                    taker.report(name, gradients.get(attribute))
+
+    def _shared_report(self, microbatch: Microbatch, name: str) -> Report:
+        def report(call: Call, inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:
+            self._start_recording(microbatch)
+            gradient = None
+            with exact_arithmetic(self._model.device):
+                if grads[0] is not None:
+                    _note_dtypes(microbatch, grads)
+                    g_B = grads[0].reshape(microbatch.rows, *(grads[0].shape[1:] or (1,)))
+                    gradient = Materialized(g_B.to(accumulate_dtype(g_B.dtype)))
+                for taker in microbatch.takers:
+                    taker.report(name, gradient)
+
+        return report
+
+    def _finish_backward(self) -> None:
+        microbatch = self.current
+        assert microbatch is not None
+        with exact_arithmetic(self._model.device):
+            self._finished(microbatch)
+        self._model.after_backward()
+        microbatch.norms = None  # it holds every record until the garbage collector finds it
+        microbatch.done, self._batch.poisoned = True, None
+        self._batch.intake.finished()
+        self.window.open()
+
+
+def _note_dtypes(microbatch: Microbatch, grads: Sequence[Tensor | None]) -> None:
+    dtypes = [grad.dtype for grad in grads if grad is not None]
+    microbatch.narrowest = min(microbatch.narrowest, *dtypes, key=lambda dtype: dtype.itemsize)
