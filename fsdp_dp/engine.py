@@ -456,22 +456,18 @@ class PrivacyEngine:
         recorder, failed = self._recorder, output is None
         if not recorder.in_forward or recomputing():
             return None
-        recorder.end_forward()
-        try:
-            self._end_examined_forward(failed)
-            assert recorder.current is not None
-            return None if failed else self._examination.bounded(recorder.current, output)
-        finally:
-            recorder.window.open()
-
-    def _end_examined_forward(self, failed: bool) -> None:
         try:
             self._examination.end_forward(failed=failed)
         except UnsupportedModelError:
             self._batch.poison("the model is not supported")
             raise
+        finally:
+            recorder.end_forward()
         if failed:
             self._batch.poison("a forward raised an exception")
+            return None
+        assert recorder.current is not None
+        return self._examination.bounded(recorder.current, output)
 
     def _enter_backward(self) -> None:
         self._examination.entered_backward()

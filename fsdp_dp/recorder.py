@@ -82,6 +82,7 @@ class Recorder:
     def end_forward(self) -> None:
         self.in_forward = self.meetings.learning = False
         self._taps.running.clear()
+        self.window.open()
 
     def enter_backward(self, microbatch: Microbatch) -> None:
         """Backward comes to the model: by a boundary behind its outputs, or by a tap."""

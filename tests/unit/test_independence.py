@@ -325,3 +325,17 @@ def test_a_layer_that_is_given_the_rows_in_another_order_is_refused(there: Any, 
     with pytest.raises(UnsupportedModelError):
         model(torch.randn(6, 4)).square().mean(1).mean().backward()
         engine.privatize()
+
+
+def test_the_engine_records_no_calls_of_its_own() -> None:
+    """Seen to fail when the freeze window opens while the loss is recorded: a replay would exchange rows of parameters."""
+    model, (x, y) = Decoder(), batch()
+    privacy = PrivacyConfig(
+        max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=B, dataset_size=100, target_delta=1e-3,
+        sampling="external_poisson",
+    )  # fmt: skip
+    engine = make_private(model, privacy)
+    logits = model(x)
+    assert engine._examination._first is not None
+    assert [call[0] for call in engine._examination._first.loss._calls] == []
+    F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").div(B * T).backward()
