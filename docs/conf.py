@@ -6,7 +6,7 @@ project = "fsdp_dp"
 author = "the fsdp_dp authors"
 release = version_of("fsdp-dp")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
@@ -17,4 +17,4 @@ html_title = "fsdp_dp"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 napoleon_use_ivar = True
-default_role = "code"
+default_role = "code"  # docstrings put names into single backticks

@@ -37,7 +37,7 @@ def tables(rows: Sequence[Row]) -> str:
     for case in dict.fromkeys(row["case"] for row in rows):
         of_case = [row for row in rows if row["case"] == case]
         sections.append(
-            "\n".join([f"### {case}", "", *_stamp(of_case), "", *_HEADER, *_lines(of_case), *_account(of_case)])
+            "\n".join([f"## {case}", "", *_stamp(of_case), "", *_HEADER, *_lines(of_case), *_account(of_case)])
         )
     return "\n\n".join(sections)
 
