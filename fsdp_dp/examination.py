@@ -57,11 +57,11 @@ class Examination:
             self._first = FirstMicrobatch(
                 root, microbatch.rows, args, kwargs, self._model.device, managed, self._model.data_rank
             )
-        if self._modes() not in self._watched or self._buffers_moved():
+        if self._modes() not in self._watched or self._buffers_moved() or recorder.meetings.wants:
             self._uncompiled.start()
             self._watch = FirstForward(root, self._model.names, recorder.running, (args, kwargs), microbatch.rows)
             self._watch.__enter__()
-        recorder.meetings.learning = self._watch is not None
+        recorder.meetings.start(microbatch.rows, learning=self._watch is not None)
 
     def end_forward(self, *, failed: bool) -> None:
         """Raises UnsupportedModelError if the forward did what only running it shows, and must not be."""

@@ -74,7 +74,6 @@ class Recorder:
 
     def start_forward(self, microbatch: Microbatch) -> None:
         self.current = microbatch
-        self.meetings.rows = microbatch.rows
         self.window.close()
         self._taps.of_forward.clear()
         self.in_forward = True

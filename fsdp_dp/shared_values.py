@@ -9,7 +9,7 @@ them and the result is an ordinary tensor. The gradient that arrives at ``per_ro
 The same carries the output of a layer whose input is the same for all rows (position ids ``[T]`` or ``[1, T]``).
 
 What is row data is known in the first forward, where everything that descends from the model's inputs is marked
-(see `marks`); later, tensors that require grad are, and for the others the first forward's answer is kept. All of it is
+(see `marks`); later, tensors that require grad are, and for the others the first forward's answer is kept (see `Meetings`). All of it is
 verified before the first release, by exchanging rows (see `independence`).
 """
 
@@ -59,31 +59,32 @@ _EXPANDING = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
 class Meetings:
     """For each place where a shared value meets another tensor that needs no gradient: is that one the rows' data?
 
-    Filled while ``learning`` (the first forward, whose tensors are marked), looked up afterwards.
+    Filled while ``learning`` (a watched forward, whose tensors are marked), looked up afterwards. "No" is exact whatever
+    the tensor is: each row's copy then meets all of it, and where the result meets the rows, row i is that of copy i. It is
+    the answer where nothing else is known (a mask that the first microbatch did not need), or where answers differ; it
+    takes memory for ``rows`` results, so the next forward ``wants`` to be watched.
     """
 
     rows: int = 0
     learning: bool = True
+    wants: bool = False
     _known: dict[tuple[Any, ...], bool] = dataclasses.field(default_factory=dict)
 
-    def is_row_data(self, x: Tensor, place: tuple[Any, ...], owner: str) -> bool:
+    def start(self, rows: int, *, learning: bool) -> None:
+        """Of a forward."""
+        self.rows, self.learning = rows, learning
+        self.wants = self.wants and not learning
+
+    def is_row_data(self, x: Tensor, place: tuple[Any, ...]) -> bool:
         if x.requires_grad:
             return True
+        if layout_of([x.shape], self.rows) is None:
+            return False
         place = (*place, x.ndim)
         if self.learning:
-            answer = is_marked(x)
-            if self._known.setdefault(place, answer) is not answer:
-                self._refuse(owner, place)
-            return answer
-        if place not in self._known:
-            self._refuse(owner, place)
-        return self._known[place]
-
-    def _refuse(self, owner: str, place: tuple[Any, ...]) -> None:
-        raise UnsupportedModelError(
-            f"'{owner}' meets another tensor in {place[0]}, and whether that is the rows' data could not be told from the "
-            "first forward; wrap the use of the parameter in a layer that is given the rows' data"
-        )
+            self._known[place] = is_marked(x) and self._known.get(place, True)
+        self.wants |= place not in self._known
+        return self._known.get(place, False)
 
 
 class SharedValue(Tensor):
@@ -166,7 +167,7 @@ class _Use:
         self.row_data = [
             x for x in self.leaves
             if isinstance(x, Tensor) and not isinstance(x, SharedValue) and name != "expand_as"
-            and self.meetings.is_row_data(x, (name, self.owner, self.first.ndim), self.owner)
+            and self.meetings.is_row_data(x, (name, self.owner, self.first.ndim))
         ]  # fmt: skip
 
     def call(self, replace: Callable[[Any], Any]) -> Any:
