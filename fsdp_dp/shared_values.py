@@ -9,8 +9,8 @@ them and the result is an ordinary tensor. The gradient that arrives at ``per_ro
 The same carries the output of a layer whose input is the same for all rows (position ids ``[T]`` or ``[1, T]``).
 
 What is row data is known in the first forward, where everything that descends from the model's inputs is marked
-(see `marks`); later, tensors that require grad are, and for the others the first forward's answer is kept (see `Meetings`). All of it is
-verified before the first release, by exchanging rows (see `independence`).
+(see `marks`); later, tensors that require grad are, and for the others the first forward's answer is kept (see
+`Meetings`). All of it is verified before the first release, by exchanging rows (see `independence`).
 """
 
 from __future__ import annotations
