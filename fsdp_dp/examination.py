@@ -50,8 +50,9 @@ class Examination:
 
     def start_forward(self, microbatch: Microbatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         root, recorder = self._model.root, self._recorder
-        if not microbatch.rehearsal and not self.passed and not self._batch.pending:
+        if not microbatch.rehearsal and self._is_to_be_rehearsed(microbatch):
             self._forget_first()
+            recorder.layouts.forget()
             microbatch.norms = MeasuredNorms()
             managed = frozenset(id(p.parameter) for p in self._model.parameters)
             self._first = FirstMicrobatch(
@@ -61,7 +62,14 @@ class Examination:
             self._uncompiled.start()
             self._watch = FirstForward(root, self._model.names, recorder.running, (args, kwargs), microbatch.rows)
             self._watch.__enter__()
+        recorder.layouts.learning = microbatch.norms is not None
         recorder.meetings.start(microbatch.rows, learning=self._watch is not None)
+
+    def _is_to_be_rehearsed(self, microbatch: Microbatch) -> bool:
+        """The first of its logical batch whose rows differ, until a rehearsal has shown something."""
+        if self.passed or not self._batch.pending:
+            return not self.passed
+        return microbatch.rows > 1 and self._first is not None and not self._first.can_show()
 
     def end_forward(self, *, failed: bool) -> None:
         """Raises UnsupportedModelError if the forward did what only running it shows, and must not be."""
@@ -81,9 +89,7 @@ class Examination:
         Raises:
             UnsupportedModelError: there is no tensor in them that requires grad.
         """
-        recorded = self._first
-        if recorded is not None and (microbatch.rehearsal or self._batch.pending):
-            recorded = None
+        recorded = self._first if microbatch.norms is not None and not microbatch.rehearsal else None
 
         def entered(index: int, grad: Tensor) -> None:
             self._recorder.enter_backward(microbatch)
@@ -146,7 +152,7 @@ class Examination:
         self._uncompiled.start()
         first.run_exchanged()
         told = first.compare(rehearsal.narrowest)
-        self.passed = self._recorder.layouts.verified = self._model.any_rank(told)
+        self.passed = self._model.any_rank(told)
         self._forget_first()
         self._recorder.current = current
 
