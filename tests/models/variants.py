@@ -30,17 +30,13 @@ from tests.models.zoo import (
     language,
     lm,
     mlm,
+    own_loss,
     subject,
     token_losses,
     translation,
 )
 
 CONSTANT = 7  # stands for num_items_in_batch: any number that does not depend on the data
-
-
-def own_loss(outputs: Any, batch: Batch) -> Tensor:
-    """As the model computes it."""
-    return outputs.loss
 
 
 def with_its_own_loss(
@@ -149,5 +145,4 @@ VARIANTS: dict[str, Subject] = {
     "T5, masks that the first microbatch has no use for": dataclasses.replace(MODELS["T5"], batch=masked_last),
     "T5, masks that the last microbatch has no use for": dataclasses.replace(MODELS["T5"], batch=masked_first),
     "DeBERTa-v2, position table frozen": without_position_table("DeBERTa-v2"),
-    "BART, position tables frozen": without_position_table("BART"),
 }
