@@ -34,7 +34,7 @@ class Examination:
 
     def __init__(self, model: ShardedModel, batch: LogicalBatch, recorder: Recorder) -> None:
         self._model, self._batch, self._recorder = model, batch, recorder
-        self.passed = False
+        self.passed = self._passed_over = False
         self.measured: dict[str, Measured] = {}
         self._first: FirstMicrobatch | None = None
         self._watch: FirstForward | None = None
@@ -63,7 +63,7 @@ class Examination:
             self._uncompiled.start()
             self._watch = FirstForward(root, self._model.names, recorder.running, (args, kwargs), microbatch.rows)
             self._watch.__enter__()
-        recorder.layouts.learning = microbatch.norms is not None
+        recorder.layouts.learning = microbatch.norms is not None or self._passed_over
         recorder.meetings.start(microbatch.rows, learning=self._watch is not None)
 
     def _is_to_be_rehearsed(self, microbatch: Microbatch) -> bool:
@@ -164,7 +164,7 @@ class Examination:
 
     def pass_over(self) -> None:
         """As after the first release, of a model that has been found to be good: a forecast looks at no values."""
-        self.passed = True
+        self.passed = self._passed_over = True
         self._watched.add(self._modes())
         self._buffer_versions = buffer_versions(self._model.root)
 
