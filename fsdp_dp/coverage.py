@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from fsdp_dp.attention import is_attention, projections, refusal_of_attention
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
-from fsdp_dp.layers import has_rule, layouts, refusal, unknown_parameters
-from fsdp_dp.records import Layout, Record, fits, layout_of
+from fsdp_dp.layers import has_rule, refusal, unknown_parameters
 from fsdp_dp.sharding.base import ShardedModel, canonical_name
 from fsdp_dp.taps import Bare
 
@@ -116,40 +115,3 @@ def mark_attached(layers: Iterable[nn.Module]) -> None:
 
 def unmark_attached(layers: Iterable[nn.Module]) -> None:
     _ATTACHED.difference_update(set(layers))
-
-
-class RowLayouts:
-    """Where the rows are in each layer's records: guessed from shapes, verified by the rehearsal, and kept from then on.
-
-    After `verified`, a layer's records must have a layout that it had before. A layer that was not seen until then (an
-    expert that no token chose) must have rows in front that cannot be mistaken for entries picked from all rows: whole
-    sequences or images, not vectors.
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self._layers = layers
-        self._seen: dict[str, set[Layout]] = {}
-        self.verified = False
-
-    def of(self, layer: str, record: Record, rows: int) -> Layout:
-        """Raises UnsupportedModelError if no layout can be right."""
-        inputs = [record.inputs[0].shape] if record.call.spec is None else []
-        shapes = [*inputs, *(grad.shape for grad in record.grads if grad is not None)]
-        if rows == 1:  # whatever it is, it is all of that row
-            return "rows" if all(len(shape) > 0 and shape[0] == 1 for shape in shapes) else "merged"
-        seen = self._seen.setdefault(layer, set())
-        fitting = [layout for layout in seen if fits(layout, shapes, rows)]
-        if len(fitting) == 1:
-            return fitting[0]
-        guess = layout_of(shapes, rows, layouts(self._layers[layer]))
-        vectors = any(len(shape) < 3 for shape in shapes)
-        if guess is None or (self.verified and (guess != "rows" or vectors)) or len(fitting) > 1:
-            raise UnsupportedModelError(
-                f"Layer '{layer}': its {'input' if inputs else 'output'} has shape {tuple(shapes[0])} and its output "
-                f"gradient {tuple(shapes[-1])}, but the microbatch has {rows} rows, so its gradient cannot be told apart "
-                "by row. Give every layer an input that has the batch as its first dimension, and call it in the first "
-                "microbatch already, where that is verified"
-            )
-        if not self.verified:
-            seen.add(guess)
-        return guess

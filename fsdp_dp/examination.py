@@ -1,7 +1,8 @@
 """What is looked at while the program trains, so that a model or a loss that couples rows is refused (rules 7 to 9).
 
-Every forward of a kind not seen before is watched (see `watch`), the first microbatch is run again with rows exchanged
-before anything is released (see `independence`), and losses over labels are looked at in every one (see `label_watch`).
+Every forward of a kind not seen before is watched (see `watch`), the first microbatch whose rows differ is run again with
+some of them exchanged before anything is released (see `independence`), and losses over labels are looked at in every one
+(see `label_watch`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Examination:
 
     def __init__(self, model: ShardedModel, batch: LogicalBatch, recorder: Recorder) -> None:
         self._model, self._batch, self._recorder = model, batch, recorder
-        self.passed = False
+        self.passed = self._passed_over = False
         self.measured: dict[str, Measured] = {}
         self._first: FirstMicrobatch | None = None
         self._watch: FirstForward | None = None
@@ -50,18 +51,26 @@ class Examination:
 
     def start_forward(self, microbatch: Microbatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         root, recorder = self._model.root, self._recorder
-        if not microbatch.rehearsal and not self.passed and not self._batch.pending:
+        if not microbatch.rehearsal and self._is_to_be_rehearsed(microbatch):
             self._forget_first()
+            recorder.layouts.forget()
             microbatch.norms = MeasuredNorms()
             managed = frozenset(id(p.parameter) for p in self._model.parameters)
             self._first = FirstMicrobatch(
                 root, microbatch.rows, args, kwargs, self._model.device, managed, self._model.data_rank
             )
-        if self._modes() not in self._watched or self._buffers_moved():
+        if self._modes() not in self._watched or self._buffers_moved() or recorder.meetings.wants:
             self._uncompiled.start()
             self._watch = FirstForward(root, self._model.names, recorder.running, (args, kwargs), microbatch.rows)
             self._watch.__enter__()
-        recorder.meetings.learning = self._watch is not None
+        recorder.layouts.learning = microbatch.norms is not None or self._passed_over
+        recorder.meetings.start(microbatch.rows, learning=self._watch is not None)
+
+    def _is_to_be_rehearsed(self, microbatch: Microbatch) -> bool:
+        """The first of its logical batch whose rows differ, until a rehearsal has shown something."""
+        if self.passed or not self._batch.pending:
+            return not self.passed
+        return microbatch.rows > 1 and self._first is not None and not self._first.can_show()
 
     def end_forward(self, *, failed: bool) -> None:
         """Raises UnsupportedModelError if the forward did what only running it shows, and must not be."""
@@ -81,9 +90,7 @@ class Examination:
         Raises:
             UnsupportedModelError: there is no tensor in them that requires grad.
         """
-        recorded = self._first
-        if recorded is not None and (microbatch.rehearsal or self._batch.pending):
-            recorded = None
+        recorded = self._first if microbatch.norms is not None and not microbatch.rehearsal else None
 
         def entered(index: int, grad: Tensor) -> None:
             self._recorder.enter_backward(microbatch)
@@ -146,7 +153,7 @@ class Examination:
         self._uncompiled.start()
         first.run_exchanged()
         told = first.compare(rehearsal.narrowest)
-        self.passed = self._recorder.layouts.verified = self._model.any_rank(told)
+        self.passed = self._model.any_rank(told)
         self._forget_first()
         self._recorder.current = current
 
@@ -157,7 +164,7 @@ class Examination:
 
     def pass_over(self) -> None:
         """As after the first release, of a model that has been found to be good: a forecast looks at no values."""
-        self.passed = True
+        self.passed = self._passed_over = True
         self._watched.add(self._modes())
         self._buffer_versions = buffer_versions(self._model.root)
 

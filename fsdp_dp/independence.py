@@ -153,9 +153,12 @@ class FirstMicrobatch:
                     "dimension), or activations exchanged with other data-parallel ranks (context parallelism). Windows with "
                     "as many positions as the microbatch has rows are told apart by another microbatch size"
                 )
-        return self.rows > 1 and bool((total > 0).any()) and self._something_was_exchanged()
+        return bool((total > 0).any()) and self.can_show()
 
-    def _something_was_exchanged(self) -> bool:
+    def can_show(self) -> bool:
+        """Whether exchanging rows changes the inputs."""
+        if self.rows == 1:
+            return False
         inputs = [x for x in tree_leaves((self._args, self._kwargs)) if isinstance(x, Tensor)]
         return any(not torch.equal(x, self._exchange(x)) for x in inputs)
 

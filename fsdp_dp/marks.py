@@ -16,6 +16,13 @@ from torch import Tensor
 _MARKS = "_fsdp_dp_marks"
 ROWS, CHANCE, PICKED = "rows", "chance", "picked"
 
+PICKED_REFUSED = (
+    "is given entries that were picked from all rows by the data or by chance (tokens of an expert, positions without "
+    "padding), so they cannot be told apart by row. Run one row a microbatch, keep the batch as the first dimension (for "
+    "Hugging Face mixtures of experts: experts_implementation='batched_mm' in the config), or put what picks them and the "
+    "parameters into one module without children"
+)
+
 _DRAWING = frozenset(
     "rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal".split()
 )

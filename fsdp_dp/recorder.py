@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fsdp_dp.coverage import RowLayouts
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.gradients import Materialized, PerSampleGradient
-from fsdp_dp.layers import keeps, per_sample_gradients
+from fsdp_dp.layers import keeps, layouts, per_sample_gradients
 from fsdp_dp.logical_batch import LogicalBatch, Microbatch
 from fsdp_dp.numerics import accumulate_dtype, exact_arithmetic
-from fsdp_dp.records import NO_CALL, Call, Record
+from fsdp_dp.records import NO_CALL, Call, Layout, Record
+from fsdp_dp.row_layouts import RowLayouts
 from fsdp_dp.sharding.base import ShardedModel
 from fsdp_dp.shared_values import Meetings, SharedValue, is_marked
 from fsdp_dp.taps import Bare, FreezeWindow, Report, SharedParameters, Taps, at_end_of_backward, recomputing
@@ -40,6 +40,7 @@ class Recorder:
         current: the microbatch that is recorded.
         in_forward: whether its forward runs now.
         window: what of the parameters may not be changed now.
+        layouts: where the rows are in what layers and bare parameters are given.
         meetings: of values without rows with values that have them.
     """
 
@@ -60,12 +61,13 @@ class Recorder:
                 self._attributes[module][attribute] = name
         self.current: Microbatch | None = None
         self.in_forward = False
-        self.meetings = Meetings()
-        self.layouts = RowLayouts(layers)
+        self.layouts = RowLayouts()
+        self.meetings = Meetings(self.layouts)
         self.window = FreezeWindow({p.name: p.parameter for p in model.parameters}, batch.refusals_poison)
         self._taps = Taps(layers, keeps, self._start_record, self._share_output, lambda: self.meetings.rows)
         self._shared_parameters = SharedParameters(bare, self._is_sharing, self._share_parameter)
         self._same_for_all_rows: set[str] = set()
+        self._looks_at_shapes: set[str] = set()
 
     @property
     def running(self) -> list[nn.Module]:
@@ -74,7 +76,6 @@ class Recorder:
 
     def start_forward(self, microbatch: Microbatch) -> None:
         self.current = microbatch
-        self.meetings.rows = microbatch.rows
         self.window.close()
         self._taps.of_forward.clear()
         self.in_forward = True
@@ -145,8 +146,10 @@ class Recorder:
             )
         return lambda call, inputs, grads: None
 
-    def _share_output(self, layer: str, inputs: Sequence[Tensor]) -> Callable[[Tensor], SharedValue] | None:
-        """How to carry a layer's output if its inputs are the same for all rows, such as position ids without a batch.
+    def _share_output(
+        self, layer: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+    ) -> Callable[[Tensor], SharedValue] | None:
+        """How to carry a layer's outputs if they are the same for all rows: positions without a batch, of ids or of shapes.
 
         Found out in the first forward, where tensors that descend from the rows are marked. Ids that the program expanded
         to the batch itself have rows already.
@@ -157,6 +160,10 @@ class Recorder:
             return None  # under tensor parallelism every input needs the batch, or its layout is refused
         if self.meetings.learning and not any(map(is_marked, inputs)) and not self._has_equal_rows(inputs):
             self._same_for_all_rows.add(layer)
+        if self.meetings.learning and not any(map(is_marked, outputs)):
+            self._looks_at_shapes.add(layer)
+        if layer in self._looks_at_shapes and any(x.ndim and x.shape[0] % self.meetings.rows for x in outputs):
+            return self._sharing(layer)
         return self._sharing(layer) if layer in self._same_for_all_rows else None
 
     def _has_equal_rows(self, inputs: Sequence[Tensor]) -> bool:
@@ -209,7 +216,7 @@ class Recorder:
         with exact_arithmetic(self._model.device):
             if any(grad is not None for grad in record.grads):
                 record, complete = self._model.localize(layer, module, record)
-                layout = self.layouts.of(layer, record, microbatch.rows)
+                layout = self._layout(layer, record, microbatch.rows)
                 _note_dtypes(microbatch, record.grads)
                 gradients = per_sample_gradients(module, record.arranged(layout, microbatch.rows), frozenset(names))
                 if layout == "merged":
@@ -218,6 +225,22 @@ class Recorder:
             for attribute, name in names.items():
                 for taker in microbatch.takers:
                     taker.report(name, gradients.get(attribute))
+
+    def _layout(self, layer: str, record: Record, rows: int) -> Layout:
+        """Where the rows are in a record. Raises UnsupportedModelError if that cannot be relied on."""
+        inputs = [record.inputs[0].shape] if record.call.spec is None else []
+        shapes = [*inputs, *(grad.shape for grad in record.grads if grad is not None)]
+        if rows == 1:
+            return "rows" if all(len(shape) > 0 and shape[0] == 1 for shape in shapes) else "merged"
+        layout = self.layouts.of(layer, shapes, rows, layouts(self._layers[layer]))
+        if layout is None:
+            raise UnsupportedModelError(
+                f"Layer '{layer}': its {'input' if inputs else 'output'} has shape {tuple(shapes[0])} and its output "
+                f"gradient {tuple(shapes[-1])}, but the microbatch has {rows} rows, so its gradient cannot be told apart "
+                "by row. Give every layer an input that has the batch as its first dimension, and call it in the first "
+                "microbatch already, where that is verified"
+            )
+        return layout
 
     def _shared_report(self, microbatch: Microbatch, name: str) -> Report:
         def report(call: Call, inputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]) -> None:

@@ -9,14 +9,14 @@ them and the result is an ordinary tensor. The gradient that arrives at ``per_ro
 The same carries the output of a layer whose input is the same for all rows (position ids ``[T]`` or ``[1, T]``).
 
 What is row data is known in the first forward, where everything that descends from the model's inputs is marked
-(see `marks`); later, tensors that require grad are, and for the others the first forward's answer is kept. All of it is
-verified before the first release, by exchanging rows (see `independence`).
+(see `marks`); later, tensors that require grad are, and for the others the first forward's answer is kept (see
+`Meetings`). All of it is verified before the first release, by exchanging rows (see `independence`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from fsdp_dp.by_row import by_row
 from fsdp_dp.errors import UnsupportedModelError
-from fsdp_dp.marks import is_marked
+from fsdp_dp.marks import PICKED_REFUSED, is_marked, is_picked
 from fsdp_dp.records import layout_of
+from fsdp_dp.row_layouts import RowLayouts
 
 METADATA = frozenset(
     "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cuda is_cpu is_meta is_sparse is_quantized "
@@ -59,31 +60,41 @@ _EXPANDING = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
 class Meetings:
     """For each place where a shared value meets another tensor that needs no gradient: is that one the rows' data?
 
-    Filled while ``learning`` (the first forward, whose tensors are marked), looked up afterwards.
+    Filled while ``learning`` (a watched forward, whose tensors are marked), looked up afterwards. "No" is exact whatever
+    the tensor is: each row's copy then meets all of it, and where the result meets the rows, row i is that of copy i. It is
+    the answer where nothing else is known (a mask that the first microbatch did not need), or where answers differ; it
+    takes memory for ``rows`` results, so the next forward ``wants`` to be watched.
     """
 
+    layouts: RowLayouts = dataclasses.field(default_factory=RowLayouts)
     rows: int = 0
     learning: bool = True
+    wants: bool = False
     _known: dict[tuple[Any, ...], bool] = dataclasses.field(default_factory=dict)
+    _picked: set[str] = dataclasses.field(default_factory=set)
 
-    def is_row_data(self, x: Tensor, place: tuple[Any, ...], owner: str) -> bool:
+    def start(self, rows: int, *, learning: bool) -> None:
+        """Of a forward."""
+        self.rows, self.learning = rows, learning
+        self.wants = self.wants and not learning
+
+    def is_row_data(self, x: Tensor, place: tuple[Any, ...]) -> bool:
         if x.requires_grad:
             return True
+        if layout_of([x.shape], self.rows) is None:
+            return False
         place = (*place, x.ndim)
         if self.learning:
-            answer = is_marked(x)
-            if self._known.setdefault(place, answer) is not answer:
-                self._refuse(owner, place)
-            return answer
-        if place not in self._known:
-            self._refuse(owner, place)
-        return self._known[place]
+            self._known[place] = is_marked(x) and self._known.get(place, True)
+        self.wants |= place not in self._known
+        return self._known.get(place, False)
 
-    def _refuse(self, owner: str, place: tuple[Any, ...]) -> None:
-        raise UnsupportedModelError(
-            f"'{owner}' meets another tensor in {place[0]}, and whether that is the rows' data could not be told from the "
-            "first forward; wrap the use of the parameter in a layer that is given the rows' data"
-        )
+    def refuse_picked(self, row_data: Sequence[Tensor], owner: str) -> None:
+        """Raises UnsupportedModelError if the parameter meets, or met in a watched forward, entries picked from all rows."""
+        if any(map(is_picked, row_data)):
+            self._picked.add(owner)
+        if row_data and owner in self._picked and self.rows > 1:
+            raise UnsupportedModelError(f"Parameter '{owner}' {PICKED_REFUSED}")
 
 
 class SharedValue(Tensor):
@@ -145,10 +156,14 @@ def unwrapped(tree: Any) -> Any:
     return tree_map(lambda x: x.per_row if isinstance(x, SharedValue) else x, tree)
 
 
+_MORE = {"_grouped_mm": "; for Hugging Face mixtures of experts, set experts_implementation='batched_mm' in the config"}
+
+
 def _unsupported(shared: SharedValue, name: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"Parameter '{shared.owner}' is used by {name} in a way whose per-row gradient is not known (shape "
         f"{tuple(shared.shape)}); wrap that use in a module of its own that is given the rows' data and owns the parameter"
+        + _MORE.get(name, "")
     )
 
 
@@ -166,8 +181,9 @@ class _Use:
         self.row_data = [
             x for x in self.leaves
             if isinstance(x, Tensor) and not isinstance(x, SharedValue) and name != "expand_as"
-            and self.meetings.is_row_data(x, (name, self.owner, self.first.ndim), self.owner)
+            and self.meetings.is_row_data(x, (name, self.owner, self.first.ndim))
         ]  # fmt: skip
+        self.meetings.refuse_picked(self.row_data, self.owner)
 
     def call(self, replace: Callable[[Any], Any]) -> Any:
         args, kwargs = tree_unflatten([replace(x) for x in self.leaves], self.spec)
@@ -268,11 +284,12 @@ class _Use:
 
     def _layout(self) -> str:
         """Where the rows are in the data that the shared values meet."""
-        layouts = {layout_of([x.shape], self.rows) for x in self.row_data}
-        if len(layouts) != 1 or None in layouts:
+        place = (self.name, self.owner, self.first.ndim)
+        found = {self.meetings.layouts.of((*place, x.ndim), [x.shape], self.rows) for x in self.row_data}
+        if len(found) != 1 or None in found:
             shapes = [tuple(x.shape) for x in self.row_data]
             raise _unsupported(self.first, f"{self.name} with tensors of shapes {shapes} for {self.rows} rows")
-        return str(layouts.pop())
+        return str(found.pop())
 
     def _row_dimension(self) -> int:
         return 1 if self._layout() == "second" else 0

@@ -29,7 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from fsdp_dp.attention import Attentions
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.layers.leaf import is_proven
-from fsdp_dp.marks import is_picked
+from fsdp_dp.marks import PICKED_REFUSED, is_picked
 from fsdp_dp.records import Call
 from fsdp_dp.shared_values import SharedValue, unwrapped
 
@@ -110,8 +110,8 @@ class Taps:
         layers: canonical name -> module.
         keeps: whether a layer's record needs all that the layer was given, or its first input alone.
         start: called with the layer's name in forward; returns what to do in backward.
-        share: called with the layer's name and inputs; a function that makes an output `SharedValue`, for inputs that
-            are the same for all rows, else None.
+        share: called with the layer's name, inputs and outputs; a function that makes an output a `SharedValue`, for
+            outputs that are the same for all rows, else None.
         rows: how many the microbatch has.
     """
 
@@ -120,7 +120,7 @@ class Taps:
         layers: Mapping[str, nn.Module],
         keeps: Callable[[nn.Module], Literal["first", "all"]],
         start: Callable[[str], Report],
-        share: Callable[[str, Sequence[Tensor]], Callable[[Tensor], SharedValue] | None],
+        share: Callable[[str, Sequence[Tensor], Sequence[Tensor]], Callable[[Tensor], SharedValue] | None],
         rows: Callable[[], int],
     ) -> None:
         self._start, self._share, self._rows = start, share, rows
@@ -195,13 +195,13 @@ class Taps:
         """``output`` with a tap behind each of its floating-point tensors."""
         self._refuse_picked(name, inputs)
         are_shared = [isinstance(x, SharedValue) for x in inputs]
-        share = None if any(are_shared) else self._share(name, inputs)
+        leaves, spec = ([output], None) if type(output) is Tensor else tree_flatten(output)
+        tapped = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
+        share = None
+        if not any(are_shared) or any(isinstance(leaves[i], SharedValue) for i in tapped):
+            share = self._share(name, inputs, [leaves[i] for i in tapped])
         if share is None and not any(are_shared) and call.spec is None and type(output) is Tensor:
             return self.through(call, report, [output], inputs)[0]  # most calls, and they are many
-        leaves, spec = tree_flatten(output)
-        tapped = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
-        if any(are_shared) and any(isinstance(leaves[i], SharedValue) for i in tapped):
-            share = self._share(name, inputs)
         if share is not None:
             are_shared = [True] * len(inputs)
             inputs = [x if isinstance(x, SharedValue) else share(x) for x in inputs]
@@ -214,17 +214,13 @@ class Taps:
         through = self.through(call, report, outputs, inputs)
         for i, x in zip(tapped, through, strict=True):
             leaves[i] = leaves[i].with_rows(x) if isinstance(leaves[i], SharedValue) else x
-        return tree_unflatten(leaves, spec)
+        return leaves[0] if spec is None else tree_unflatten(leaves, spec)
 
     def _refuse_picked(self, name: str, inputs: Sequence[Tensor]) -> None:
         if any(map(is_picked, inputs)):
             self._picked.add(name)
         if name in self._picked and self._rows() > 1:
-            raise UnsupportedModelError(
-                f"Layer '{name}' is given entries that were picked from all rows by the data or by chance (tokens of an "
-                "expert, positions without padding), so they cannot be told apart by row. Run one row a microbatch, keep "
-                "the batch as the first dimension, or put what picks them and the parameters into one module without children"
-            )
+            raise UnsupportedModelError(f"Layer '{name}' {PICKED_REFUSED}")
 
 
 def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:

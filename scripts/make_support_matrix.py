@@ -93,8 +93,9 @@ Unmodified models in small configurations with random weights; rows of different
 Refused:
 
 {refused}
-DeBERTa-v2 and BART are exact with their position tables frozen (`requires_grad_(False)`), ResNet after
-`fsdp_dp.replace_batch_norm(model)`.
+DeBERTa-v2 is exact with its position table frozen (`requires_grad_(False)`), ResNet after
+`fsdp_dp.replace_batch_norm(model)`. Mixtures of experts are exact with `experts_implementation="batched_mm"`, and with
+`"eager"` one row a microbatch; `"grouped_mm"`, which `transformers` chooses by itself, is refused.
 
 Other ways to use them, each exact on one device:
 

@@ -9,7 +9,7 @@ from tests.distributed.backends import fail_if_any
 from tests.generated.running import problems
 
 CI = range(0, 22)
-SLOW = [range(first, first + 25) for first in range(0, 200, 25)]
+SLOW = [range(first, first + 25) for first in range(0, 400, 25)]
 BACKENDS = ["fsdp1", "fsdp2"]
 
 

@@ -20,8 +20,24 @@ from tests.agreement import (
     rows_of,
 )
 from tests.models.adapters import with_lora
-from tests.models.variants import CONSTANT, called_with, own_loss
-from tests.models.zoo import ENCODER, GPT2, MODELS, T5, TEXT, language, lm, mlm, subject, token_losses, translation
+from tests.models.variants import CONSTANT, called_with, with_its_own_loss
+from tests.models.zoo import (
+    BY_TOKEN,
+    ENCODER,
+    EXPERTS,
+    FLOAT32,
+    GPT2,
+    MODELS,
+    T5,
+    TEXT,
+    language,
+    lm,
+    mlm,
+    own_loss,
+    subject,
+    token_losses,
+    translation,
+)
 from tests.oracle import clipped_sum, relative_error, trainable
 
 DROPOUT: dict[str, Subject] = {
@@ -149,3 +165,17 @@ def test_positions_of_batch_1_before_the_rows() -> None:
     make_private(model, config(max_grad_norm=1.0))
     with pytest.raises(PrivacyError, match=r"first input has one row and another one 5"):
         model(position_ids=torch.arange(6)[None], input_ids=batch["input_ids"])
+
+
+def test_experts_one_row_at_a_time() -> None:
+    """A mixture of experts with `experts_implementation="eager"`, one row a microbatch, exact."""
+    assert_exact(
+        lm("MixtralForCausalLM", EXPERTS | {"experts_implementation": "eager"}, tolerance=FLOAT32), microbatch=1
+    )
+
+
+def test_load_balancing_loss() -> None:
+    """A mixture's load-balancing loss (`output_router_logits=True`), refused: it is a mean over the tokens of all rows."""
+    balanced = EXPERTS | BY_TOKEN | {"output_router_logits": True, "router_aux_loss_coef": 1.0}
+    with pytest.raises(UnsupportedModelError, match="when only other rows' inputs were exchanged"):
+        private_update(with_its_own_loss("MixtralForCausalLM", balanced, language, divisor=CONSTANT), bound=1.0)

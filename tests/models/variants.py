@@ -19,6 +19,7 @@ from tests.models.zoo import (
     GROUPED,
     IMAGE,
     MODELS,
+    PAD,
     POSITIONS_READ,
     REFUSED,
     T5,
@@ -29,17 +30,13 @@ from tests.models.zoo import (
     language,
     lm,
     mlm,
+    own_loss,
     subject,
     token_losses,
     translation,
 )
 
 CONSTANT = 7  # stands for num_items_in_batch: any number that does not depend on the data
-
-
-def own_loss(outputs: Any, batch: Batch) -> Tensor:
-    """As the model computes it."""
-    return outputs.loss
 
 
 def with_its_own_loss(
@@ -62,6 +59,18 @@ def called_with(name: str, **arguments: Any) -> Subject:
 
 def padded_on_the_left() -> Batch:
     return {name: x.flip(1) for name, x in language().items()}
+
+
+def masked_last() -> Batch:
+    """The decoder has a mask too; the first rows are without padding, so that their masks leave no trace."""
+    batch = translation()
+    batch |= {"decoder_attention_mask": (batch["decoder_input_ids"] != PAD).long()}
+    order = batch["attention_mask"].sum(1).argsort(descending=True)
+    return {name: x[order] for name, x in batch.items()}
+
+
+def masked_first() -> Batch:
+    return {name: x.flip(0) for name, x in masked_last().items()}
 
 
 def of_a_tuple(outputs: Any, batch: Batch) -> Tensor:
@@ -133,6 +142,7 @@ VARIANTS: dict[str, Subject] = {
     "GPT-2, activation checkpointing": checkpointed("GPT-2"),
     "Llama, activation checkpointing": checkpointed("Llama"),
     "T5, activation checkpointing": checkpointed("T5"),
+    "T5, masks that the first microbatch has no use for": dataclasses.replace(MODELS["T5"], batch=masked_last),
+    "T5, masks that the last microbatch has no use for": dataclasses.replace(MODELS["T5"], batch=masked_first),
     "DeBERTa-v2, position table frozen": without_position_table("DeBERTa-v2"),
-    "BART, position tables frozen": without_position_table("BART"),
 }

@@ -173,6 +173,8 @@ DISENTANGLED = ENCODER | {
     "pooler_hidden_size": 12,
 }  # fmt: skip
 DISENTANGLED_V2 = DISENTANGLED | {"position_buckets": 4, "share_att_key": True, "norm_rel_ebd": "layer_norm"}
+EXPERTS = GROUPED | {"num_local_experts": 3, "num_experts_per_tok": 2}
+BY_TOKEN = {"experts_implementation": "batched_mm"}
 RESNET = {"embedding_size": 6, "hidden_sizes": [6, 8], "depths": [1, 1], "num_labels": 3}
 
 
@@ -201,6 +203,12 @@ MODELS: dict[str, Subject] = {
     "Gemma 3": lm("Gemma3ForCausalLM", WIDE_GROUPED, tolerance=FLOAT32),
     "Phi-3": lm("Phi3ForCausalLM", TEXT | {"num_key_value_heads": 1}, tolerance=FLOAT32),
     "OLMo 2": lm("Olmo2ForCausalLM", TEXT | {"num_key_value_heads": 1}, tolerance=FLOAT32),
+    "Mixtral, batched experts": lm("MixtralForCausalLM", EXPERTS | BY_TOKEN, tolerance=FLOAT32),
+    "Qwen3-MoE, batched experts": lm(
+        "Qwen3MoeForCausalLM",
+        GROUPED | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8} | BY_TOKEN,
+        tolerance=FLOAT32,
+    ),
     "BERT": mlm("BertForMaskedLM", ENCODER),
     "BERT, classes": subject("BertForSequenceClassification", ENCODER | {"num_labels": 3}, classes, class_losses),
     "RoBERTa": mlm("RobertaForMaskedLM", ENCODER),
@@ -230,6 +238,10 @@ MODELS: dict[str, Subject] = {
         token_losses,
         tolerance=FLOAT32,
     ),
+    "BART": subject("BartForConditionalGeneration", SEQ2SEQ, translation, token_losses),
+    "mBART": subject("MBartForConditionalGeneration", SEQ2SEQ, translation, token_losses),
+    "Marian": subject("MarianMTModel", SEQ2SEQ | {"decoder_vocab_size": V}, translation, token_losses),
+    "Pegasus": subject("PegasusForConditionalGeneration", SEQ2SEQ, translation, token_losses),
     "Whisper": subject(
         "WhisperForConditionalGeneration",
         SEQ2SEQ | {"num_mel_bins": 5, "max_source_positions": 8, "max_target_positions": 16},
@@ -283,7 +295,7 @@ MODELS: dict[str, Subject] = {
     "Wav2Vec2": subject("Wav2Vec2ForSequenceClassification", WAV2VEC2, sound, class_losses),
 }
 
-POSITIONS_READ = ("rel_embeddings", "embed_positions")
+POSITIONS_READ = ("rel_embeddings",)
 REFUSED: dict[str, tuple[Subject, str]] = {
     "DeBERTa": (
         subject("DebertaForSequenceClassification", DISENTANGLED, classes, class_losses),
@@ -293,9 +305,9 @@ REFUSED: dict[str, tuple[Subject, str]] = {
         subject("DebertaV2ForSequenceClassification", DISENTANGLED_V2, classes, class_losses),
         "rel_embeddings.weight' is used by layer_norm outside its own layer's forward",
     ),
-    "BART": (
-        subject("BartForConditionalGeneration", SEQ2SEQ, translation, token_losses),
-        "'model.decoder.embed_positions'",
+    "Mixtral, other experts": (
+        lm("MixtralForCausalLM", EXPERTS | {"experts_implementation": "eager"}),
+        "experts.gate_up_proj' is given entries that were picked from all rows by the data",
     ),
     "Mamba": (
         lm("MambaForCausalLM", TOKENS | {"hidden_size": 12, "num_hidden_layers": 2, "state_size": 4}),

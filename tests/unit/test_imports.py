@@ -40,6 +40,7 @@ ORDER = (
         "adaptive_bounds",
         "marks",
         "methods",
+        "row_layouts",
         "shared_values",
     ),  # pure
     ("modes", "label_watch", "taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),

@@ -140,6 +140,36 @@ def test_what_is_not_known_is_refused(name: str) -> None:
         use(SharedValue(normal(B, *shape), "p", Meetings(rows=B)), *data)
 
 
+@pytest.mark.parametrize("known", [None, False, True])
+def test_a_mask_that_was_not_met_before(known: bool | None) -> None:
+    """A mask that no watched forward had, or had otherwise: exact all the same, and then one more forward is watched.
+
+    Seen to fail when what is not known is taken for the rows' data, whatever its shape.
+    """
+    meetings = Meetings(rows=B)
+    p, scores = normal(9, 2, seed=7), SCORES.clone().requires_grad_()
+    plain = p.clone().requires_grad_()
+    if known is not None:
+        earlier = MASK.clone() if known else MASK[:1].clone()
+        if known:
+            mark_rows(earlier)
+        with Marking():
+            table(SharedValue(p.expand(B, 9, 2), "p", meetings)) + earlier
+    meetings.start(B, learning=False)
+    for mask in (MASK, MASK[:1]):  # of each row, and the same for all
+        per_row = p.expand(B, 9, 2).clone().requires_grad_()
+        found = scores * (table(SharedValue(per_row, "p", meetings)) + mask)
+        expected = scores * (table(plain) + mask)
+        torch.testing.assert_close(found, expected)
+        found.square().sum().backward()
+        losses = expected.square().flatten(1).sum(1)
+        rows = [torch.autograd.grad(loss, plain, retain_graph=True)[0] for loss in losses]
+        torch.testing.assert_close(per_row.grad, torch.stack(rows))
+    assert meetings.wants is (known is not True)
+    meetings.start(B, learning=True)
+    assert not meetings.wants
+
+
 def test_values_may_be_read() -> None:
     shared = SharedValue(normal(1).expand(B, 1), "p", Meetings(rows=B))
     assert shared.item() == normal(1).item() and len(shared) == 1 and shared.shape == (1,)

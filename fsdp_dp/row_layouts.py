@@ -1,0 +1,54 @@
+"""Where the rows are in what a place of the program is given: guessed from sizes, proven by the rehearsal, then kept.
+
+A place is a layer, or a function that a bare parameter meets rows in. Sizes alone may lie: sequences in front may be as
+many as rows, and an expert may be given as many tokens. What the rehearsed microbatch did is verified by exchanging its
+rows (see `independence`); what a later one does for the first time is not, so there only whole rows in front are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+
+from fsdp_dp.records import ALL_LAYOUTS, Layout, fits, layout_of
+
+
+class RowLayouts:
+    """The layouts that each place is known to have.
+
+    Attributes:
+        learning: the microbatch that runs now is rehearsed before anything is released.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Hashable, set[Layout]] = {}
+        self.learning = True
+
+    def forget(self) -> None:
+        """What was learned, since it is not going to be verified."""
+        self._seen.clear()
+
+    def of(
+        self, place: Hashable, shapes: Sequence[torch.Size], rows: int, allowed: Sequence[Layout] = ALL_LAYOUTS
+    ) -> Layout | None:
+        """The layout of tensors of these shapes, or None if none can be relied on.
+
+        One that the place had when it was verified; a new one otherwise only while ``learning``, or if rows are in front and
+        cannot be mistaken for entries picked from all rows: whole sequences or images, not vectors.
+        """
+        if rows == 1:  # whatever it is, it is all of that row
+            return layout_of(shapes, rows, allowed) or "merged"
+        seen = self._seen.setdefault(place, set())
+        fitting = {layout for layout in seen if fits(layout, shapes, rows)}
+        if fitting == {"rows", "merged"}:  # one entry a row
+            fitting = {"rows"}
+        if len(fitting) == 1:
+            return fitting.pop()
+        guess = layout_of(shapes, rows, allowed)
+        vectors = any(len(shape) < 3 for shape in shapes)
+        if fitting or guess is None or not (self.learning or (guess == "rows" and not vectors)):
+            return None
+        if self.learning:
+            seen.add(guess)
+        return guess
