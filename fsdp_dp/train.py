@@ -15,12 +15,14 @@ from typing import NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fsdp_dp.training.checked import checked, writable_schema
 from fsdp_dp.training.config_errors import explain
-from fsdp_dp.training.schema import TrainConfig, check_world
+from fsdp_dp.training.trial import is_task, run_trial
 
 EXIT_BAD_CONFIGURATION = 2
 # How long other ranks give rank 0 to say what is wrong, so that it is said once.
@@ -38,31 +40,12 @@ def config_folder() -> str:
     return str(checkout / "conf" if in_checkout else package / "conf")
 
 
-def writable_schema(kind: type[TrainConfig] = TrainConfig) -> DictConfig:
-    """The schema as a node that YAML files and overrides may fill in: OmegaConf makes frozen dataclasses read-only."""
-    schema = OmegaConf.structured(kind)
-    for node in (schema, *schema.values()):
-        if isinstance(node, DictConfig):
-            OmegaConf.set_readonly(node, None)
-    return schema
-
-
-def checked(config: DictConfig, world_size: int | None = None) -> TrainConfig:
-    """The configuration as the dataclasses of the schema, for this number of processes (default: those that there are).
-
-    Raises:
-        ValueError: a value is not allowed.
-        OmegaConfBaseException: a key is unknown; merging into the schema finds those that `+key=value` added.
-    """
-    known = OmegaConf.merge(writable_schema(), OmegaConf.to_container(config))
-    train_config = OmegaConf.to_object(known)
-    assert isinstance(train_config, TrainConfig)
-    check_world(train_config, int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size)
-    return train_config
-
-
 def run_job(config: DictConfig) -> None:
-    """Check the configuration, read the data, then train."""
+    """Check the configuration, read the data, then train; a task of submitit's has torchrun do that."""
+    config = in_the_sweeps_folder(config)
+    if is_task():
+        run_trial(config)
+        return
     try:
         train_config = checked(config)
         # Imported late: torch takes seconds, and --help or a wrong option should not.
@@ -72,6 +55,15 @@ def run_job(config: DictConfig) -> None:
     except (ValueError, OmegaConfBaseException) as error:
         refuse(explain(error))
     run_or_end(plan)
+
+
+def in_the_sweeps_folder(config: DictConfig) -> DictConfig:
+    """A trial of a sweep has its run directory in the sweep's, unless output_dir says otherwise."""
+    if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().job, "num") or config.output_dir:
+        return config
+    merged = OmegaConf.merge(config, {"output_dir": HydraConfig.get().runtime.output_dir})
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def refuse(message: str) -> NoReturn:
@@ -93,6 +85,9 @@ def run_command(job: Callable[[DictConfig], None]) -> None:
         "1"  # Hydra then raises instead of printing, and `explain` can add what is allowed.
     )
     ConfigStore.instance().store(name="train_schema", node=writable_schema())
+    if os.environ.get("RANK", "0") != "0":
+        # Each rank of torchrun makes a sweep's folder, named by its own clock: the runs are in that of rank 0.
+        sys.argv.insert(1, "hydra.sweep.dir=outputs/multirun/.other_ranks")
     try:
         hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(job)()
     except (ValueError, HydraException, OmegaConfBaseException) as error:
