@@ -20,11 +20,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fsdp_dp.training import launchers
 from fsdp_dp.training.checked import checked, writable_schema
 from fsdp_dp.training.config_errors import explain
 from fsdp_dp.training.trial import is_task, run_trial
 
-EXIT_BAD_CONFIGURATION = 2
+EXIT_BAD_CONFIGURATION, EXIT_FAILED_TRIAL = 2, 1
 # How long other ranks give rank 0 to say what is wrong, so that it is said once.
 SECONDS_FOR_RANK_0 = 5
 
@@ -85,13 +86,19 @@ def run_command(job: Callable[[DictConfig], None]) -> None:
         "1"  # Hydra then raises instead of printing, and `explain` can add what is allowed.
     )
     ConfigStore.instance().store(name="train_schema", node=writable_schema())
+    launchers.register()
     if os.environ.get("RANK", "0") != "0":
         # Each rank of torchrun makes a sweep's folder, named by its own clock: the runs are in that of rank 0.
         sys.argv.insert(1, "hydra.sweep.dir=outputs/multirun/.other_ranks")
     try:
         hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(job)()
     except (ValueError, HydraException, OmegaConfBaseException) as error:
-        refuse(explain(error))
+        refuse(launchers.hint(explain(error)))
+    except RuntimeError as error:
+        if not launchers.is_of_a_trial(error):
+            raise
+        print(f"fsdp_dp.train: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_FAILED_TRIAL)
 
 
 if __name__ == "__main__":

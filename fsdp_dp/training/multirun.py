@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from fsdp_dp.training.run_folder import CONFIG_FILE
 
@@ -23,8 +22,17 @@ class ComposedCost(Callback):
 
 
 def summary(folder: Path) -> list[str]:
-    """What the runs in a sweep's folder cost together, or why that cannot be said, and the command that says it later."""
+    """What the runs in a sweep's folder cost together, or why that cannot be said."""
+    # Imported late: they take a second, and Hydra makes the callback for every command.
+    from fsdp_dp.accounting import AccountingError
+    from fsdp_dp.reporting.run import read_run
     from fsdp_dp.sweep import cost
 
-    trials = sorted((path.parent for path in folder.glob(f"*/{CONFIG_FILE}")), key=lambda path: int(path.name))
-    return trials
+    runs = sorted((path.parent for path in folder.glob(f"*/{CONFIG_FILE}")), key=lambda run: (len(run.name), run.name))
+    if not runs:
+        return [f"no run is in {folder}: `python -m fsdp_dp.sweep cost RUN...` says what runs elsewhere cost together"]
+    try:
+        lines = cost([read_run(run) for run in runs], delta=None)
+    except (ValueError, AccountingError) as error:
+        return [f"the {len(runs)} runs in {folder}: no cost of all together can be stated. {error}"]
+    return [f"the {len(runs)} runs in {folder}, to choose among which is to see all of them:", *lines]

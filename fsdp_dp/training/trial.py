@@ -22,9 +22,13 @@ from omegaconf.errors import OmegaConfBaseException
 from fsdp_dp.training.checked import checked
 from fsdp_dp.training.config_errors import explain
 
-# Ranks that are still starting ignore what they are told: they are told again after so many seconds.
-SECONDS_BETWEEN_WARNINGS = 2.0
+# Ranks that are still starting ignore a warning: they are told again after so many seconds.
+SECONDS_BETWEEN_WARNINGS = 0.5
 PROCESSES_WITHOUT_GPUS = 2
+
+
+class TrialError(RuntimeError):
+    """The ranks of a trial failed."""
 
 
 def is_task() -> bool:
@@ -37,7 +41,7 @@ def run_trial(config: DictConfig) -> None:
 
     Raises:
         ValueError: the configuration is not allowed, in which case nothing is started.
-        RuntimeError: a rank failed.
+        TrialError: a rank failed.
     """
     import submitit
 
@@ -59,7 +63,10 @@ def run_trial(config: DictConfig) -> None:
     if status and warned:
         sys.exit(os.EX_TEMPFAIL)  # a task of another node: the first one's has requeued the job
     if status:
-        raise RuntimeError(f"the ranks' torchrun ended with status {status}: see {job.paths.stderr}")
+        raise TrialError(
+            f"a trial failed: {job.paths.stdout} says why. Its releases count all the same, and the other trials go on: "
+            f"`python -m fsdp_dp.sweep cost {Path(config.output_dir).parent}/*/` says what they cost together"
+        )
 
 
 def processes() -> int:
@@ -93,7 +100,8 @@ def supervise(command: list[str]) -> tuple[int, bool]:
     requeue = signal.getsignal(number)
     warning: list[int] = []
     signal.signal(number, lambda number, _: warning.append(number))
-    torchrun = subprocess.Popen(command)
+    # Slurm signals every process of the job; torchrun would die of it, and so would ranks that are still starting.
+    torchrun = subprocess.Popen(command, preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
     try:
         status = watched(torchrun, lambda: bool(warning))
     finally:

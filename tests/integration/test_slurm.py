@@ -51,3 +51,25 @@ def test_a_job_lets_nobody_else_in_and_is_finished_after_a_preemption(cluster, t
     assert f"{STEPS} releases" in slurm.verified_ledger(first.run)
     assert first.steps == STEPS
     assert 7.9 < json.loads((first.run / "metrics.jsonl").read_text().splitlines()[-1])["epsilon"] <= 8
+
+
+@pytest.mark.slow
+def test_a_time_limit_a_lost_node_and_a_cancellation(cluster, text, tmp_path: Path) -> None:
+    """Told a minute ahead of its limit, the job requeues itself; then its second node goes down, without a word to it."""
+    job = Job(cluster, tmp_path / "run", [f"steps={FOREVER}", *text], ["--time=2", "--signal=B:USR1@75"])
+    job.wait_for("the requeue at its time limit", lambda: job.facts["Restarts"] == "1")
+    slurm.slurm(cluster, "scontrol", "update", f"jobid={job.number}", "timelimit=30")
+    before = job.steps
+    job.wait_for_steps(before + 3)
+    assert f"going on from the checkpoint of step {before}" in job.said  # nothing was lost
+
+    slurm.slurm(cluster, "scontrol", "update", "nodename=n2", "state=down", "reason=test")  # it comes back by itself
+    job.wait_for("the requeue without the node", lambda: job.facts["Restarts"] == "2")
+    job.wait_for("the third start", lambda: job.said.count("going on from the checkpoint of step") == 2)
+    before = job.steps
+    job.wait_for_steps(before + 3)
+
+    slurm.slurm(cluster, "scancel", job.number)
+    assert job.end() == "CANCELLED"
+    slurm.verified_ledger(job.run)
+    assert job.steps < FOREVER
