@@ -21,8 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fsdp_dp.training import launchers
-from fsdp_dp.training.checked import checked, writable_schema
 from fsdp_dp.training.config_errors import explain
+from fsdp_dp.training.schema import TrainConfig, check_world
 from fsdp_dp.training.trial import is_task, run_trial
 
 EXIT_BAD_CONFIGURATION, EXIT_FAILED_TRIAL = 2, 1
@@ -41,11 +41,34 @@ def config_folder() -> str:
     return str(checkout / "conf" if in_checkout else package / "conf")
 
 
+def writable_schema(kind: type[TrainConfig] = TrainConfig) -> DictConfig:
+    """The schema as a node that YAML files and overrides may fill in: OmegaConf makes frozen dataclasses read-only."""
+    schema = OmegaConf.structured(kind)
+    for node in (schema, *schema.values()):
+        if isinstance(node, DictConfig):
+            OmegaConf.set_readonly(node, None)
+    return schema
+
+
+def checked(config: DictConfig, world_size: int | None = None) -> TrainConfig:
+    """The configuration as the dataclasses of the schema, for this number of processes (default: those that there are).
+
+    Raises:
+        ValueError: a value is not allowed.
+        OmegaConfBaseException: a key is unknown; merging into the schema finds those that `+key=value` added.
+    """
+    known = OmegaConf.merge(writable_schema(), OmegaConf.to_container(config))
+    train_config = OmegaConf.to_object(known)
+    assert isinstance(train_config, TrainConfig)
+    check_world(train_config, int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size)
+    return train_config
+
+
 def run_job(config: DictConfig) -> None:
     """Check the configuration, read the data, then train; a task of submitit's has torchrun do that."""
     config = in_the_sweeps_folder(config)
     if is_task():
-        run_trial(config)
+        run_trial(config, checked)
         return
     try:
         train_config = checked(config)

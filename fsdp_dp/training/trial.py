@@ -19,7 +19,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fsdp_dp.training.checked import checked
 from fsdp_dp.training.config_errors import explain
 
 # Ranks that are still starting ignore a warning: they are told again after so many seconds.
@@ -36,8 +35,10 @@ def is_task() -> bool:
     return "SUBMITIT_EXECUTOR" in os.environ and "RANK" not in os.environ
 
 
-def run_trial(config: DictConfig) -> None:
+def run_trial(config: DictConfig, check: Callable[[DictConfig, int], object]) -> None:
     """Train, on all nodes of this job; returns when the run is complete. Every task of the job calls it.
+
+    `check` raises what is wrong with a configuration, for so many processes.
 
     Raises:
         ValueError: the configuration is not allowed, in which case nothing is started.
@@ -53,7 +54,7 @@ def run_trial(config: DictConfig) -> None:
         )
     config = OmegaConf.merge(config, {"resume": True})  # after a requeue, the run is there
     try:
-        checked(config, world_size=job.num_nodes * processes())
+        check(config, job.num_nodes * processes())
     except (ValueError, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from None
     composed = json.dumps(OmegaConf.to_container(config, resolve=True))
