@@ -1,6 +1,6 @@
 """A trial that submitit started: torchrun on each node of its job, and the requeue that goes with it.
 
-`python -m fsdp_dp.train -m hydra/launcher=submitit_slurm ...` has submitit submit one job for each trial; on each node of a job
+`python -m fsdp_dp.train -m hydra/launcher=submitit_slurm ...` has submitit submit one job for each trial; on each node of it
 one task calls `run_trial`. It starts torchrun, whose ranks get the configuration as it was composed, by this module's own
 `main`. When Slurm warns the job, the ranks save the run, and only then does submitit requeue the job.
 """
