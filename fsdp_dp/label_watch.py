@@ -33,7 +33,11 @@ def averaged_labels(args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) ->
 
 
 class LabelWatch(TorchFunctionMode):
-    """Looks at the losses between ``start`` and ``stop``; what it found out is asked for by ``check``."""
+    """Looks at the losses between ``start`` and ``stop``; what it found out is asked for by ``check``.
+
+    ``stop`` is called within backward, which torch has this mode pass on: the mode is then out of torch's stack, and back in
+    it afterwards. So every call takes it out, whether it looks or not, and ``check`` does so outside of backward.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -48,15 +52,14 @@ class LabelWatch(TorchFunctionMode):
         put_in(self)
 
     def stop(self) -> None:
-        if self._on:
-            take_out(self)
+        take_out(self)
         self._on = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in LOSSES and result.requires_grad:
+        if self._on and func in LOSSES and result.requires_grad:
             self._look(args, kwargs or {})
         return result
 
@@ -86,6 +89,7 @@ class LabelWatch(TorchFunctionMode):
         Raises:
             PrivacyError: a loss of this logical batch divided by a count of labels that are not ignored.
         """
+        self.stop()
         if self._copied is not None:
             self._copied.synchronize()
         if self._looked and bool(self._answer):

@@ -15,14 +15,17 @@ from typing import NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fsdp_dp.training import launchers
 from fsdp_dp.training.config_errors import explain
 from fsdp_dp.training.schema import TrainConfig, check_world
+from fsdp_dp.training.trial import is_task, run_trial
 
-EXIT_BAD_CONFIGURATION = 2
+EXIT_BAD_CONFIGURATION, EXIT_FAILED_TRIAL = 2, 1
 # How long other ranks give rank 0 to say what is wrong, so that it is said once.
 SECONDS_FOR_RANK_0 = 5
 
@@ -62,7 +65,11 @@ def checked(config: DictConfig, world_size: int | None = None) -> TrainConfig:
 
 
 def run_job(config: DictConfig) -> None:
-    """Check the configuration, read the data, then train."""
+    """Check the configuration, read the data, then train; a task of submitit's has torchrun do that."""
+    config = in_the_sweeps_folder(config)
+    if is_task():
+        run_trial(config, checked)
+        return
     try:
         train_config = checked(config)
         # Imported late: torch takes seconds, and --help or a wrong option should not.
@@ -72,6 +79,15 @@ def run_job(config: DictConfig) -> None:
     except (ValueError, OmegaConfBaseException) as error:
         refuse(explain(error))
     run_or_end(plan)
+
+
+def in_the_sweeps_folder(config: DictConfig) -> DictConfig:
+    """A trial of a sweep has its run directory in the sweep's, unless output_dir says otherwise."""
+    if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().job, "num") or config.output_dir:
+        return config
+    merged = OmegaConf.merge(config, {"output_dir": HydraConfig.get().runtime.output_dir})
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def refuse(message: str) -> NoReturn:
@@ -93,10 +109,19 @@ def run_command(job: Callable[[DictConfig], None]) -> None:
         "1"  # Hydra then raises instead of printing, and `explain` can add what is allowed.
     )
     ConfigStore.instance().store(name="train_schema", node=writable_schema())
+    launchers.register()
+    if os.environ.get("RANK", "0") != "0":
+        # Each rank of torchrun makes a sweep's folder, named by its own clock: the runs are in that of rank 0.
+        sys.argv.insert(1, "hydra.sweep.dir=outputs/multirun/.other_ranks")
     try:
         hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(job)()
     except (ValueError, HydraException, OmegaConfBaseException) as error:
-        refuse(explain(error))
+        refuse(launchers.hint(explain(error)))
+    except RuntimeError as error:
+        if not launchers.is_of_a_trial(error):
+            raise
+        print(f"fsdp_dp.train: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_FAILED_TRIAL)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ def explain(error: Exception) -> str:
 def allowed_keys(key: str) -> str:
     """The options that stand where `key` was looked for: those of its nearest parent that exists."""
     parents = key.split(".")[:-1]
+    if parents[:1] == ["hydra"]:
+        return f"one of those that `--cfg hydra --package {'.'.join(parents)}` prints"
     node: type = TrainConfig
     prefix = ""
     for name in parents:

@@ -11,8 +11,6 @@ import pytest
 
 from fsdp_dp.accounting import epsilon
 
-pytestmark = pytest.mark.slow  # eight scripts on two ranks: minutes on two cores
-
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("fsdp1", "fsdp2", "opacus")
 # One pair of processes for all six scripts, since processes take seconds to start. Every script meets at a port of its own:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import _len_torch_function_stack
 
 from fsdp_dp import PrivacyError, make_private, per_sample_cross_entropy
 from tests.distributed.backends import privacy_config
@@ -78,3 +79,18 @@ def test_what_ignores_nothing_is_exact_and_a_mean_over_rows_may_ignore() -> None
     found = {name: p.grad * 8 for name, p in model.named_parameters()}
     assert relative_error(found, {name: 2 * g for name, g in expected.items()}) < 1e-9
     trained(row_mean, [labels(0), labels(3), labels(7)])
+
+
+def test_the_watch_goes_with_each_release() -> None:
+    """Seen to fail while backward put it back where it had been taken out: another one stayed on with every microbatch."""
+    before = _len_torch_function_stack()
+    model = nn.Linear(6, V)
+    optimizer = torch.optim.SGD(model.parameters())
+    make_private(model, privacy_config(max_grad_norm=0.1), optimizer)
+    for _ in range(3):
+        for _ in range(3):
+            F.cross_entropy(model(torch.randn(B, 6)), torch.arange(B)).backward()
+            assert _len_torch_function_stack() <= before + 2  # itself, and the record of the first microbatch's loss
+        optimizer.step()
+        optimizer.zero_grad()
+        assert _len_torch_function_stack() == before
