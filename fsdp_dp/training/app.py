@@ -252,7 +252,7 @@ def run_or_end(plan: Plan) -> None:
 def explained(error: Exception) -> str:
     """An error in one line, with what was noted on the way and what to do where that is known."""
     text = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return f"{text}. Lower microbatch_size, which changes no release, and go on with resume=true"
     if isinstance(error, RuntimeError) and ("onnection closed by peer" in text or "onnection reset by peer" in text):
         return f"lost another rank, which was killed or whose machine is gone ({text})"

@@ -15,6 +15,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from fsdp_dp.training.run_folder import write_whole
+
 UNPROTECTED = "outside_the_guarantee"
 # A progress bar redraws itself often on a terminal and seldom in a log file.
 SECONDS_BETWEEN_LINES = 30
@@ -30,7 +32,7 @@ class RunLog:
     def __init__(self, folder: Path, steps: int, done: int = 0) -> None:
         path = folder / "metrics.jsonl"
         self.records: list[dict[str, Any]] = [record for record in whole_lines(path) if record["step"] <= done]
-        path.write_text("".join(map(as_line, self.records)), encoding="utf-8")
+        write_whole(path, "".join(map(as_line, self.records)))
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"))
         interval = 0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES

@@ -26,7 +26,7 @@ from fsdp_dp.training.metrics import RunLog, finite_or_text, whole_lines
 from fsdp_dp.training.report import Outcome, assumptions, claim, guarantee, unprotected
 from fsdp_dp.training.run_folder import check_folder, write_config
 from fsdp_dp.training.schedule import learning_rate
-from fsdp_dp.training.schema import OptimizerConfig, TrainConfig
+from fsdp_dp.training.schema import OptimizerConfig, PrivacyOptions, TrainConfig
 
 PRIVACY = PrivacyConfig(
     max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=10, dataset_size=1000, target_delta=1e-5, steps=200
@@ -162,8 +162,36 @@ def test_a_folder_is_taken_unless_its_run_goes_on(tmp_path):
         check_folder(run_config(tmp_path, resume=True, batch_size=100))
     with pytest.raises(ValueError, match=r"optimizer\.name was adamw"):
         check_folder(run_config(tmp_path, resume=True, optimizer=OptimizerConfig(name="sgd")))
+    (tmp_path / "config.yaml").unlink()
+    check_folder(run_config(tmp_path, resume=True, batch_size=100))  # killed before it had written its configuration
     with pytest.raises(ValueError, match="resume=true needs output_dir"):
         TrainConfig(resume=True)
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints/step-00000004"])
+def test_a_run_without_its_ledger_does_not_go_on(left, tmp_path):
+    """Seen to go on from the initial weights, with a new ledger that counts from 0."""
+    write_config(run_config(tmp_path), tmp_path)
+    (tmp_path / left).mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match=r"a private run without its ledger\.jsonl: .* count the whole budget as spent"
+    ):
+        check_folder(run_config(tmp_path, resume=True))
+    with pytest.raises(ValueError, match="already holds a run"):
+        check_folder(run_config(tmp_path))
+    plain = PrivacyOptions(mechanism="none", target_epsilon=None)
+    write_config(run_config(tmp_path, privacy=plain), tmp_path)
+    check_folder(run_config(tmp_path, resume=True, privacy=plain))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_metrics_outlive_a_full_disk(tmp_path):
+    """Seen to fail when the file is written anew in its place."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "metrics.jsonl.new").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        RunLog(tmp_path, 10, done=1)
+    assert whole_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 
 def test_an_extension_says_what_it_costs():
@@ -182,6 +210,9 @@ def test_errors_say_what_to_do():
     note.add_note("this was row 7")
     assert explained(note) == "ValueError: broken; this was row 7"
     assert "Lower microbatch_size" in explained(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**46)
+    assert "Lower microbatch_size" in explained(caught.value)
     assert explained(RuntimeError("Connection closed by peer [::1]")).startswith("lost another rank")
 
 
