@@ -45,8 +45,7 @@ ROUTES = (
     ("split", "decoder", "adamw"),
     ("split", "tied", "momentum"),
     ("split", "partly frozen", "sgd"),
-    ("replicated", "decoder", "adamw"),
-    ("replicated", "tied", "momentum"),
+    ("replicated", "tied", "adamw"),
 )
 Route = tuple[str, str, str]
 
@@ -57,6 +56,7 @@ def quiet() -> Iterator[None]:
     with quiet_torch():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
         warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
+        warnings.filterwarnings("ignore", "When using ``NO_SHARD``", UserWarning)
         yield
 
 
