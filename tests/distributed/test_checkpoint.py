@@ -222,7 +222,7 @@ def test_troubles_are_named_on_all_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_shardings_take_turns(route: Route, folders: Any, initial: Any, tmp_path: Path) -> None:
-    """Would show an optimizer left out of the checkpoint, or a state of after the next step in it; not yet broken by hand."""
+    """Seen to fail when checkpoints leave the optimizer out, and when they are written without a copy of the state."""
     chain, name, optimizer = route
     steps = LAST_STEP[chain] + 1
     weights = model_weights(folders[route] / f"step-{steps:08d}")
@@ -344,7 +344,7 @@ def test_a_checkpoint_of_another_ledger_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at_first", [True, False])
 def test_a_ledger_is_kept_for_a_whole_run(at_first: bool, tmp_path: Path) -> None:
-    """Not yet broken by hand. Without the check, releases after the checkpoint would be counted by nobody."""
+    """Seen to fail, both ways, without the check: releases after the checkpoint would then be counted by nobody."""
     privacy = privacy_config(max_grad_norm=median_norm("decoder"), steps=10)
     ledger = begin(tmp_path, privacy)
     ledger.reserve(0)
