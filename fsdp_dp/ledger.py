@@ -161,6 +161,11 @@ class Ledger:
     def anchor(self) -> Anchor:
         return self._chain.anchor
 
+    @property
+    def counted(self) -> int:
+        """Releases that count as spent, a line that was cut short included."""
+        return 0 if self.standing is None else counted_at_resume(self.standing, torn=bool(self._chain.torn))
+
     def check(self, anchor: Anchor) -> None:
         """Raises LedgerError unless this ledger goes through a checkpoint's `anchor`."""
         self._chain.check(anchor)
@@ -191,8 +196,7 @@ class Ledger:
                 f"steps={privacy.steps} is less than the {self.standing.budget} releases that this run committed to; give at "
                 "least as many. A run may end early, but its epsilon stays that of its budget"
             )
-        counted = counted_at_resume(self.standing, torn=bool(self._chain.torn))
-        return self._append({"kind": "resume", "counted": counted} | common)
+        return self._append({"kind": "resume", "counted": self.counted} | common)
 
     def covers(self, release: int) -> bool:
         """Whether release number `release` may be made: it is reserved on the disk."""

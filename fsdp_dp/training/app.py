@@ -20,13 +20,14 @@ from fsdp_dp.data.corpus import Corpus, load_corpus
 from fsdp_dp.engine import PrivacyEngine
 from fsdp_dp.ledger import LEDGER_FILE, Ledger
 from fsdp_dp.second_opinion import cost_of_cap, cross_check
+from fsdp_dp.standing import LedgerError
 from fsdp_dp.training.budget import Budget, plan_budget
 from fsdp_dp.training.building import build_engine, build_model, build_optimizer, parameter_count
 from fsdp_dp.training.fellows import Fellows
 from fsdp_dp.training.interrupt import StopRequest, stop_on_signals
 from fsdp_dp.training.loop import Training, evaluate, train
 from fsdp_dp.training.report import Outcome, summarize, write_report
-from fsdp_dp.training.run_folder import CHECKPOINTS, check_folder, make_folder, write_config
+from fsdp_dp.training.run_folder import CHECKPOINTS, METRICS_FILE, check_folder, last_step, make_folder, write_config
 from fsdp_dp.training.schema import TrainConfig
 from fsdp_dp.training.world import World, start_world
 
@@ -101,6 +102,8 @@ def work(plan: Plan, world: World, stop: StopRequest) -> int:
     """`run`, among the other ranks."""
     folder = Path(world.from_main(str(make_folder(plan.config)) if world.is_main else None))
     ledger = Ledger(folder / LEDGER_FILE) if world.is_main else None
+    if ledger is not None and plan.privacy is not None:
+        check_counted(ledger, last_step(folder))
     training = assemble(plan, world, folder, ledger, stop)
     started = time.perf_counter()
     steps = train(training)
@@ -152,6 +155,15 @@ def commit(plan: Plan, engine: PrivacyEngine | None, ledger: Ledger | None) -> B
     if plan.privacy.max_batch_size is not None:
         print(cost_of_cap(plan.privacy, engine.noise_multiplier, plan.config.steps), flush=True)
     return budget
+
+
+def check_counted(ledger: Ledger, made: int) -> None:
+    """Raise LedgerError where the ledger counts fewer releases than the metrics tell of, which are written after each."""
+    if made > ledger.counted:
+        raise LedgerError(
+            f"{ledger.path} counts {ledger.counted} releases, and {METRICS_FILE} beside it tells of step {made}: the ledger "
+            "was cut or replaced. Bring back the ledger of this run; without it, count the whole budget as spent"
+        )
 
 
 def position(

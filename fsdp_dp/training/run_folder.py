@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,20 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file; a line that a crash cut short is left out."""
+    records: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def last_step(folder: Path) -> int:
+    """The last step that the metrics tell of; 0 where there are none."""
+    return max((record["step"] for record in whole_lines(folder / METRICS_FILE)), default=0)
 
 
 def _at(options: dict[str, Any], path: str) -> Any:
