@@ -18,6 +18,7 @@ import pytest
 from fsdp_dp.ledger import LEDGER_FILE, Ledger, check_run, read
 from fsdp_dp.ledger import main as ledger_command
 from fsdp_dp.training.app import EXIT_REQUEUE
+from fsdp_dp.training.run_folder import METRICS_FILE
 from tests.integration.faults import ANYWHERE, GRACE_S, Launcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +72,15 @@ class Scenario:
     def start(
         self, *faults: dict[str, Any], options: Sequence[str] = (), torchrun: bool = False
     ) -> tuple[list[int], str]:
-        """One start with faults: exit codes, and what the ranks said."""
+        """One start with faults, and what it left behind checked: exit codes, and what the ranks said."""
+        codes, said = self.launch(*faults, options=options, torchrun=torchrun)
+        self.check(said)
+        self.sessions += 1
+        return codes, said
+
+    def launch(
+        self, *faults: dict[str, Any], options: Sequence[str] = (), torchrun: bool = False
+    ) -> tuple[list[int], str]:
         environment = {
             "FAULTS": json.dumps(faults),
             "FAULT_FOLDER": str(self.folder),
@@ -92,8 +101,6 @@ class Scenario:
         assert ended.get("seconds_after_failure", 0.0) < 20, said
         for path in self.folder.glob("output-*"):
             path.unlink()
-        self.check(said)
-        self.sessions += 1
         return ended["codes"], said
 
     def copy(self, name: str, run: Path) -> "Scenario":
@@ -267,14 +274,16 @@ def edited(run: Path) -> None:
     ledger.write_text(ledger.read_text().replace('"until": 5', '"until": 4'))
 
 
-def cut_below_a_checkpoint(run: Path) -> None:
+def cut_with_metrics(run: Path) -> None:
     ledger = run / LEDGER_FILE
     ledger.write_text(ledger.read_text().splitlines(keepends=True)[0])
-
-
-def cut_without_checkpoints(run: Path) -> None:
-    cut_below_a_checkpoint(run)
     shutil.rmtree(run / "checkpoints")
+
+
+def cut_with_checkpoints(run: Path) -> None:
+    ledger = run / LEDGER_FILE
+    ledger.write_text(ledger.read_text().splitlines(keepends=True)[0])
+    (run / METRICS_FILE).unlink()
 
 
 def without_its_ledger(run: Path) -> None:
@@ -283,8 +292,8 @@ def without_its_ledger(run: Path) -> None:
 
 TOUCHED = [
     (edited, "line 2 does not continue the chain"),
-    (cut_below_a_checkpoint, "does not go through it: it was cut"),
-    (cut_without_checkpoints, "counts 0 releases, and metrics.jsonl beside it tells of step 6"),
+    (cut_with_checkpoints, "does not go through it: it was cut"),
+    (cut_with_metrics, "counts 0 releases, and metrics.jsonl beside it tells of step 6"),
     (without_its_ledger, "a private run without its ledger.jsonl"),
 ]
 
@@ -301,8 +310,9 @@ def test_a_folder_that_was_touched_is_refused_or_right(scenario: Scenario) -> No
     for touch, message in TOUCHED:
         shutil.copytree(whole, scenario.run)
         touch(scenario.run)
-        codes, said = scenario.start()
+        codes, said = scenario.launch()
         assert 0 not in codes and message in said, (touch, said)
+        assert not any(path.stat().st_size for path in scenario.folder.glob("draws-*")), (touch, said)
         shutil.rmtree(scenario.run)
     copies = [scenario.copy(name, whole) for name in ("first", "second")]
     shutil.rmtree(copies[0].run / "checkpoints" / "step-00000006")
