@@ -210,7 +210,7 @@ FAILURES = [
 def test_failures_are_named_by_all_ranks(scenario: Scenario) -> None:
     """Out of memory, rows that cannot be read, workers that die, a disk without room; then a row without a finite gradient.
 
-    Would show a rank that does not tell the others why it ends; not yet broken by hand.
+    Seen to fail when a rank does not tell the others why it ends.
     """
     scenario.steps = 50
     for fault, cause in FAILURES:
@@ -258,6 +258,7 @@ def test_one_writer_and_one_model(scenario: Scenario) -> None:
     for options, message in (
         (["resume=false"], "already holds a run: go on with it by resume=true"),
         (["model.width=32"], "model was {"),
+        (["privacy.noise_multiplier=2"], "noise_multiplier was 1.0 when this run began and is 2.0 now"),
         (["privacy.max_grad_norm=1.0"], "max_grad_norm was 0.5 when this run began and is 1.0 now"),
         (["steps=40"], "steps=40 is less than the 80 releases"),
     ):
