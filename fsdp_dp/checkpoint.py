@@ -36,13 +36,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.optimizer import Optimizer
 
 from fsdp_dp.engine import PrivacyEngine
-from fsdp_dp.ledger import Anchor, Ledger, sync_folder
+from fsdp_dp.ledger import STATE_FILE, Anchor, Ledger, sync_folder
 from fsdp_dp.standing import LedgerError
 
-STATE_FILE = "state.json"
 # Of checkpoints that are being written or removed; a name that `newest` never finds.
 _UNFINISHED = ".unfinished-"
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+_UNREADABLE = (
+    "If it is damaged, remove it, and go on from the one before it: what was released since counts all the same"
+)
 
 
 class CheckpointError(RuntimeError):
@@ -127,9 +129,10 @@ class Checkpoints:
         Raises:
             LedgerError: the ledger does not go through the checkpoint's anchor, or there is none where there was one.
             PrivacyError: the engine's mechanism is not the checkpoint's.
+            CheckpointError: the newest checkpoint cannot be read, or is not one of this model and optimizer.
         """
         found = self._from_main(self._read_newest() if self._is_main else None)
-        if isinstance(found, LedgerError):
+        if isinstance(found, LedgerError | CheckpointError):
             raise found
         if found is None:
             self._load_engine(None)
@@ -137,9 +140,9 @@ class Checkpoints:
         path, state = self.folder / found["name"], found["state"]
         reader = dcp.FileSystemReader(str(path))
         tensors: dict[str, Any] = {"model": get_model_state_dict(self._model)}
-        if any(key.startswith("optimizer.") for key in reader.read_metadata().state_dict_metadata):
+        if any(key.startswith("optimizer.") for key in _names_in(reader)):
             tensors["optimizer"] = get_optimizer_state_dict(self._model, self._optimizer, options=_OPTIONS)
-        with _named(f"{path}: this checkpoint cannot be loaded into this model and optimizer"):
+        with _named(f"{path}: this checkpoint cannot be loaded into this model and optimizer. {_UNREADABLE}"):
             dcp.load(tensors, storage_reader=reader, process_group=self._group)
         set_model_state_dict(self._model, tensors["model"])
         if "optimizer" in tensors:
@@ -148,15 +151,20 @@ class Checkpoints:
         self._at = state["step"]
         return dict(state)
 
-    def _read_newest(self) -> dict[str, Any] | LedgerError | None:
+    def _read_newest(self) -> dict[str, Any] | LedgerError | CheckpointError | None:
+        """On rank 0: what it found, errors included, for the others wait to hear of it."""
         path = newest(self.folder)
         if path is None:
             return None
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         try:
+            state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
             self._check_anchor(state["ledger"])
         except LedgerError as error:
             return LedgerError(f"{path}: {error}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return CheckpointError(
+                f"{path}: {STATE_FILE} cannot be read ({type(error).__name__}: {error}). {_UNREADABLE}"
+            )
         return {"name": path.name, "state": state}
 
     def _check_anchor(self, anchor: list[Any] | None) -> None:
@@ -216,6 +224,16 @@ def alone_without_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         yield
+
+
+def _names_in(reader: dcp.FileSystemReader) -> list[str]:
+    """What a checkpoint holds. Raises CheckpointError if that cannot be read: torch's reader lets any error through."""
+    try:
+        return list(reader.read_metadata().state_dict_metadata)
+    except Exception as error:
+        raise CheckpointError(
+            f"{reader.checkpoint_id}: .metadata cannot be read ({type(error).__name__}: {error}). {_UNREADABLE}"
+        ) from error
 
 
 @contextmanager

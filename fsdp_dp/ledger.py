@@ -32,8 +32,8 @@ from fsdp_dp.config import PrivacyConfig, require_integer
 from fsdp_dp.standing import FORMAT, LedgerError, Standing, after, counted_at_resume, mechanism_of, opened
 
 LEDGER_FILE = "ledger.jsonl"
-# What a checkpoint says of itself, its anchor in the ledger included, relative to the run's folder.
-CHECKPOINT_STATES = "checkpoints/*/state.json"
+# The checkpoints in a run's folder, and what each says of itself, its anchor in the ledger included.
+CHECKPOINTS, STATE_FILE = "checkpoints/step-*", "state.json"
 UNDETECTED = (
     "Not detected: an old copy of the whole run put in its place (ledger and checkpoints together), and two runs that went "
     "on from copies of one folder, each with its own ledger. Those releases add up, and nobody here counts them."
@@ -154,12 +154,17 @@ class Ledger:
         self._lock = _hold(path)
         self._chain = read(path) if path.exists() else Chain([], [], b"")
         self.standing = self._chain.standing() if self._chain.records else None
-        self._turn = threading.Lock()
+        self._turn = threading.RLock()
         self._broken = False
 
     @property
     def anchor(self) -> Anchor:
         return self._chain.anchor
+
+    @property
+    def counted(self) -> int:
+        """Releases that count as spent, a line that was cut short included."""
+        return 0 if self.standing is None else counted_at_resume(self.standing, torn=bool(self._chain.torn))
 
     def check(self, anchor: Anchor) -> None:
         """Raises LedgerError unless this ledger goes through a checkpoint's `anchor`."""
@@ -191,19 +196,22 @@ class Ledger:
                 f"steps={privacy.steps} is less than the {self.standing.budget} releases that this run committed to; give at "
                 "least as many. A run may end early, but its epsilon stays that of its budget"
             )
-        counted = counted_at_resume(self.standing, torn=bool(self._chain.torn))
-        return self._append({"kind": "resume", "counted": counted} | common)
+        return self._append({"kind": "resume", "counted": self.counted} | common)
 
     def covers(self, release: int) -> bool:
         """Whether release number `release` may be made: it is reserved on the disk."""
         return self.standing is not None and self.standing.running and release <= self.standing.counted
 
     def reserve(self, released: int) -> None:
-        """Reserve the releases after `released`, as many as a lease holds and the budget has; returns when they are safe."""
-        assert self.standing is not None
-        until = int(min(released + self.standing.lease, self.standing.limit))
-        if until > self.standing.counted:
-            self._append({"kind": "lease", "released": released, "until": until})
+        """Reserve the releases after `released`, as many as a lease holds and the budget has; returns when they are safe.
+
+        A checkpoint's lease may come after that of a later step, from another thread: then it is held already.
+        """
+        with self._turn:
+            assert self.standing is not None
+            until = int(min(released + self.standing.lease, self.standing.limit))
+            if until > self.standing.counted:
+                self._append({"kind": "lease", "released": released, "until": until})
 
     def close(self, released: int) -> None:
         """Give back the rest of the lease: exactly `released` releases were made, and this process makes no more."""
@@ -289,12 +297,25 @@ def check_run(folder: Path) -> Chain:
     """The ledger of a run, after checking it and what the run's checkpoints remember of it. Raises LedgerError."""
     chain = read(folder / LEDGER_FILE)
     chain.standing()
-    for state in sorted(folder.glob(CHECKPOINT_STATES)):
+    for checkpoint in sorted(folder.glob(CHECKPOINTS)):
         try:
-            chain.check(Anchor(*json.loads(state.read_text(encoding="utf-8"))["ledger"]))
+            chain.check(anchor_in(checkpoint))
         except LedgerError as error:
-            raise LedgerError(f"{state.parent.name}: {error}") from error
+            raise LedgerError(f"{checkpoint.name}: {error}") from error
     return chain
+
+
+def anchor_in(checkpoint: Path) -> Anchor:
+    """What a checkpoint remembers of the ledger. Raises LedgerError where it says nothing."""
+    path = checkpoint / STATE_FILE
+    try:
+        length, head = json.loads(path.read_text(encoding="utf-8"))["ledger"]
+        return Anchor(int(length), str(head))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LedgerError(
+            f"{STATE_FILE} does not tell which ledger this checkpoint belongs to ({type(error).__name__}: {error}). Remove "
+            "the checkpoint, and go on from the one before it: what was released since counts all the same"
+        ) from error
 
 
 def verdict(chain: Chain) -> str:

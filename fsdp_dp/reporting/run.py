@@ -17,8 +17,7 @@ from fsdp_dp.config import AdaptiveBounds, PrivacyConfig
 from fsdp_dp.data.corpus import describe_unit
 from fsdp_dp.ledger import LedgerError, check_run, verdict
 from fsdp_dp.standing import Standing
-from fsdp_dp.training.metrics import whole_lines
-from fsdp_dp.training.run_folder import CONFIG_FILE, METRICS_FILE
+from fsdp_dp.training.run_folder import CONFIG_FILE, METRICS_FILE, whole_lines
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,13 +20,14 @@ from fsdp_dp.data.corpus import Corpus, load_corpus
 from fsdp_dp.engine import PrivacyEngine
 from fsdp_dp.ledger import LEDGER_FILE, Ledger
 from fsdp_dp.second_opinion import cost_of_cap, cross_check
+from fsdp_dp.standing import LedgerError, Standing
 from fsdp_dp.training.budget import Budget, plan_budget
 from fsdp_dp.training.building import build_engine, build_model, build_optimizer, parameter_count
 from fsdp_dp.training.fellows import Fellows
 from fsdp_dp.training.interrupt import StopRequest, stop_on_signals
 from fsdp_dp.training.loop import Training, evaluate, train
 from fsdp_dp.training.report import Outcome, summarize, write_report
-from fsdp_dp.training.run_folder import CHECKPOINTS, check_folder, make_folder, write_config
+from fsdp_dp.training.run_folder import CHECKPOINTS, METRICS_FILE, check_folder, last_step, make_folder, write_config
 from fsdp_dp.training.schema import TrainConfig
 from fsdp_dp.training.world import World, start_world
 
@@ -101,6 +102,8 @@ def work(plan: Plan, world: World, stop: StopRequest) -> int:
     """`run`, among the other ranks."""
     folder = Path(world.from_main(str(make_folder(plan.config)) if world.is_main else None))
     ledger = Ledger(folder / LEDGER_FILE) if world.is_main else None
+    if ledger is not None and plan.privacy is not None:
+        check_counted(ledger, last_step(folder))
     training = assemble(plan, world, folder, ledger, stop)
     started = time.perf_counter()
     steps = train(training)
@@ -125,8 +128,9 @@ def assemble(plan: Plan, world: World, folder: Path, ledger: Ledger | None, stop
     optimizer = build_optimizer(model, config.optimizer, config.sharding.strategy)
     engine = build_engine(model, optimizer, privacy)
     ledger = None if engine is None else ledger  # of a plain run, it is no more than the folder's lock
-    budget = commit(plan, engine, ledger)
+    # This first: on a full disk, what it removes makes room for the ledger's line.
     checkpoints = Checkpoints(folder / CHECKPOINTS, model, optimizer, engine, ledger)
+    budget = commit(plan, engine, ledger)
     saved = checkpoints.load()
     start, last = world.from_main(position(config, engine, ledger, saved))
     log = None
@@ -154,6 +158,15 @@ def commit(plan: Plan, engine: PrivacyEngine | None, ledger: Ledger | None) -> B
     return budget
 
 
+def check_counted(ledger: Ledger, made: int) -> None:
+    """Raise LedgerError where the ledger counts fewer releases than the metrics tell of, which are written after each."""
+    if made > ledger.counted:
+        raise LedgerError(
+            f"{ledger.path} counts {ledger.counted} releases, and {METRICS_FILE} beside it tells of step {made}: the ledger "
+            "was cut or replaced. Bring back the ledger of this run; without it, count the whole budget as spent"
+        )
+
+
 def position(
     config: TrainConfig, engine: PrivacyEngine | None, ledger: Ledger | None, saved: dict[str, Any] | None
 ) -> tuple[int, int]:
@@ -164,8 +177,11 @@ def position(
 
 
 def continued(privacy: PrivacyConfig | None, ledger: Ledger | None) -> PrivacyConfig | None:
-    """The mechanism of the run that the ledger tells of: its noise was calibrated once, for good."""
-    if privacy is None or ledger is None or ledger.standing is None:
+    """The mechanism of the run that the ledger tells of: its noise was calibrated once, for good.
+
+    A noise multiplier that is asked for by number stays as it is: the ledger refuses another than the run's.
+    """
+    if privacy is None or privacy.noise_multiplier is not None or ledger is None or ledger.standing is None:
         return privacy
     return replace(privacy, noise_multiplier=ledger.standing.mechanism["noise_multiplier"], target_epsilon=None)
 
@@ -197,14 +213,15 @@ def announce(saved: dict[str, Any] | None, done: int, steps: int) -> None:
 def describe(plan: Plan, training: Training, steps: int, bits: float | None, seconds: float) -> Outcome:
     """The run as the report tells it. Every rank calls it; the counts are sums over ranks."""
     world, engine = training.world, training.engine
+    standing = None if training.ledger is None else training.ledger.standing
     nonfinite = 0 if engine is None else world.sum(engine.nonfinite_rows.view(1))[0] * world.data_size / world.size
     return Outcome(
         config=plan.config,
-        privacy=plan.privacy,
+        privacy=as_reported(plan.privacy, standing),
         corpus=plan.corpus,
         noise_multiplier=None if engine is None else engine.noise_multiplier,
         budget=training.budget,
-        standing=None if training.ledger is None else training.ledger.standing,
+        standing=standing,
         steps=steps,
         nonfinite_rows=int(nonfinite),
         useful_rows=None if training.log is None else training.log.mean("useful_rows"),
@@ -214,6 +231,13 @@ def describe(plan: Plan, training: Training, steps: int, bits: float | None, sec
         device=str(world.device),
         seconds=seconds,
     )
+
+
+def as_reported(privacy: PrivacyConfig | None, standing: Standing | None) -> PrivacyConfig | None:
+    """With the seed that this start or an earlier one had: some of the noise is no secret. Which seed, is in no ledger."""
+    if privacy is None or privacy.seed is not None or standing is None or not standing.seeded:
+        return privacy
+    return replace(privacy, seed=0)
 
 
 def publish(outcome: Outcome, log: RunLog, folder: Path) -> None:
@@ -252,7 +276,7 @@ def run_or_end(plan: Plan) -> None:
 def explained(error: Exception) -> str:
     """An error in one line, with what was noted on the way and what to do where that is known."""
     text = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return f"{text}. Lower microbatch_size, which changes no release, and go on with resume=true"
     if isinstance(error, RuntimeError) and ("onnection closed by peer" in text or "onnection reset by peer" in text):
         return f"lost another rank, which was killed or whose machine is gone ({text})"

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from fsdp_dp.training.run_folder import METRICS_FILE, whole_lines, write_whole
 
 UNPROTECTED = "outside_the_guarantee"
 # A progress bar redraws itself often on a terminal and seldom in a log file.
@@ -28,9 +29,9 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, steps: int, done: int = 0) -> None:
-        path = folder / "metrics.jsonl"
+        path = folder / METRICS_FILE
         self.records: list[dict[str, Any]] = [record for record in whole_lines(path) if record["step"] <= done]
-        path.write_text("".join(map(as_line, self.records)), encoding="utf-8")
+        write_whole(path, "".join(map(as_line, self.records)))
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"))
         interval = 0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
@@ -87,15 +88,6 @@ def series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[fl
 
 def as_line(record: dict[str, Any]) -> str:
     return json.dumps(finite_or_text(record)) + "\n"
-
-
-def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; a line that a crash cut short is left out."""
-    records: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            records.append(json.loads(line))
-    return records
 
 
 def finite_or_text(value: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.data.corpus import Corpus
+from fsdp_dp.ledger import EXTENDED
 from fsdp_dp.standing import Standing
 from fsdp_dp.training.budget import Budget
 from fsdp_dp.training.schema import TrainConfig
@@ -111,6 +112,7 @@ def guarantee(outcome: Outcome) -> str:
                 ("numerics", privacy.numerics),
             ),
             *early_stop(outcome),
+            *extended(outcome),
         ]
     )
 
@@ -155,6 +157,11 @@ def early_stop(outcome: Outcome) -> list[str]:
         f"The run was stopped after {outcome.steps} of {outcome.privacy.steps} releases. The ε above is still that of "
         "all of them: a decision to stop that may have looked at un-noised metrics is covered by nothing less.",
     ]
+
+
+def extended(outcome: Outcome) -> list[str]:
+    """What to say of a run whose budget was raised."""
+    return ["", EXTENDED] if outcome.standing is not None and outcome.standing.extended else []
 
 
 def assumptions(outcome: Outcome) -> str:

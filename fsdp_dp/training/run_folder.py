@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,20 @@ def check_folder(config: TrainConfig) -> None:
     if config.output_dir is None:
         return
     folder = Path(config.output_dir)
-    if not any((folder / name).exists() for name in (METRICS_FILE, LEDGER_FILE)):
+    if not any((*folder.glob(METRICS_FILE), *folder.glob(LEDGER_FILE), *folder.glob(f"{CHECKPOINTS}/step-*"))):
         return
     if not config.resume:
         raise ValueError(
             f"output_dir={folder} already holds a run: go on with it by resume=true, or choose another, or remove it."
         )
+    if not (folder / CONFIG_FILE).exists():
+        return  # killed at its very start; what its ledger holds is checked there
     before, now = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")), asdict(config)
+    if before["privacy"]["mechanism"] != "none" and not (folder / LEDGER_FILE).exists():
+        raise ValueError(
+            f"{folder} holds a private run without its {LEDGER_FILE}: releases were made there, and nothing tells how many. "
+            "Bring the ledger back; without it, count the whole budget as spent and choose another output_dir."
+        )
     for option in FIXED:
         if _at(before, option) != _at(now, option):
             raise ValueError(
@@ -46,11 +55,32 @@ def make_folder(config: TrainConfig) -> Path:
 
 
 def write_config(config: TrainConfig, folder: Path) -> None:
-    """Write the configuration of this start, in one go: a process that dies here must not leave half of it."""
-    text = yaml.safe_dump(asdict(config), sort_keys=False)
-    draft = folder / f"{CONFIG_FILE}.new"
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, folder / CONFIG_FILE)
+    """Write the configuration of this start."""
+    write_whole(folder / CONFIG_FILE, yaml.safe_dump(asdict(config), sort_keys=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one go: a process that dies here, or a full disk, leaves the file that was there, not half of one."""
+    draft = path.with_name(f"{path.name}.new")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file; a line that a crash cut short is left out."""
+    records: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def last_step(folder: Path) -> int:
+    """The last step that the metrics tell of; 0 where there are none."""
+    return max((record["step"] for record in whole_lines(folder / METRICS_FILE)), default=0)
 
 
 def _at(options: dict[str, Any], path: str) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +19,9 @@ from fsdp_dp import PrivacyEngine, PrivacyError
 from fsdp_dp.checkpoint import CheckpointError, Checkpoints, finished, newest
 from fsdp_dp.export import main as export
 from fsdp_dp.export import model_weights
-from fsdp_dp.ledger import LEDGER_FILE, Ledger
+from fsdp_dp.ledger import LEDGER_FILE, STATE_FILE, Ledger
 from fsdp_dp.standing import LedgerError
+from fsdp_dp.training.zero1 import Zero1
 from tests.distributed.backends import (
     BACKENDS,
     EXPECTED_BATCH_SIZE,
@@ -30,9 +33,21 @@ from tests.distributed.backends import (
 from tests.distributed.harness import run
 from tests.oracle import CASES, OPTIMIZERS, Gradients, median_norm, relative_error, rows_of_step, share, trained
 
-# One step on each, in this order; then one more in the test process, without a process group.
-CHAIN = ("fsdp1", "fsdp2", "tp 1x2", "fsdp1 shard_grad_op", "fsdp2 root only", "fsdp1 of torch")
-ROUTES = (("decoder", "adamw"), ("tied", "momentum"), ("partly frozen", "sgd"))
+# One step on each, in this order, on so many ranks; then one more in the test process, without a process group.
+SPLIT = ((2, ("fsdp1", "fsdp2", "tp 1x2", "fsdp1 shard_grad_op", "fsdp2 root only", "fsdp1 of torch")),)
+REPLICATED = (
+    (4, ("ddp", "fsdp1 hybrid", "zero1", "fsdp2 hybrid", "fsdp1 no_shard", "tp 2x2", "fsdp1 hybrid zero2")),
+    (2, ("zero1", "fsdp1 hybrid", "ddp")),
+)
+CHAINS = {"split": SPLIT, "replicated": REPLICATED}
+LAST_STEP = {name: sum(len(backends) for _, backends in chain) for name, chain in CHAINS.items()}
+ROUTES = (
+    ("split", "decoder", "adamw"),
+    ("split", "tied", "momentum"),
+    ("split", "partly frozen", "sgd"),
+    ("replicated", "tied", "adamw"),
+)
+Route = tuple[str, str, str]
 
 
 @contextlib.contextmanager
@@ -41,6 +56,7 @@ def quiet() -> Iterator[None]:
     with quiet_torch():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
         warnings.filterwarnings("ignore", "Please use DTensor instead", FutureWarning)
+        warnings.filterwarnings("ignore", "When using ``NO_SHARD``", UserWarning)
         yield
 
 
@@ -55,8 +71,15 @@ class Run:
                 parameter.zero_()
         privacy = privacy_config(max_grad_norm=median_norm(name), steps=10)
         self.model, self.engine = BACKENDS[backend](model, privacy)
-        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        self.optimizer = (
+            self._zero1(optimizer) if backend == "zero1" else OPTIMIZERS[optimizer](self.model.parameters())
+        )
         self.checkpoints = Checkpoints(folder, self.model, self.optimizer, self.engine, ledger)
+
+    def _zero1(self, name: str) -> torch.optim.Optimizer:
+        plain = OPTIMIZERS[name]
+        assert isinstance(plain, functools.partial)
+        return Zero1(self.model.parameters(), optimizer_class=plain.func, **plain.keywords)
 
     def step(self, number: int) -> None:
         """The oracle's logical batch of this number."""
@@ -86,10 +109,10 @@ def start(folder: Path, name: str, optimizer: str) -> Gradients:
     return initial
 
 
-def follow(rank: int, world_size: int, folders: dict[tuple[str, str], Path]) -> None:
-    """One step on each sharding of the chain; each begins with the checkpoint of the one before it."""
-    for (name, optimizer), folder in folders.items():
-        for step, backend in enumerate(CHAIN, start=1):
+def follow(rank: int, world_size: int, folders: dict[Route, Path], first: int, backends: tuple[str, ...]) -> None:
+    """One step on each sharding, from step `first` on; each begins with the checkpoint of the one before it."""
+    for (_, name, optimizer), folder in folders.items():
+        for step, backend in enumerate(backends, start=first):
             with quiet():
                 one = Run(folder, name, optimizer, backend)
                 state = one.checkpoints.load()
@@ -99,8 +122,12 @@ def follow(rank: int, world_size: int, folders: dict[tuple[str, str], Path]) -> 
                 one.step(step + 2)  # training goes on while the checkpoint is written, and is no part of it
                 one.checkpoints.wait()
                 one.engine.detach()
-    check_save_within_a_logical_batch(folders["decoder", "adamw"].with_name("within"))
-    check_failure_of_one_rank(rank, folders["decoder", "adamw"].with_name("failing"))
+
+
+def check_troubles(rank: int, world_size: int, folder: Path) -> None:
+    check_save_within_a_logical_batch(folder / "within")
+    check_failure_of_one_rank(rank, folder / "failing")
+    check_damage(rank, folder / "failing")
 
 
 def check_save_within_a_logical_batch(folder: Path) -> None:
@@ -138,29 +165,66 @@ def check_failure_of_one_rank(rank: int, folder: Path) -> None:
         one.engine.detach()
 
 
+def check_damage(rank: int, folder: Path) -> None:
+    """A checkpoint that cannot be read is named on all ranks; without it, the one before it is loaded."""
+    with quiet():
+        one = Run(folder, "decoder", "sgd", "fsdp2")
+        path = newest(folder)
+        assert path is not None
+        damages = ((STATE_FILE, "state.json cannot be read"), (".metadata", "metadata cannot be read"),
+                   ("__1_0.distcp", "cannot be loaded"))  # fmt: skip
+        for name, message in damages:
+            whole = (path / name).read_bytes()
+            torch.distributed.barrier()
+            if rank == 0:
+                (path / name).write_bytes(whole[: len(whole) // 2])
+            torch.distributed.barrier()
+            with pytest.raises(
+                CheckpointError, match=f"step-00000002.*{message}.*remove it, and go on from the one before"
+            ):
+                one.checkpoints.load()
+            torch.distributed.barrier()
+            if rank == 0:
+                (path / name).write_bytes(whole)
+        if rank == 0:
+            shutil.rmtree(path)
+        torch.distributed.barrier()
+        state = one.checkpoints.load()
+        assert state is not None and state["step"] == 1
+        one.engine.detach()
+
+
 def _disk_is_full(*arguments: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Route, Path]:
     root = tmp_path_factory.mktemp("checkpoints")
     return {route: root / "-".join(route) for route in ROUTES}
 
 
 @pytest.fixture(scope="module")
-def initial(folders: dict[tuple[str, str], Path]) -> dict[tuple[str, str], Gradients]:
-    """The parameters before step 0; the ranks have followed the chain."""
-    initial = {route: start(folder, *route) for route, folder in folders.items()}
-    run(follow, 2, folders, timeout=300.0)
+def initial(folders: dict[Route, Path]) -> dict[Route, Gradients]:
+    """The parameters before step 0; the ranks have followed the chains."""
+    initial = {route: start(folder, *route[1:]) for route, folder in folders.items()}
+    for name, chain in CHAINS.items():
+        along, first = {route: folder for route, folder in folders.items() if route[0] == name}, 1
+        for ranks, backends in chain:
+            run(follow, ranks, along, first, backends, timeout=300.0)
+            first += len(backends)
     return initial
 
 
+def test_troubles_are_named_on_all_ranks(tmp_path: Path) -> None:
+    run(check_troubles, 2, tmp_path)
+
+
 @pytest.mark.parametrize("route", ROUTES)
-def test_shardings_take_turns(route: tuple[str, str], folders: Any, initial: Any, tmp_path: Path) -> None:
-    """Would show an optimizer left out of the checkpoint, or a state of after the next step in it; not yet broken by hand."""
-    name, optimizer = route
-    steps = len(CHAIN) + 1
+def test_shardings_take_turns(route: Route, folders: Any, initial: Any, tmp_path: Path) -> None:
+    """Seen to fail when checkpoints leave the optimizer out, and when they are written without a copy of the state."""
+    chain, name, optimizer = route
+    steps = LAST_STEP[chain] + 1
     weights = model_weights(folders[route] / f"step-{steps:08d}")
     moved = {n: weights[n] - before for n, before in initial[route].items()}
     assert relative_error(moved, expected(name, optimizer, steps)) < TOLERANCE
@@ -178,7 +242,7 @@ def expected(name: str, optimizer: str, steps: int) -> Gradients:
 
 def test_what_a_checkpoint_holds(folders: Any, initial: Any) -> None:
     """Model, optimizer and counts: no sums of rows, no keys. The two newest are kept, and nothing half done."""
-    folder = folders["decoder", "adamw"]
+    folder = folders["split", "decoder", "adamw"]
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["step-00000006", "step-00000007"]
     state = json.loads((folder / names[-1] / "state.json").read_text())
@@ -198,7 +262,7 @@ def test_export_for_use_without_this_library(ending: str, folders: Any, initial:
     load_file = pytest.importorskip("safetensors.torch").load_file
     run_folder = tmp_path / "run"
     run_folder.mkdir()
-    (run_folder / "checkpoints").symlink_to(folders["tied", "momentum"])
+    (run_folder / "checkpoints").symlink_to(folders["split", "tied", "momentum"])
     out = tmp_path / f"model.{ending}"
     assert export([str(run_folder), str(out)]) == 0
     weights = load_file(out) if ending == "safetensors" else torch.load(out, weights_only=True)
@@ -280,7 +344,7 @@ def test_a_checkpoint_of_another_ledger_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at_first", [True, False])
 def test_a_ledger_is_kept_for_a_whole_run(at_first: bool, tmp_path: Path) -> None:
-    """Not yet broken by hand. Without the check, releases after the checkpoint would be counted by nobody."""
+    """Seen to fail, both ways, without the check: releases after the checkpoint would then be counted by nobody."""
     privacy = privacy_config(max_grad_norm=median_norm("decoder"), steps=10)
     ledger = begin(tmp_path, privacy)
     ledger.reserve(0)

@@ -63,12 +63,13 @@ class Saboteur:
         elif action == "out of memory":
             import torch
 
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB (simulated)")
+            torch.empty(2**46)  # more than there is to be had
         elif action == "unreadable":
             raise OSError(5, "Input/output error")
         elif action == "slow":
             time.sleep(3.0)
         elif action == "terminate all":
+            (self.folder / "terminated").write_text(str(time.monotonic()))
             for path in self.folder.glob("pid-*"):
                 os.kill(int(path.read_text()), signal.SIGTERM)
         elif action == "usr1":
@@ -85,7 +86,7 @@ def install(saboteur: Saboteur) -> None:
     from fsdp_dp import checkpoint, ledger, noise
     from fsdp_dp.data.packing import RowDataset
     from fsdp_dp.engine import PrivacyEngine
-    from fsdp_dp.training import loop
+    from fsdp_dp.training import app, loop
 
     draw = noise.standard_normal
 
@@ -128,6 +129,7 @@ def install(saboteur: Saboteur) -> None:
     noise.standard_normal = recorded
     ledger._write_all = torn_write
     loop.row_losses = with_nan
+    before(app, "write_config", "config")
     before(loop, "train_step", "step")
     before(PrivacyEngine, "_release", "release")
     before(dcp.FileSystemWriter, "write_data", "shards")

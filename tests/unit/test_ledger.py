@@ -7,11 +7,14 @@ import json
 import random
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fsdp_dp import ledger as ledger_module
 from fsdp_dp.accounting import epsilon
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.ledger import LEDGER_FILE, UNDETECTED, Anchor, Ledger, main, read
@@ -239,6 +242,38 @@ def test_shuffling_counts_the_epochs_that_each_process_touched(path):
     assert second.standing.epsilon().upper == pytest.approx(expected)
 
 
+def test_a_checkpoints_lease_may_come_after_that_of_a_later_step(path, monkeypatch):
+    """A step that the lease does not cover waits for the disk; the thread of the checkpoint before it comes second.
+
+    Seen to fail when what to reserve is settled before it is this thread's turn to write.
+    """
+    ledger = begin(path)
+    ledger.reserve(0)
+    write, others = ledger_module._write_through, []
+
+    def slow(*arguments):
+        late = threading.Thread(target=lambda: others.append(outcome(lambda: ledger.reserve(8))))
+        late.start()
+        time.sleep(0.2)  # the late one is under way by now, and waits for its turn
+        write(*arguments)
+        monkeypatch.setattr("fsdp_dp.ledger._write_through", write)
+        others.append(late)
+
+    monkeypatch.setattr("fsdp_dp.ledger._write_through", slow)
+    ledger.reserve(12)
+    others[0].join()
+    assert others[1:] == [None]
+    assert (ledger.standing.released, ledger.standing.counted) == (12, 24)
+
+
+def outcome(call):
+    """What a call raised."""
+    try:
+        call()
+    except Exception as error:
+        return error
+
+
 def test_a_failed_write_ends_the_ledger(path, monkeypatch):
     ledger = begin(path)
 
@@ -267,14 +302,20 @@ def test_the_second_writer_is_refused(path):
 def test_verify_says_whether_ledger_and_checkpoints_agree(path, capsys):
     ledger = begin(path)
     ledger.reserve(0)
-    state = path.parent / "checkpoints" / "release-00000003" / "state.json"
+    state = path.parent / "checkpoints" / "step-00000003" / "state.json"
     state.parent.mkdir(parents=True)
     state.write_text(json.dumps({"ledger": ledger.anchor}))
     assert main(["verify", str(path.parent)]) == 0
     assert capsys.readouterr().out == f"ok: 2 records, unbroken; 12 releases count as spent\n{UNDETECTED}\n"
     path.write_text(path.read_text().splitlines(keepends=True)[0])
     assert main(["verify", str(path.parent)]) == 1
-    assert "release-00000003: the checkpoint was written when the ledger had 2 records" in capsys.readouterr().err
+    assert "step-00000003: the checkpoint was written when the ledger had 2 records" in capsys.readouterr().err
+    for damaged in ('{"ledger": null}', '{"step"', "[]"):
+        state.write_text(damaged)
+        assert main(["verify", str(path.parent)]) == 1
+        assert "step-00000003: state.json does not tell which ledger" in capsys.readouterr().err
+    state.unlink()
+    assert main(["show", str(path.parent)]) == 1
     assert main(["show", str(path.parent / "nowhere")]) == 1
 
 

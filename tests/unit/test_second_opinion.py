@@ -56,7 +56,7 @@ def test_what_cannot_be_compared_is_said() -> None:
 
 @pytest.mark.parametrize(("cap", "cost"), [(10, 1.2), (25, 0.0)])
 def test_cut_draws_cost_what_dp_accounting_says(cap: int, cost: float) -> None:
-    """A tight cap must cost something, or it did not reach the accountant; not yet broken by hand."""
+    """Seen to fail, as does the calibration below, when the accountant takes draws for uncut ones."""
     ours = epsilon(noise_multiplier=1.0, sample_rate=0.01, steps=10, delta=1e-5, accountant="pld", cap=Cap(1000, cap))
     accountant = PLDAccountant(NeighboringRelation.REPLACE_SPECIAL)
     event = dp_event.TruncatedSubsampledGaussianDpEvent(1000, 0.01, cap, 1.0)

@@ -14,19 +14,20 @@ from fsdp_dp import PrivacyConfig
 from fsdp_dp.accounting import epsilon
 from fsdp_dp.data.corpus import Corpus
 from fsdp_dp.data.packing import RowDataset
-from fsdp_dp.standing import opened
-from fsdp_dp.training.app import check_extension, explained, lease
+from fsdp_dp.ledger import Ledger
+from fsdp_dp.standing import LedgerError, opened
+from fsdp_dp.training.app import as_reported, check_counted, check_extension, explained, lease
 from fsdp_dp.training.batches import endless_permutations
 from fsdp_dp.training.budget import MOST_POINTS, Budget, plan_budget
 from fsdp_dp.training.building import parameter_count
 from fsdp_dp.training.evaluate import evenly_spaced, loss_totals
 from fsdp_dp.training.fellows import Fellows
 from fsdp_dp.training.interrupt import stop_on_signals
-from fsdp_dp.training.metrics import RunLog, finite_or_text, whole_lines
+from fsdp_dp.training.metrics import RunLog, finite_or_text
 from fsdp_dp.training.report import Outcome, assumptions, claim, guarantee, unprotected
-from fsdp_dp.training.run_folder import check_folder, write_config
+from fsdp_dp.training.run_folder import check_folder, last_step, whole_lines, write_config
 from fsdp_dp.training.schedule import learning_rate
-from fsdp_dp.training.schema import OptimizerConfig, TrainConfig
+from fsdp_dp.training.schema import OptimizerConfig, PrivacyOptions, TrainConfig
 
 PRIVACY = PrivacyConfig(
     max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=10, dataset_size=1000, target_delta=1e-5, steps=200
@@ -162,8 +163,53 @@ def test_a_folder_is_taken_unless_its_run_goes_on(tmp_path):
         check_folder(run_config(tmp_path, resume=True, batch_size=100))
     with pytest.raises(ValueError, match=r"optimizer\.name was adamw"):
         check_folder(run_config(tmp_path, resume=True, optimizer=OptimizerConfig(name="sgd")))
+    (tmp_path / "config.yaml").unlink()
+    check_folder(run_config(tmp_path, resume=True, batch_size=100))  # killed before it had written its configuration
     with pytest.raises(ValueError, match="resume=true needs output_dir"):
         TrainConfig(resume=True)
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "checkpoints/step-00000004"])
+def test_a_run_without_its_ledger_does_not_go_on(left, tmp_path):
+    """Seen to go on from the initial weights, with a new ledger that counts from 0."""
+    write_config(run_config(tmp_path), tmp_path)
+    (tmp_path / left).mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match=r"a private run without its ledger\.jsonl: .* count the whole budget as spent"
+    ):
+        check_folder(run_config(tmp_path, resume=True))
+    with pytest.raises(ValueError, match="already holds a run"):
+        check_folder(run_config(tmp_path))
+    plain = PrivacyOptions(mechanism="none", target_epsilon=None)
+    write_config(run_config(tmp_path, privacy=plain), tmp_path)
+    check_folder(run_config(tmp_path, resume=True, privacy=plain))
+
+
+def test_metrics_show_that_a_ledger_was_cut(tmp_path):
+    """A step is written down after its release, and its release counted before: no metrics are ahead of their ledger."""
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    check_counted(ledger, 0)
+    with pytest.raises(
+        LedgerError, match=r"ledger.jsonl counts 0 releases, and metrics.jsonl beside it tells of step 1"
+    ):
+        check_counted(ledger, 1)
+    ledger.begin(PRIVACY, 1.0, lease=5)
+    ledger.reserve(0)
+    check_counted(ledger, 5)
+    with pytest.raises(LedgerError, match="counts 5 releases"):
+        check_counted(ledger, 6)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 6}\n\0\xff')
+    assert last_step(tmp_path) == 6
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_metrics_outlive_a_full_disk(tmp_path):
+    """Seen to fail when the file is written anew in its place."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "metrics.jsonl.new").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        RunLog(tmp_path, 10, done=1)
+    assert whole_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
 
 
 def test_an_extension_says_what_it_costs():
@@ -182,6 +228,9 @@ def test_errors_say_what_to_do():
     note.add_note("this was row 7")
     assert explained(note) == "ValueError: broken; this was row 7"
     assert "Lower microbatch_size" in explained(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**46)
+    assert "Lower microbatch_size" in explained(caught.value)
     assert explained(RuntimeError("Connection closed by peer [::1]")).startswith("lost another rank")
 
 
@@ -189,11 +238,23 @@ def test_a_lease_lasts_longer_than_the_way_to_the_next_checkpoint():
     assert [lease(every) for every in (1, 2, 4, 50)] == [2, 3, 5, 62]
 
 
+STANDING = opened({"kind": "open", "format": 1, "run": "x", "mechanism": {}, "options": {}, "budget": 200, "lease": 5,
+                   "seeded": False})  # fmt: skip
+
+
 def test_lost_releases_are_in_the_report():
-    standing = opened({"kind": "open", "format": 1, "run": "x", "mechanism": {}, "options": {}, "budget": 200, "lease": 5,
-                       "seeded": False})  # fmt: skip
-    text = guarantee(replace(OUTCOME, standing=replace(standing, lost=7)))
+    text = guarantee(replace(OUTCOME, standing=replace(STANDING, lost=7)))
     assert "200 of 200, 7 of which were lost" in text
+
+
+def test_an_earlier_start_is_in_the_report():
+    """A seed that a start was given voids the run; a budget that was raised is said. Seen to fail without `as_reported`."""
+    standing = replace(STANDING, seeded=True, extended=True)
+    outcome = replace(OUTCOME, privacy=as_reported(PRIVACY, standing), standing=standing)
+    assert claim(outcome).startswith("NO PRIVACY GUARANTEE: seed fixed")
+    assert "The budget was raised after releases had been made" in guarantee(outcome)
+    assert as_reported(PRIVACY, STANDING) == PRIVACY and as_reported(None, None) is None
+    assert "raised" not in guarantee(replace(OUTCOME, standing=STANDING))
 
 
 def test_cut_draws_are_in_the_report():
