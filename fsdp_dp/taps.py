@@ -213,7 +213,8 @@ class Taps:
                 call = dataclasses.replace(call, outputs=tuple(x.detach().clone() for x in outputs))
         through = self.through(call, report, outputs, inputs)
         for i, x in zip(tapped, through, strict=True):
-            leaves[i] = leaves[i].with_rows(x) if isinstance(leaves[i], SharedValue) else x
+            leaf = leaves[i]
+            leaves[i] = leaf.with_rows(x) if isinstance(leaf, SharedValue) else x
         return leaves[0] if spec is None else tree_unflatten(leaves, spec)
 
     def _refuse_picked(self, name: str, inputs: Sequence[Tensor]) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -52,7 +52,7 @@ def run_trial(config: DictConfig, check: Callable[[DictConfig, int], object]) ->
             f"hydra.launcher.tasks_per_node must be 1, found {job.num_tasks} tasks on {job.num_nodes} nodes: torchrun starts "
             "the processes of a node, as many as it has GPUs (hydra.launcher.gpus_per_node), or as NPROC says"
         )
-    config = OmegaConf.merge(config, {"resume": True})  # after a requeue, the run is there
+    config = cast(DictConfig, OmegaConf.merge(config, {"resume": True}))  # after a requeue, the run is there
     try:
         check(config, job.num_nodes * processes())
     except (ValueError, OmegaConfBaseException) as error:
