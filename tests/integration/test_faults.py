@@ -61,6 +61,7 @@ class Scenario:
     """One run, started again and again."""
 
     steps = 80
+    options: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, corpus: Path, launcher: Launcher) -> None:
         self.folder, self.corpus, self.launcher = folder, corpus, launcher
@@ -93,6 +94,7 @@ class Scenario:
             f"data.path={self.corpus}/*.txt",
             f"output_dir={self.run}",
             sharding,
+            *self.options,
             *options,
         ]
         start = self.launcher.torchrun if torchrun else self.launcher.start
@@ -112,7 +114,10 @@ class Scenario:
         return copy
 
     def check(self, said: str) -> None:
-        """Every release drawn is counted, and by one session alone; its noise values came never before."""
+        """Every release drawn is counted, and made in one start alone.
+
+        Seen to fail when a start counts from its checkpoint alone, and when releases are made that no lease covers.
+        """
         if not (self.run / LEDGER_FILE).exists() or not read(self.run / LEDGER_FILE).records:
             assert not any(path.stat().st_size for path in self.folder.glob("draws-*")), said
             return
@@ -125,7 +130,10 @@ class Scenario:
             path.unlink()
 
     def finish(self, *faults: dict[str, Any], torchrun: bool = False) -> None:
-        """Left alone, or with a fault that ends nothing, the run ends at its budget, and everything adds up."""
+        """Left alone, or with a fault that ends nothing, the run ends at its budget, and no noise value came twice.
+
+        Seen to fail with one key and one release number for all noise.
+        """
         codes, said = self.start(*faults, torchrun=torchrun)
         assert not any(codes), said
         standing = check_run(self.run).standing()
@@ -222,12 +230,16 @@ def test_failures_are_named_by_all_ranks(scenario: Scenario) -> None:
 
 
 def test_signals_save_and_lose_nothing(scenario: Scenario) -> None:
-    """A slow rank only takes time; SIGTERM ends a run with 0, SIGUSR1 on one rank with the code to start it again."""
-    scenario.steps = 16
+    """A slow rank only takes time; SIGTERM ends a run with 0, SIGUSR1 on one rank with the code to start it again.
+
+    Draws are cut here, so that every step has the same shape; what that costs is said at every start.
+    """
+    scenario.steps, scenario.options = 16, ("privacy.max_batch_size=20",)
     slow = {"point": "step", "count": 2, "ranks": [1], "action": "slow"}
     for action, code in (("terminate all", 0), ("usr1", EXIT_REQUEUE)):
         codes, said = scenario.start(slow, {"point": "step", "count": 6, "ranks": [0], "action": action})
         assert codes == [code, code], said
+        assert "every step has the same shape: at most 20 rows; a draw is cut with probability 0.0" in said
         if action == "terminate all":
             told = float((scenario.folder / "terminated").read_text())
             assert time.monotonic() - told < GRACE_S, "torchrun and Slurm kill after 30 s"
