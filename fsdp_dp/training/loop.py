@@ -74,7 +74,7 @@ def train(training: Training) -> int:
 
 
 def hold_lease(training: Training, step: int) -> None:
-    """On rank 0, see that release `step` is reserved; every other rank waits for rank 0 in the forward that follows.
+    """On rank 0, see that release `step` is reserved; no other rank has its sums, and so a release, before rank 0 joins.
 
     Leases come with checkpoints, in the background: the disk is waited for only at the start, and where it is too slow.
     """

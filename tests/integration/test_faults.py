@@ -282,6 +282,16 @@ def test_one_writer_and_one_model(scenario: Scenario) -> None:
     assert holder.standing is not None
 
 
+def test_a_budget_that_a_crash_used_up(scenario: Scenario) -> None:
+    """The lease of a run this short is all of its budget: nothing is left to release, and the report says so."""
+    scenario.steps = 5
+    scenario.start({"point": "release", "count": 2, "ranks": [1], "action": "kill"})
+    scenario.finish()
+    assert len(scenario.releases) <= 2
+    report = (scenario.run / "report.md").read_text()
+    assert "5 of 5, 5 of which were lost when the run was interrupted, and count all the same" in report
+
+
 def edited(run: Path) -> None:
     ledger = run / LEDGER_FILE
     ledger.write_text(ledger.read_text().replace('"until": 5', '"until": 4'))
@@ -314,7 +324,8 @@ TOUCHED = [
 def test_a_folder_that_was_touched_is_refused_or_right(scenario: Scenario) -> None:
     """Damage to the ledger is refused; a checkpoint may go; a longer run is one run; noise is no copy's own twin.
 
-    Two copies of a folder that both go on are not noticed, as the ledger says; but none of their noise is the same.
+    Two copies of a folder that both go on are not noticed, as the ledger says; but none of their noise is the same. Seen to
+    fail when all processes draw the same keys.
     """
     scenario.steps = 12
     scenario.start({"point": "step", "count": 6, "ranks": [0], "action": "terminate all"})
