@@ -141,7 +141,7 @@ class Ledger:
     """The ledger as its one writer has it: rank 0 of a run.
 
     **Formal guarantee.** `standing.counted` is at least the number of releases made by all processes that ever held this
-    file, provided that each made release n only while `covers(n)`, that a disk keeps what `fsync` reported as written, and
+    file, provided that each made release n only after `hold(n)`, that a disk keeps what `fsync` reported as written, and
     that nobody restores an old copy of the file (`UNDETECTED`).
 
     Raises:
@@ -201,6 +201,22 @@ class Ledger:
     def covers(self, release: int) -> bool:
         """Whether release number `release` may be made: it is reserved on the disk."""
         return self.standing is not None and self.standing.running and release <= self.standing.counted
+
+    def hold(self, release: int) -> None:
+        """See that release number `release` may be made; waits for the disk only where no lease covers it yet.
+
+        Raises:
+            LedgerError: the budget has no such release left.
+            OSError: the disk is full or gone.
+        """
+        if not self.covers(release):
+            self.reserve(release - 1)
+        if not self.covers(release):
+            assert self.standing is not None
+            raise LedgerError(
+                f"{self.path}: release {release} is past the last one, {self.standing.limit}, that the budget of this run "
+                "has left: end training here, save and close; or start again with a larger budget, accounted as a whole"
+            )
 
     def reserve(self, released: int) -> None:
         """Reserve the releases after `released`, as many as a lease holds and the budget has; returns when they are safe.

@@ -78,8 +78,8 @@ def hold_lease(training: Training, step: int) -> None:
 
     Leases come with checkpoints, in the background: the disk is waited for only at the start, and where it is too slow.
     """
-    if training.ledger is not None and not training.ledger.covers(step):
-        training.ledger.reserve(step - 1)
+    if training.ledger is not None:
+        training.ledger.hold(step)
 
 
 def train_step(training: Training, batch: Iterable[Microbatch], divisor: int) -> Tensor:

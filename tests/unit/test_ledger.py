@@ -68,8 +68,13 @@ def test_leases_never_pass_the_budget(path):
     ledger.reserve(100)
     assert ledger.standing.counted == 100
     assert not ledger.covers(101)
+    with pytest.raises(
+        LedgerError, match=r"release 101 is past the last one, 100, that the budget of this run has left"
+    ):
+        ledger.hold(101)
     ledger.close(100)
-    assert not begin(path).covers(101)
+    with pytest.raises(LedgerError, match="release 101 is past the last one"):
+        begin(path).hold(101)
 
 
 def test_no_budget_is_no_limit(path):
@@ -132,10 +137,9 @@ def test_no_crash_loses_a_release(path):
         ledger.reserve(start)
         release, life = start, random.randrange(12)
         for _ in range(life):
-            if not ledger.covers(release + 1):
-                ledger.reserve(release)
-            if not ledger.covers(release + 1):
+            if release + 1 > ledger.standing.limit:
                 break
+            ledger.hold(release + 1)
             release += 1
             made.add(release)
         if random.random() < 0.2:
