@@ -7,9 +7,11 @@ Clipping bounds what a row adds only if no other row's term depends on it. Two q
   moves them).
 * the *model*: forward and backward run once more, with some rows' inputs, and gradients of its outputs,
   exchanged. The per-sample norms of the other rows must not move (batch statistics move them, and so does a
-  layer whose records do not line up with the rows).
+  layer whose records do not line up with the rows). Gradients of their outputs are multiplied by powers of two, another
+  one for each row, and exactly these must come back in their norms: so a layer that is given two of them in each other's
+  place shows as well. Then the same with the rows exchanged that stayed.
 
-Neither releases anything. The second costs one forward and backward, at the first step only.
+Neither releases anything. The second costs two forwards and backwards, at the first step only.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,8 @@ from fsdp_dp.modes import put_in, take_out
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 _COARSE_TOLERANCE = 2e-3
 _NEGLIGIBLE = 1e-4
+_LEVELS = 16
+"""Rows are told apart by factors down to 2^-15. Of more than 16 that stay, those 16 apart have the same."""
 _LOSSES_WITH_WEIGHTS = (
     F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.multi_margin_loss,
 )  # fmt: skip
@@ -74,8 +78,18 @@ def exchange_rows(x: Tensor, exchanged: Sequence[int], rows: int) -> Tensor:
     return x.detach().reshape(rows, -1)[source].view(x.shape)
 
 
+def scale_rows(x: Tensor, scale_B: Tensor) -> Tensor:
+    """``x`` ``[B, ...]``, each row by its own factor."""
+    if isinstance(x, DTensor):
+        here = scale_rows(x.to_local(), scale_B)
+        return DTensor.from_local(here, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
+    return x * scale_B.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
 class FirstMicrobatch:
     """The first microbatch of an engine: its inputs, its random state, its loss, and the two questions.
+
+    The second is asked in `RUNS` reruns: ``run_exchanged(i)``, the caller's ``measured``, ``compare()``.
 
     Ranks with an odd ``data_rank`` exchange the rows that the others keep. So a forward that couples row i of one
     rank with row i of another (context parallelism, statistics over ranks) shows as well.
@@ -91,10 +105,9 @@ class FirstMicrobatch:
         managed: frozenset[int],
         data_rank: int = 0,
     ) -> None:
-        self._root, self.rows = root, rows
-        self._exchanged = exchanged_rows(rows, data_rank % 2 == 1) if rows > 1 else ()
-        self._kept = [row for row in range(rows) if row not in self._exchanged]
+        self._root, self.rows, self._data_rank = root, rows, data_rank
         self._norm_sq: list[dict[str, Tensor]] = []
+        self._narrowest = torch.float64
         # Copies: the program may fill the same tensors with the next microbatch.
         self._args, self._kwargs = tree_map(_copy, args), tree_map(_copy, kwargs)
         self._device = device
@@ -103,7 +116,22 @@ class FirstMicrobatch:
         self._autocast = torch.is_autocast_enabled(device.type)
         self._autocast_dtype = torch.get_autocast_dtype(device.type)
         self._output_grads: dict[int, Tensor] = {}
+        self._choose(0)
         self.loss = LossRecording(rows, managed)
+
+    RUNS: ClassVar[int] = 2
+
+    def _choose(self, run: int) -> None:
+        """Which rows are exchanged, and the factors of the others."""
+        complement = self._data_rank % 2 != run
+        self._exchanged = exchanged_rows(self.rows, complement) if self.rows > 1 else ()
+        self._kept = [row for row in range(self.rows) if row not in self._exchanged]
+        self._scale_B = torch.ones(self.rows, dtype=torch.float64, device=self._device)
+        # Of a loss that is an output, rows cannot be scaled; float16 would lose what is scaled down.
+        by_row = all(map(self._is_by_row, self._output_grads.values()))
+        if by_row and torch.float16 not in (self._narrowest, self._autocast and self._autocast_dtype):
+            levels = torch.arange(len(self._kept), device=self._device) % _LEVELS
+            self._scale_B[self._kept] = torch.exp2(-levels.double())
 
     def saw_outputs(self, outputs: Any) -> None:
         self.loss.start([x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad])
@@ -111,47 +139,54 @@ class FirstMicrobatch:
     def saw_output_grad(self, index: int, grad: Tensor) -> None:
         self._output_grads[index] = grad
 
-    def run_exchanged(self) -> None:
+    def run_exchanged(self, run: int) -> None:
         """Forward and backward with some rows' inputs exchanged; the caller looks at the norms."""
+        self._choose(run)
         change = self._exchange if self.rows > 1 else (lambda x: x)
         with _restored(self._random_state, self._device), _in_modes(self._modes), torch.enable_grad():
             with torch.autocast(self._device.type, dtype=self._autocast_dtype, enabled=self._autocast):
                 outputs = self._root(*tree_map(change, self._args), **tree_map(change, self._kwargs))
             tensors = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
-            pairs = [(tensors[i], change(grad)) for i, grad in self._output_grads.items() if i < len(tensors)]
+            grads = {i: self._scale(change(grad)) for i, grad in self._output_grads.items() if i < len(tensors)}
+            pairs = [(tensors[i], grad) for i, grad in grads.items()]
             torch.autograd.backward([x for x, _ in pairs], [grad for _, grad in pairs])
 
-    def measured(self, norm_sq: dict[str, Tensor]) -> None:
+    def measured(self, norm_sq: dict[str, Tensor], narrowest: torch.dtype) -> None:
         """Squared norms ``[B]`` of the rows' gradients of each parameter: as run first, then as rerun."""
         self._norm_sq.append(norm_sq)
+        self._narrowest = min(self._narrowest, narrowest, key=lambda dtype: dtype.itemsize)
 
     @property
     def was_measured(self) -> bool:
         return bool(self._norm_sq)
 
-    def compare(self, dtype: torch.dtype) -> bool:
+    def compare(self) -> bool:
         """Raises UnsupportedModelError if a norm of a row whose inputs stayed has moved, for any parameter.
 
         Returns whether it could have shown: some row was really exchanged, and another one has a gradient.
         """
-        before, after = ({n: x[self._kept].sqrt() for n, x in norm_sq.items()} for norm_sq in self._norm_sq[-2:])
-        tolerance = _TOLERANCE.get(torch.bfloat16 if self._autocast else dtype, _COARSE_TOLERANCE)
+        scale = self._scale_B[self._kept]
+        before = {n: x[self._kept].sqrt() for n, x in self._norm_sq[0].items()}
+        after = {n: x[self._kept].sqrt() / scale.to(x.dtype) for n, x in self._norm_sq[-1].items()}
+        tolerance = _TOLERANCE.get(torch.bfloat16 if self._autocast else self._narrowest, _COARSE_TOLERANCE)
         total = torch.stack([x.nan_to_num(0, 0, 0) for x in (*before.values(), *after.values())]).norm(dim=0)
         zeros = torch.zeros_like(total)
         for name in sorted(before.keys() | after.keys()) if self.rows > 1 else ():
             old, new = before.get(name, zeros), after.get(name, zeros)
             # A gradient that is zero but for rounding may well round to something else.
-            scale = torch.maximum(torch.maximum(old, new), _NEGLIGIBLE * total)
-            moved = ((old - new).abs() > tolerance * scale) & old.isfinite() & new.isfinite()
+            size = torch.maximum(torch.maximum(old, new), _NEGLIGIBLE * total)
+            moved = ((old - new).abs() > tolerance * size) & old.isfinite() & new.isfinite()
             if bool(moved.any()):
                 row = int(moved.nonzero()[0])
                 raise UnsupportedModelError(
                     f"Row {self._kept[row]}'s gradient of '{name}' changed (norm {float(old[row]):.4g} -> "
-                    f"{float(new[row]):.4g}) when only other rows' inputs were exchanged, so clipping a row does not bound "
-                    "its influence. Look for statistics over the batch, a loss inside the model that averages over all valid "
-                    "tokens, a layer whose input does not have the batch as its first dimension (positions without a batch "
-                    "dimension), or activations exchanged with other data-parallel ranks (context parallelism). Windows with "
-                    "as many positions as the microbatch has rows are told apart by another microbatch size"
+                    f"{float(new[row]):.4g}) when only other rows' inputs were exchanged and their losses weighed "
+                    "differently, so clipping a row does not bound its influence. Look for statistics over the batch, a "
+                    "loss inside the model that averages over all valid tokens, a layer whose input does not have the "
+                    "batch as its first dimension (positions without a batch dimension) or has it in another order, "
+                    "activations exchanged with other data-parallel ranks (context parallelism), or a hook whose gradient "
+                    "is not linear in the one that it is given. Windows with as many positions as the microbatch has rows "
+                    "are told apart by another microbatch size"
                 )
         return bool((total > 0).any()) and self.can_show()
 
@@ -162,9 +197,14 @@ class FirstMicrobatch:
         inputs = [x for x in tree_leaves((self._args, self._kwargs)) if isinstance(x, Tensor)]
         return any(not torch.equal(x, self._exchange(x)) for x in inputs)
 
+    def _is_by_row(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x.ndim > 0 and x.shape[0] == self.rows
+
     def _exchange(self, x: Any) -> Any:
-        has_rows = isinstance(x, Tensor) and x.ndim and x.shape[0] == self.rows
-        return exchange_rows(x, self._exchanged, self.rows) if has_rows else x
+        return exchange_rows(x, self._exchanged, self.rows) if self._is_by_row(x) else x
+
+    def _scale(self, grad: Tensor) -> Tensor:
+        return scale_rows(grad, self._scale_B) if bool((self._scale_B != 1).any()) else grad
 
 
 class LossRecording(TorchFunctionMode):

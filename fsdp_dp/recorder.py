@@ -24,7 +24,16 @@ from fsdp_dp.records import NO_CALL, Call, Layout, Record
 from fsdp_dp.row_layouts import RowLayouts
 from fsdp_dp.sharding.base import ShardedModel
 from fsdp_dp.shared_values import Meetings, SharedValue, is_marked
-from fsdp_dp.taps import Bare, FreezeWindow, Report, SharedParameters, Taps, at_end_of_backward, recomputing
+from fsdp_dp.taps import (
+    Bare,
+    FreezeWindow,
+    Report,
+    SharedParameters,
+    Taps,
+    at_end_of_backward,
+    raw_attribute,
+    recomputing,
+)
 
 
 class Recorder:
@@ -120,8 +129,21 @@ class Recorder:
         microbatch = self.current
         if recomputing():
             return self._recomputed(microbatch, layer)
+        if self.meetings.learning:
+            self._refuse_replaced(layer, self._layers[layer])
         microbatch = self._expect(layer, self._attributes[self._layers[layer]].values())
         return lambda call, inputs, grads: self._record(microbatch, layer, Record(call, inputs, grads))
+
+    def _refuse_replaced(self, layer: str, module: nn.Module) -> None:
+        """A layer that is called with other parameters than its own would report gradients of its own."""
+        for attribute, name in self._attributes[module].items():
+            value = raw_attribute(module, attribute)
+            if isinstance(value, Tensor) and not self._model.holds(module, attribute, value):
+                raise UnsupportedModelError(
+                    f"Layer '{layer}' is called with another tensor in the place of its parameter '{name}' "
+                    "(torch.func.functional_call, or an attribute that was set in forward), whose gradient would be taken "
+                    "for its own. Use torch.nn.functional with that tensor, or freeze the layer's parameters"
+                )
 
     def _expect(self, layer: str, parameters: Any) -> Microbatch:
         """Every taker is told that these parameters get one more gradient."""

@@ -16,6 +16,7 @@ What is row data is known in the first forward, where everything that descends f
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -137,6 +138,9 @@ class SharedValue(Tensor):
         name = function_name(func)
         if name in METADATA:
             return super().__torch_function__(func, types, args, kwargs)
+        if not torch.is_grad_enabled() and _inside_custom_function():
+            shared = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, SharedValue))
+            raise _unsupported(shared, "a torch.autograd.Function")
         return _Use(func, name, args, kwargs).result()
 
     @classmethod
@@ -154,6 +158,16 @@ def function_name(func: Callable[..., Any]) -> str:
 def unwrapped(tree: Any) -> Any:
     """``per_row`` in place of every shared value."""
     return tree_map(lambda x: x.per_row if isinstance(x, SharedValue) else x, tree)
+
+
+def _inside_custom_function() -> bool:
+    """Whether a `torch.autograd.Function` of the program runs forward, from which no gradient comes back to a row's value."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "apply" and frame.f_code.co_filename.endswith("torch/autograd/function.py"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 _MORE = {"_grouped_mm": "; for Hugging Face mixtures of experts, set experts_implementation='batched_mm' in the config"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -67,15 +67,29 @@ def _model(engine: PrivacyEngine) -> list[str]:
     lines += [f"    {line}" for line in _aligned([_HEADER, *(kind.cells(engine.measured) for kind in kinds)])]
     if not engine.measured:
         return [*lines, "    (methods and slack are known after the first backward)"]
-    slack = inflation(engine.measured.values())
+    return [*lines, *(f"    {line}" for line in _legend(engine.measured.values()))]
+
+
+_HEADER = ("count", "layer", "trained", "elements", "method", "norm cost", "kept a row", "slack")
+_METHODS = {
+    "gram": "from inner products",
+    "store": "a row's gradient is kept",
+    "rows": "so are a table's rows that it used",
+    "recompute": "computed twice",
+}
+
+
+def _legend(measured: Collection[Measured]) -> list[str]:
+    """What the columns say, and their totals."""
+    used = {part for m in measured for part in m.method.split(" + ")}
+    slack, kept = inflation(measured), _size(sum(m.kept for m in measured))
     whole = "" if slack is None else f"; of a whole row {_percent(slack)}"
     return [
-        *lines,
-        f"    slack: by how much certified norms exceed computed ones{whole}. From private rows: not private",
+        "method: " + "; ".join(f"{name} ({what})" for name, what in _METHODS.items() if name in used),
+        "norm cost: in products as large as that of the layer's own weight gradient",
+        f"kept a row: by one layer, until its group's norms are known; by all {kept}",
+        f"slack: by how much certified norms exceed computed ones{whole}. From private rows: not private",
     ]
-
-
-_HEADER = ("count", "layer", "trained", "method", "norm cost", "kept a row", "slack")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,15 +98,16 @@ class Kind:
 
     layer: str
     trained: str
+    elements: int
     method: str
     members: tuple[tuple[str, ...], ...]
     """The parameters of each layer of this kind."""
 
     def cells(self, measured: Mapping[str, Measured]) -> tuple[str, ...]:
-        """A line of the table; the norm's cost is in products as large as that of the layer's own weight gradient."""
+        """A line of the table."""
         of_layer = [[measured[name] for name in names if name in measured] for names in self.members]
         found = [m for of_one in of_layer for m in of_one]
-        line = (str(len(self.members)), self.layer, self.trained, self.method)
+        line = (str(len(self.members)), self.layer, self.trained, f"{self.elements:,}", self.method)
         slack = inflation(found)
         if slack is None:
             return (*line, "", "", "")
@@ -118,16 +133,26 @@ def kinds_of_layers(engine: PrivacyEngine) -> list[Kind]:
             else ""
         )
         kinds.setdefault((printed, trained, " + ".join(methods)), []).append(names)
+    numel = {p.name: p.numel for p in engine.model.parameters}
     return [
-        Kind(layer=layer, trained=trained, method=method, members=tuple(members))
+        Kind(
+            layer=layer,
+            trained=trained,
+            elements=sum(numel[name] for names in members for name in names),
+            method=method,
+            members=tuple(members),
+        )
         for (layer, trained, method), members in kinds.items()
     ]
 
 
 def _printed(layer: nn.Module) -> str:
-    """A layer as torch prints it, without its children and without what sharding adds to its class's name."""
+    """A layer as torch prints it, without its children, defaults, and what sharding adds to its class's name."""
     own = repr(layer) if next(layer.children(), None) is None else f"{type(layer).__name__}({layer.extra_repr()})"
-    return own.replace(type(layer).__name__, layer_type(layer).__name__, 1)
+    own = own.replace(type(layer).__name__, layer_type(layer).__name__, 1)
+    for default in (", elementwise_affine=True", ", bias=True", "in_features=", "out_features="):
+        own = own.replace(default, "")
+    return own
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -9,13 +9,14 @@ labels divides the loss, one row changes the gradients of others (in a later mic
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fsdp_dp.attention import Projection
@@ -49,11 +50,17 @@ class FirstForward(TorchFunctionMode):
         self._root, self._sites, self._running, self._rows = root, sites, running, rows
         self._shapes: set[tuple[int, ...]] | None = None
         self._buffers: dict[str, Tensor] = {}
+        self._operators = _Operators(self)
         self.settled = True
 
     def __enter__(self) -> FirstForward:
         self._buffers = {name: buffer.detach().clone() for name, buffer in self._root.named_buffers()}
+        self._operators.__enter__()
         return super().__enter__()  # type: ignore[return-value]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._operators.__exit__(*error)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -62,9 +69,7 @@ class FirstForward(TorchFunctionMode):
         if function_name(func) in METADATA:
             return func(*args, **kwargs)
         tensors = list(_tensors(args, kwargs))
-        for tensor in tensors:
-            if not isinstance(tensor, SharedValue):
-                self._check_use(tensor, func)
+        self.check_uses(tensors, function_name(func))
         result = func(*args, **kwargs)
         if func in LOSSES and result.requires_grad:
             labels = averaged_labels(args, kwargs, self._rows)
@@ -75,7 +80,13 @@ class FirstForward(TorchFunctionMode):
             mark(tensor, marks)
         return result
 
-    def _check_use(self, tensor: Tensor, func: Callable[..., Any]) -> None:
+    def check_uses(self, tensors: Iterable[Tensor], func: str) -> None:
+        """Raises UnsupportedModelError if a parameter is used that is not of the layer which runs now."""
+        for tensor in tensors:
+            if not (tensor.requires_grad or isinstance(tensor, SharedValue)):  # the window is closed
+                self._check_use(tensor, func)
+
+    def _check_use(self, tensor: Tensor, func: str) -> None:
         owners = [(module, name) for (module, attribute), name in self._sites.items() if _is(module, attribute, tensor)]
         running = self._running[-1] if self._running else None
         running = running.owner if isinstance(running, Projection) else running
@@ -84,12 +95,14 @@ class FirstForward(TorchFunctionMode):
         if _called_from_torch_distributed():
             return
         raise UnsupportedModelError(
-            f"Parameter '{owners[0][1]}' is used by {function_name(func)} outside its own layer's forward, so that part of "
+            f"Parameter '{owners[0][1]}' is used by {func} outside its own layer's forward, so that part of "
             "its gradient would escape clipping. Call the layer itself, or wrap this use in a supported layer"
         )
 
     def verify(self) -> None:
-        """Raises UnsupportedModelError if the forward changed a buffer."""
+        """Raises UnsupportedModelError if the forward used a parameter unseen by functions, or changed a buffer."""
+        if self._operators.problem is not None:
+            raise self._operators.problem
         for name, buffer in self._root.named_buffers():
             before = self._buffers.get(name)
             if before is None or before.shape != buffer.shape:
@@ -101,6 +114,28 @@ class FirstForward(TorchFunctionMode):
                     "data into checkpoints (running statistics, codebooks, load-balance counters): use a layer without "
                     "it, or put that module into eval mode"
                 )
+
+
+class _Operators(TorchDispatchMode):
+    """Uses that no Python function makes: inside of what `torch.jit` compiled, and of operators written in C++.
+
+    The first ``problem`` is kept, since TorchScript would make another error of it.
+    """
+
+    def __init__(self, watch: FirstForward) -> None:
+        super().__init__()
+        self._watch = watch
+        self.problem: UnsupportedModelError | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_engine = not torch._C._is_torch_function_enabled()  # which may look at a parameter
+        if self.problem is None and not by_engine:
+            try:
+                self._watch.check_uses(_tensors(args, kwargs or {}), str(func))
+            except UnsupportedModelError as problem:
+                self.problem = problem
+        with torch._C.DisableTorchFunction():  # a shared value in here is for its own dispatch to refuse
+            return func(*args, **(kwargs or {}))
 
 
 class Uncompiled:

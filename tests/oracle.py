@@ -525,6 +525,29 @@ class Leaves(nn.Module):
         return self.head(x_BTD.flatten(1).unflatten(1, (-1, WIDTH)) @ x_BTD.mT @ self.wide(x_BTD))
 
 
+class SmoothLeafBlock(Unit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mixture, self.router = RootMeanSquare(WIDTH), Mixture(WIDTH), Doubled(WIDTH, 3)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        h = self.norm(x_BTD)
+        mixed = self.mixture(h, gate=self.router(h), table=torch.zeros((), dtype=h.dtype))
+        return x_BTD + (0.5 * mixed["main"] * mixed["rest"][0]).to(x_BTD.dtype)  # buffers are wide
+
+
+class SmoothLeaves(nn.Module):
+    """The same in low precision: no choice depends on the data, so rounding changes results by little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.blocks = nn.Embedding(VOCABULARY, WIDTH), nn.ModuleList(SmoothLeafBlock() for _ in range(2))
+        self.head = Doubled(WIDTH, VOCABULARY)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return self.head(self.blocks[1](self.blocks[0](self.token(ids_BT))))
+
+
 class Stem(Unit):
     """Convolutions of every kind of padding, stride and groups, and the norms that go with them."""
 
@@ -783,6 +806,8 @@ PRECISION_ROWS: dict[str, Callable[[], tuple[Case, Rows]]] = {
     "decoder": lambda: (CASES["decoder"], CASES["decoder"].batch()),
     "tied": lambda: (CASES["tied"], CASES["tied"].batch()),
     "norms": lambda: (CASES["norms"], CASES["norms"].batch()),
+    "bare parameters": lambda: (CASES["bare parameters"], CASES["bare parameters"].batch()),
+    "leaves": lambda: (case := Case(build=SmoothLeaves), case.batch()),
 }
 """Rows whose every contribution is weighed, in low precision."""
 

@@ -194,6 +194,10 @@ class ShardedModel(abc.ABC):
     def publish(self, parameter: ManagedParameter, gradient: Tensor) -> None:
         """Set the optimizer-visible ``.grad`` from a flat local gradient."""
 
+    def holds(self, module: nn.Module, attribute: str, value: Tensor) -> bool:
+        """Whether a value that a layer has in forward is its managed parameter, and nothing that the program put there."""
+        return isinstance(value, nn.Parameter)
+
     def localize(self, layer: str, module: nn.Module, record: Record) -> tuple[Record, Complete]:
         """The local parts of a layer's record, and what makes of their per-sample gradients those of this rank's part."""
         return record, lambda gradients: gradients

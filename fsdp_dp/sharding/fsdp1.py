@@ -41,6 +41,7 @@ class Fsdp1Model(ShardedModel):
         for wrapper in wrappers:
             _check_private_names(wrapper._handle)
             _check_orig_params(wrapper._handle)
+        self._wrappers = wrappers
         self.data_groups = _data_groups(wrappers[0])
         for wrapper in wrappers:
             _check_ranks(wrapper, self.data_groups)
@@ -67,6 +68,11 @@ class Fsdp1Model(ShardedModel):
             for index, entry in enumerate(entries)
         ]
         self._global_numel = sum(entry.numel for entry in entries)
+
+    def holds(self, module: nn.Module, attribute: str, value: Tensor) -> bool:
+        """A view of the flat parameter: of the gathered one, or of the shard."""
+        memory = value.untyped_storage().data_ptr()
+        return any(memory == m._handle.flat_param.untyped_storage().data_ptr() for m in self._wrappers)
 
     def after_backward(self) -> None:
         """Without weight gradients FSDP1 leaves the parameters of an unsharded unit unregistered: put them back."""

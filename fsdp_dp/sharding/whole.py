@@ -66,7 +66,11 @@ class WholeModel(ShardedModel):
             )
             for index, (name, p) in enumerate(held.items())
         ]
+        self._held = held
         self._global_numel = sum(p.numel() for p in held.values())
+
+    def holds(self, module: nn.Module, attribute: str, value: Tensor) -> bool:
+        return value is self._held[self.names[module, attribute]]
 
     def prepare_forward(self) -> None:
         now = self.parameters[0].parameter.device

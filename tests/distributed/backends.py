@@ -104,12 +104,14 @@ def fsdp1_arguments(
     strategy: str = "FULL_SHARD",
     units: bool = True,
     bf16: bool = False,
+    fp16: bool = False,
     wrap: tuple[type[nn.Module], ...] = (Unit,),
     **others: Any,
 ) -> dict[str, Any]:
     """Constructor arguments of FSDP1 on CPU."""
     mesh = {"device_mesh": two_by(dist.get_world_size())} if "HYBRID" in strategy else {}
-    precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
+    low = torch.bfloat16 if bf16 else torch.float16 if fp16 else None
+    precision = None if low is None else MixedPrecision(param_dtype=low, reduce_dtype=torch.float32)
     return {
         "sharding_strategy": ShardingStrategy[strategy],
         "auto_wrap_policy": ModuleWrapPolicy(set(wrap)) if units else None,
@@ -121,10 +123,13 @@ def fsdp1_arguments(
     }
 
 
-def fsdp2(model: nn.Module, *, units: bool = True, bf16: bool = False, mesh: Any = None, **arguments: Any) -> nn.Module:
+def fsdp2(
+    model: nn.Module, *, units: bool = True, bf16: bool = False, fp16: bool = False, mesh: Any = None, **arguments: Any
+) -> nn.Module:
     """`fully_shard` on every unit, then on the root."""
     mesh = mesh_of(dist.get_world_size()) if mesh is None else mesh
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    low = torch.bfloat16 if bf16 else torch.float16 if fp16 else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
     arguments = {"mesh": mesh, "mp_policy": policy, **arguments}
     for module in model.modules():
         if units and isinstance(module, Unit) and module is not model:
@@ -276,6 +281,7 @@ BACKENDS: dict[str, Callable[[nn.Module, PrivacyConfig], tuple[nn.Module, Privac
     "fsdp1 root only": functools.partial(private_fsdp1, units=False),
     "fsdp1 of torch": private_torch_fsdp1,
     "fsdp1 bf16": functools.partial(private_fsdp1, bf16=True),
+    "fsdp1 fp16": functools.partial(private_fsdp1, fp16=True),
     "fsdp1 no_shard": functools.partial(private_fsdp1, strategy="NO_SHARD"),
     "fsdp1 hybrid": functools.partial(private_fsdp1, strategy="HYBRID_SHARD"),
     "fsdp1 hybrid zero2": functools.partial(private_fsdp1, strategy="_HYBRID_SHARD_ZERO2"),
@@ -306,6 +312,7 @@ BACKENDS: dict[str, Callable[[nn.Module, PrivacyConfig], tuple[nn.Module, Privac
     "fsdp2 hybrid": functools.partial(private_after, fsdp2_hybrid),
     "fsdp2 root only": functools.partial(private_after, functools.partial(fsdp2, units=False)),
     "fsdp2 bf16": functools.partial(private_after, functools.partial(fsdp2, bf16=True)),
+    "fsdp2 fp16": functools.partial(private_after, functools.partial(fsdp2, fp16=True)),
     "tp 2x2": over((2,)),
     "tp 1x2": over((1,)),
     "tp 2x2 split head": over((2,), local_outputs=True, head=True),
@@ -606,6 +613,8 @@ def low_precision_tolerance(task: Releases) -> float:
     """Relative to the norm of the oracle's clipped sum."""
     if "cancelling" in task.rows:  # certified slack shortens these rows, and it grows with the cancellation
         return 0.1
+    if "fp16" in task.backend:
+        return 4e-3
     return 2e-2 if "bf16" in task.backend or task.dtype == torch.bfloat16 else 1e-3
 
 

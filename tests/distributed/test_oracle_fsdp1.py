@@ -35,6 +35,9 @@ BOUND = 0.7  # below the norm of every probe row
 PRECISION: tuple[Task, ...] = (
     *(one_by_one(rows, "fsdp1 bf16", BOUND) for rows in PRECISION_ROWS),
     one_by_one("decoder", "fsdp1", BOUND),
+    one_by_one("leaves", "fsdp1 fp16", BOUND),
+    *(all_at_once("leaves", "fsdp1 " + low, BOUND) for low in ("bf16", "fp16")),
+    *(all_at_once("bare parameters", "fsdp1 " + low, BOUND) for low in ("bf16", "fp16")),
     *(all_at_once(rows, backend, BOUND) for rows in ("decoder", "tied") for backend in ("fsdp1 bf16", "fsdp1")),
     all_at_once("decoder", "fsdp1", BOUND, dtype=torch.bfloat16),
 )

@@ -35,6 +35,9 @@ BOUND = 0.7  # below the norm of every probe row
 PRECISION: tuple[Task, ...] = (
     *(one_by_one(rows, "fsdp2 bf16", BOUND) for rows in PRECISION_ROWS),
     one_by_one("decoder", "fsdp2", BOUND),
+    one_by_one("leaves", "fsdp2 fp16", BOUND),
+    *(all_at_once("leaves", "fsdp2 " + low, BOUND) for low in ("bf16", "fp16")),
+    *(all_at_once("bare parameters", "fsdp2 " + low, BOUND) for low in ("bf16", "fp16")),
     *(all_at_once(rows, backend, BOUND) for rows in ("decoder", "tied") for backend in ("fsdp2 bf16", "fsdp2")),
     all_at_once("decoder", "fsdp2", BOUND, dtype=torch.bfloat16),
 )

@@ -115,13 +115,48 @@ def test_a_model_compiled_as_a_whole_is_exact() -> None:
     check_exact(torch.compile(Model(), backend="aot_eager"), Model())
 
 
-def test_a_parameter_used_within_a_graph_is_found() -> None:
-    """Inside a graph, nobody would see which tensors are used: the watched forward runs as written."""
-    model, (x, y) = Model("hidden"), rows()
-    for block in model.blocks:
-        block.compile(backend="aot_eager")
+class Fused(Block):
+    """`inside` is compiled as one graph, which the compiler must not break."""
+
+    def __init__(self, inside: Any) -> None:
+        super().__init__("")
+        self.inside = torch.compile(inside, backend="aot_eager", fullgraph=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.down(self.inside(self, self.up(h)))
+
+
+def fused(inside: Any) -> nn.Module:
+    model = Model()
+    model.blocks = nn.ModuleList(Fused(inside) for _ in range(2)).double()
+    return model
+
+
+def test_a_function_compiled_as_one_graph_is_exact() -> None:
+    """Seen to fail when the watched forward runs compiled: the compiler will not under the watch, and may not skip this."""
+    model = fused(lambda m, h: F.gelu(h) * 1.5)
+    reference = fused(lambda m, h: F.gelu(h) * 1.5)
+    reference.load_state_dict(model.state_dict())
+    check_exact(model, reference)
+
+
+@pytest.mark.parametrize("kind", ["blocks", "one graph"])
+def test_a_parameter_used_within_a_graph_is_found(kind: str) -> None:
+    """Seen to fail when uses are not looked at.
+
+    Not when the watched forward runs compiled, which the test above fails for: the compiler gives up under a watch that
+    looks at operators, so what it may skip runs as written.
+    """
+    if kind == "blocks":
+        model: nn.Module = Model("hidden")
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+    else:
+        model = fused(lambda m, h: F.linear(h, m.up.weight.t()).sin() @ m.up.weight.t())
+    x, y = rows()
     engine = make_private(model, privacy_config(max_grad_norm=1.0))
-    with pytest.raises(UnsupportedModelError, match=r"'blocks\.0\.up\.weight' is used by linear"):
+    with pytest.raises(UnsupportedModelError, match=r"'blocks\.0\.up\.weight' is used by (linear|t) "):
         square_losses(model(x), y).mean().backward()
     engine.discard()
 

@@ -39,7 +39,7 @@ def table_of(summary: str) -> dict[str, list[str]]:
     """Cells of the lines of kinds, by layer."""
     lines = [line for line in summary.splitlines() if line.startswith("    ") and line.split()[0].isdigit()]
     cells = [[cell.strip() for cell in line.strip().split("  ") if cell.strip()] for line in lines]
-    return {row[1].replace("_features", "").replace(", bias=True", ""): row for row in cells}
+    return {row[1]: row for row in cells}
 
 
 def test_a_line_for_every_kind_of_layer() -> None:
@@ -52,21 +52,22 @@ def test_a_line_for_every_kind_of_layer() -> None:
     summary = engine.summary()
     table = table_of(summary)
 
-    up, down = table[f"Linear(in={WIDTH}, out={4 * WIDTH})"], table[f"Linear(in={4 * WIDTH}, out={WIDTH})"]
+    up, down = table[f"Linear({WIDTH}, {4 * WIDTH})"], table[f"Linear({4 * WIDTH}, {WIDTH})"]
     assert up[0] == down[0] == str(DEPTH)
-    assert up[2:5] == ["weight, bias", "gram + store", f"{POSITIONS * 5 / (4 * WIDTH):.2f}"]
-    assert table["Linear(in=2, out=2, bias=False)"][3] == "store"
-    assert table[f"Embedding({VOCABULARY}, {WIDTH})"][2:4] == ["weight (tied)", "gram + rows"]
-    norms = table[f"LayerNorm(({WIDTH},), eps=1e-05, elementwise_affine=True)"]
-    assert norms[0] == str(DEPTH + 1) and norms[3:6] == ["store", "0.00", f"{8 * WIDTH} B"]
-    assert table["parameter of a module with children"][:3] == [
-        str(DEPTH),
-        "parameter of a module with children",
-        "store",
-    ]
+    elements = f"{DEPTH * 4 * WIDTH * (WIDTH + 1):,}"
+    assert up[2:6] == ["weight, bias", elements, "gram + store", f"{POSITIONS * 5 / (4 * WIDTH):.2f}"]
+    assert table["Linear(2, 2, bias=False)"][4] == "store"
+    tied = table[f"Embedding({VOCABULARY}, {WIDTH})"]
+    assert tied[2:5] == ["weight (tied)", f"{VOCABULARY * WIDTH:,}", "gram + rows"]
+    norms = table[f"LayerNorm(({WIDTH},), eps=1e-05)"]
+    assert norms[0] == str(DEPTH + 1) and norms[4:7] == ["store", "0.00", f"{8 * WIDTH} B"]
+    bare = table["parameter of a module with children"]
+    assert bare[:4] == [str(DEPTH), "parameter of a module with children", f"{DEPTH * WIDTH}", "store"]
     assert len(table) == 7 and before.keys() == table.keys()
     assert all(row[-1].endswith("%") for row in table.values())
     assert "not private" in summary and len(summary.splitlines()) < 20
+    assert "gram (from inner products)" in summary and "recompute" not in summary
+    assert max(map(len, summary.splitlines())) <= 120
 
 
 def test_before_the_first_backward_no_method_is_claimed() -> None:

@@ -1,0 +1,134 @@
+"""A parameter reaches the computation by ways that no layer and no function of torch shows: found, or exact.
+
+"weight" is that of a layer, used behind the layer's back; "bare" is on a module with children.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fsdp_dp import UnsupportedModelError
+from tests.unit.toys import ROWS, clipped_sum, flat, moved, private, row_gradients, values
+
+T, D = 4, 3
+Use = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def _script(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted: Callable[..., Tensor] = torch.jit.script(function)
+    return scripted
+
+
+@_script
+def scripted(x: Tensor, w: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x.sin(), w)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x.sin() @ w.t()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return (g @ w) * x.cos(), torch.einsum("btp,btd->pd", g, x.sin())
+
+
+@torch.library.custom_op("fsdp_dp_tests::product", mutates_args=())
+def product(x: Tensor, w: Tensor) -> Tensor:
+    return x @ w.t()
+
+
+def in_place_of(m: nn.Module, x: Tensor, w: Tensor) -> Tensor:
+    return torch.func.functional_call(m.last, {"weight": w}, (x,))
+
+
+USES: dict[str, Use] = {
+    "functional": lambda m, x, w: F.linear(x, w),
+    "operator": lambda m, x, w: torch.ops.aten.linear(x, w),
+    "data": lambda m, x, w: F.linear(x, w.data),
+    "scripted": lambda m, x, w: scripted(x, w),
+    "autograd function": lambda m, x, w: Product.apply(x, w),
+    "autograd function, recomputed": lambda m, x, w: checkpoint(Product.apply, x, w, use_reentrant=False),
+    "custom operator": lambda m, x, w: product(x, w),
+    "in the place of another's": in_place_of,
+    "vmap": lambda m, x, w: torch.vmap(lambda row: F.linear(row, w))(x),
+    "by its name": lambda m, x, w: F.linear(x, next(p for p in m.parameters() if p.shape == (D, D))),
+}
+
+
+class Model(nn.Module):
+    def __init__(self, use: Use, bare: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.use = use
+        self.bare = nn.Parameter(torch.randn(D, D)) if bare else None
+        self.first, self.last = nn.Linear(D, D), nn.Linear(D, D)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return self.last(h) + self.use(self, h, self.first.weight if self.bare is None else self.bare)
+
+
+def row_loss(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).sin().flatten(1).sum(1).mean()
+
+
+def rows() -> Tensor:
+    return torch.randn(ROWS, T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", USES)
+def test_weight_behind_its_layers_back(name: str) -> None:
+    """Seen to fail, for what is scripted, without a look at operators, and for another's place, without one at layers."""
+    model = Model(USES[name], bare=False)
+    subject = private(model, sampling="external_poisson")
+    with pytest.raises(
+        UnsupportedModelError, match=r"first\.weight' is used by|in the place of its parameter 'last.weight'"
+    ):
+        row_loss(model, rows())
+    subject.engine.discard()
+
+
+@pytest.mark.parametrize("name", USES)
+def test_bare_parameter(name: str) -> None:
+    """Exact or refused. Seen to fail when a shared value may enter an autograd Function, which gives it no gradient."""
+    model, x = Model(USES[name], bare=True), rows()
+    plain = copy.deepcopy(model)
+    subject, before = private(model, sampling="external_poisson"), values(model)
+    if name in ("functional", "operator", "data"):
+        expected = clipped_sum(row_gradients(plain, row_loss, x)) / ROWS
+        row_loss(model, x).backward()
+        subject.optimizer.step()
+        torch.testing.assert_close(flat(moved(model, before)), expected, rtol=1e-9, atol=1e-11)
+    else:
+        with pytest.raises((UnsupportedModelError, RuntimeError), match=r"'bare'|in the place of|TorchScript"):
+            row_loss(model, x).backward()
+        subject.engine.discard()
+
+
+@pytest.mark.parametrize("replaced", ["constant", "parameter", "of the data"])
+def test_layer_that_is_called_with_other_parameters(replaced: str) -> None:
+    """A target network, a hypernetwork: the layer's own weight is not used, and has no gradient. Seen to fail without."""
+    other = {
+        "constant": lambda m, x: torch.eye(D).double(),
+        "parameter": lambda m, x: nn.Parameter(torch.eye(D).double(), requires_grad=False),
+        "of the data": lambda m, x: x.mean((0, 1)).diag(),
+    }[replaced]
+    model = Model(lambda m, x, w: in_place_of(m, x, other(m, x)), bare=False)
+    subject = private(model, sampling="external_poisson")
+    with pytest.raises(UnsupportedModelError, match=r"Layer 'last'.*functional_call"):
+        row_loss(model, rows())
+    subject.engine.discard()
