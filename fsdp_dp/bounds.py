@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fsdp_dp import noise
 from fsdp_dp.adaptive_bounds import next_bounds, split_noise
+from fsdp_dp.clipping import RowWeights
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.errors import UnsupportedModelError
 from fsdp_dp.groups import Group
@@ -65,9 +66,10 @@ class Bounds:
         """What a row's gradient may weigh in a group, as computed."""
         return self.of_groups[group] * (self.for_a_row / self.max_grad_norm)
 
-    def count(self, group: int, within_B: Tensor, mask_B: Tensor) -> None:
+    def count(self, group: int, rows: RowWeights, mask_B: Tensor, bound: float) -> None:
         """Rows of a finished microbatch within the group's bound, and beyond it: ±1/2 each, padding nothing."""
         if self._privacy.adaptive_bounds is not None:
+            within_B = rows.keep_B & (rows.norm_B <= bound)
             self._excess[group] += torch.where(mask_B, torch.where(within_B, 0.5, -0.5), 0.0).sum()
 
     def discard_counts(self) -> None:

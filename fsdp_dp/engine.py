@@ -491,7 +491,7 @@ class PrivacyEngine:
             clip_function=self.privacy.clip_function,
             stability=self.privacy.clip_stability,
         )
-        self._bounds.count(group, rows.keep_B & (rows.norm_B <= bound), microbatch.mask_B)
+        self._bounds.count(group, rows, microbatch.mask_B, bound)
         dropped_B, norm_sq_B = ~rows.keep_B, rows.norm_B.square()
         if microbatch.norm_sq_B is not None and microbatch.dropped_B is not None:
             dropped_B, norm_sq_B = dropped_B | microbatch.dropped_B, norm_sq_B + microbatch.norm_sq_B
