@@ -216,6 +216,12 @@ class _Use:
             raise _unsupported(self.first, f"{self.name}, which writes to it,")
         return self._alone()
 
+    def _by_row(self, one_row: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+        try:
+            return by_row(one_row, randomness="same")(*inputs)
+        except (RuntimeError, NotImplementedError) as error:
+            raise _unsupported(self.first, f"{self.name} (torch.func.vmap: {str(error).splitlines()[0]})") from error
+
     def _alone(self) -> Any:
         """Shared values and constants: the same for every row, computed for every row."""
 
@@ -227,7 +233,7 @@ class _Use:
             return tuple(flat)
 
         found: list[Any] = []
-        flat = by_row(one_row, randomness="same")(*(x.per_row for x in self.shared))
+        flat = self._by_row(one_row, [x.per_row for x in self.shared])
         return tree_unflatten([SharedValue(x, self.owner, self.meetings) for x in flat], found[0])
 
     def _expanded(self) -> SharedValue | None:
@@ -369,7 +375,7 @@ class _Use:
             return x.unflatten(0, (B, -1)) if layout == "merged" else x.movedim(place, 0)
 
         inputs = [rows_in_front(x) for x in self.leaves if isinstance(x, SharedValue) or id(x) in moved]
-        out = by_row(one_row, randomness="same")(*inputs)
+        out = self._by_row(one_row, inputs)
         return out.flatten(0, 1) if layout == "merged" else out.squeeze(place + 1).movedim(0, place)
 
     def _check_einsum(self) -> None:

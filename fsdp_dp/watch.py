@@ -202,10 +202,13 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def _called_from_torch_distributed() -> bool:
-    """FSDP moves parameters around inside the forward; that is no use of them."""
+    """FSDP moves parameters around inside the forward; that is no use of them. What a module does inside FSDP1's own is."""
     frame = sys._getframe(1)
     while frame is not None:
-        if "/torch/distributed/" in frame.f_code.co_filename.replace("\\", "/"):
+        file = frame.f_code.co_filename.replace("\\", "/")
+        if "/torch/distributed/" in file:
             return True
+        if file.endswith("/torch/nn/modules/module.py"):
+            return False
         frame = frame.f_back  # type: ignore[assignment]
     return False

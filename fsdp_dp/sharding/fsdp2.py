@@ -42,6 +42,7 @@ class Fsdp2Model(TensorParallel):
         shardings = {name: _sharding_of(name, sites, uses) for name, uses in named.items()}
         mesh = _common_mesh(shardings)
         self.names = {site: name for name, uses in named.items() for site in uses}
+        self._held = {site: p for _, p, places in _held(root) for site in places}
         parameters = {name: getattr(*named[name][0]) for name in sorted(named)}
         self.data_groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
         self.split_group = split_group(parameters, mesh.ndim)
@@ -71,6 +72,11 @@ class Fsdp2Model(TensorParallel):
         policies = [m._get_fsdp_state()._mp_policy for m in root.modules() if isinstance(m, FSDPModule)]
         self.narrow_reduction = narrow_reduction(p.reduce_dtype for p in policies)
 
+    def holds(self, module: nn.Module, attribute: str, value: Tensor) -> bool:
+        """Gathered, or as its shard."""
+        p = self._held[module, attribute]
+        return value is getattr(p, "_unsharded_param", None) or value is p.sharded_param
+
     def prepare_forward(self) -> None:
         """An evaluation leaves units gathered, and with the ``requires_grad`` that they had then."""
         for module in self.root.modules():
@@ -98,18 +104,24 @@ class _Sharding:
     dim: int
 
 
-def _sharded_sites(root: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], _Sharding]]:
-    """Every (module, attribute) whose parameter FSDP2 shards, unit by unit."""
+def _held(root: nn.Module) -> Iterator[tuple[Any, Any, list[tuple[nn.Module, str]]]]:
+    """Every parameter that FSDP2 shards, unit by unit: its group, it, and every (module, attribute) that it has."""
     states = dict.fromkeys(m._get_fsdp_state() for m in root.modules() if isinstance(m, FSDPModule))
     for state in states:
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
         for group in groups:
             for p in () if group is None else group.fsdp_params:
                 info = p._module_info
-                sharding = _Sharding(id(group), _data_mesh(p.mesh_info, info.param_name), p.fsdp_placement.dim)
-                yield (info.module, info.param_name), sharding
-                for site in zip(info.shared_modules, info.shared_param_names, strict=True):
-                    yield site, sharding
+                shared = zip(info.shared_modules, info.shared_param_names, strict=True)
+                yield group, p, [(info.module, info.param_name), *shared]
+
+
+def _sharded_sites(root: nn.Module) -> Iterator[tuple[tuple[nn.Module, str], _Sharding]]:
+    """Every (module, attribute) whose parameter FSDP2 shards, unit by unit."""
+    for group, p, sites in _held(root):
+        sharding = _Sharding(id(group), _data_mesh(p.mesh_info, p._module_info.param_name), p.fsdp_placement.dim)
+        for site in sites:
+            yield site, sharding
 
 
 def _data_mesh(info: Any, name: str) -> DeviceMesh:

@@ -119,15 +119,17 @@ def test_bare_parameter(name: str) -> None:
         subject.engine.discard()
 
 
-@pytest.mark.parametrize("replaced", ["constant", "parameter", "of the data"])
+REPLACED: dict[str, Callable[[Tensor], Tensor]] = {
+    "constant": lambda x: torch.eye(D).double(),
+    "parameter": lambda x: nn.Parameter(torch.eye(D).double(), requires_grad=False),
+    "of the data": lambda x: x.mean((0, 1)).diag(),
+}
+
+
+@pytest.mark.parametrize("replaced", REPLACED)
 def test_layer_that_is_called_with_other_parameters(replaced: str) -> None:
     """A target network, a hypernetwork: the layer's own weight is not used, and has no gradient. Seen to fail without."""
-    other = {
-        "constant": lambda m, x: torch.eye(D).double(),
-        "parameter": lambda m, x: nn.Parameter(torch.eye(D).double(), requires_grad=False),
-        "of the data": lambda m, x: x.mean((0, 1)).diag(),
-    }[replaced]
-    model = Model(lambda m, x, w: in_place_of(m, x, other(m, x)), bare=False)
+    model = Model(lambda m, x, w: in_place_of(m, x, REPLACED[replaced](x)), bare=False)
     subject = private(model, sampling="external_poisson")
     with pytest.raises(UnsupportedModelError, match=r"Layer 'last'.*functional_call"):
         row_loss(model, rows())

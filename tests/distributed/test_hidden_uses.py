@@ -1,0 +1,56 @@
+"""On two ranks as on one device: a parameter that goes around its layer is found (see `tests/unit/test_hidden_uses.py`).
+
+FSDP1's own code is then on the stack of everything that the model computes, which once hid all of it.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from fsdp_dp import UnsupportedModelError
+from tests.distributed.backends import BACKENDS, played, privacy_config
+from tests.unit.test_hidden_uses import REPLACED, ROWS, USES, Model, in_place_of, row_loss, rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """What a training step is told."""
+
+    use: str
+    backend: str
+    bare: bool = False
+
+    def run(self) -> str:
+        use = USES.get(self.use) or (lambda m, x, w: in_place_of(m, x, REPLACED[self.use](x)))
+        model, engine = BACKENDS[self.backend](Model(use, self.bare), privacy_config(max_grad_norm=1.0))
+        try:
+            with engine.microbatch(torch.ones(ROWS, dtype=torch.bool)):
+                row_loss(model, rows()).backward()
+            engine.privatize()
+        except UnsupportedModelError as refused:
+            return str(refused)
+        finally:
+            engine.detach()
+        return "released"
+
+
+ATTEMPTS = [
+    *(Attempt(use=use, backend=backend) for use in USES for backend in ("fsdp1", "fsdp2")),
+    *(Attempt(use=use, backend="fsdp2") for use in REPLACED),
+    *(Attempt(use="autograd function", backend=backend, bare=True) for backend in ("fsdp1", "fsdp2")),
+]
+# FSDP1 has views beside the registry, which functional_call does not replace: the layer runs with its own weight.
+NO_EFFECT = Attempt(use="in the place of another's", backend="fsdp1")
+results = functools.cache(lambda: played(2, ATTEMPTS))
+
+
+@pytest.mark.parametrize("attempt", [x for x in ATTEMPTS if x != NO_EFFECT], ids=str)
+def test_refused_by_name(attempt: Attempt) -> None:
+    """Seen to fail, under FSDP1, when anything on the stack of torch's distributed code is taken for a use by FSDP."""
+    assert "'first.weight' is used by" in (told := results()[attempt]) or "in the place of" in told or "'bare'" in told
+
+
+def test_what_functional_call_does_not_replace() -> None:
+    assert results()[NO_EFFECT] == "released"
