@@ -295,7 +295,9 @@ class _Use:
         return matrices and self._row_dimension() < self.row_data[0].ndim - 2
 
     def _looks_up(self) -> bool:
-        """``table[ids]`` with the rows' own indices."""
+        """``table[ids]`` or ``table.index_select(0, ids)`` with the rows' own indices."""
+        if self.name == "index_select":
+            return self.leaves[0] is self.first and self.leaves[1] == 0
         return self.name == "__getitem__" and len(self.leaves) == 2 and not self.row_data[0].dtype.is_floating_point
 
     def _joining_dimension(self) -> int:

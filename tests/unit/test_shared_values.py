@@ -85,6 +85,7 @@ USES: dict[str, tuple[tuple[int, ...], Callable[..., Tensor], tuple[Tensor, ...]
     "in parts": ((2, D), lambda p, x: x * p.chunk(2, 0)[1][0] + p.unbind(0)[0], (X,)),
     "lookup of functional embedding": ((6, D), lambda p, ids: F.embedding(ids, p) * 1.0, (IDS,)),
     "lookup": ((6, D), lambda p, ids, x: x + p[ids], (IDS, X)),
+    "lookup by index_select": ((6, D), lambda p, ids: p.index_select(0, ids.flatten()).view(B, T, D) * 1.0, (IDS,)),
     "attention bias": ((9, 2), lambda p, x: x + table(p), (SCORES,)),
     "attention bias and mask": ((9, 2), lambda p, x, mask: x + (table(p) + mask), (SCORES, MASK)),
     "attention mask": (
@@ -125,6 +126,7 @@ REFUSED: dict[str, tuple[tuple[int, ...], Callable[..., Any], tuple[Tensor, ...]
     "joined along the rows": ((1, T, D), lambda p, x: torch.cat([p, x], 0), (X,)),
     "rows added up": ((6, B), lambda p, x: p @ x[:, 0], (X,)),
     "rows added up by einsum": ((6, B), lambda p, x: torch.einsum("mb,bd->md", p, x[:, 0]), (X,)),
+    "selected columns": ((6, 9), lambda p, ids: p.index_select(1, ids.flatten()), (IDS,)),
     "written to": ((D,), lambda p, x: x * p.mul_(2), (X,)),
     "rows behind a dimension of its own": ((2, 1, 1, 1), lambda p, x: p * x, (X,)),
     "sizes that only look like rows": ((B, D), lambda p, x: x + p[:, None, None], (X,)),
