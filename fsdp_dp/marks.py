@@ -31,6 +31,7 @@ _WRITING = frozenset(
     "scatter_add scatter_add_ scatter_reduce scatter_reduce_ masked_scatter masked_scatter_ __setitem__".split()
 )
 """Entries go back to where the first argument has them."""
+_READS = frozenset("tolist numpy __array__ item __int__ __index__ __bool__ __float__".split())
 _ORDERING = frozenset("sort topk msort".split())
 
 
@@ -58,25 +59,38 @@ def is_picked(x: Tensor) -> bool:
     return PICKED in getattr(x, _MARKS, ())
 
 
-def marks_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: Iterable[Tensor]) -> frozenset[str]:
+def reads_rows(name: str, tensors: Iterable[Tensor]) -> bool:
+    """Whether a function gives values of rows to Python, or to NumPy, where they are out of sight."""
+    return name in _READS and any(is_marked(x) for x in tensors)
+
+
+def marks_of(
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    tensors: Iterable[Tensor],
+    *,
+    rows_were_read: bool = False,
+) -> frozenset[str]:
     """The marks of what a function returns."""
     plain = [x for x in tensors if not hasattr(x, "per_row")]
     found = frozenset().union(*map(marks, plain))
     if name in _WRITING and args and isinstance(args[0], Tensor):
         found = (found - {PICKED}) | (marks(args[0]) & {PICKED})
-    if name in _DRAWING:
+    if name in _DRAWING or (rows_were_read and name in ("tensor", "as_tensor")):
         found |= {CHANCE}
-    return found | {PICKED} if plain and _picks(name, args, kwargs) else found
+    return found | {PICKED} if plain and _picks(name, args, kwargs, rows_were_read) else found
 
 
-def _picks(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _picks(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows_were_read: bool) -> bool:
     """Whether a function picks entries of rows along the first dimension, by values that may differ the next time."""
     x = args[0] if args else kwargs.get("input")
     if not isinstance(x, Tensor) or not x.ndim or not is_marked(x):
         return False
     if name == "__getitem__":
         index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-        return isinstance(index, Tensor) and _varies(index)
+        listed = isinstance(index, list) or hasattr(index, "__array_interface__")
+        return (isinstance(index, Tensor) and _varies(index)) or (listed and rows_were_read)
     if name in ("masked_select", "take"):
         return True
     dim = kwargs.get("dim", next((a for a in args[1:] if isinstance(a, int) and not isinstance(a, bool)), -1))

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from fsdp_dp.attention import Projection
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.label_watch import LOSSES, averaged_labels
-from fsdp_dp.marks import mark, mark_rows, marks_of
+from fsdp_dp.marks import mark, mark_rows, marks_of, reads_rows
 from fsdp_dp.shared_values import METADATA, SharedValue, function_name
 from fsdp_dp.taps import raw_attribute
 
@@ -51,7 +51,7 @@ class FirstForward(TorchFunctionMode):
         self._shapes: set[tuple[int, ...]] | None = None
         self._buffers: dict[str, Tensor] = {}
         self._operators = _Operators(self)
-        self.settled = True
+        self.settled, self._rows_were_read = True, False
 
     def __enter__(self) -> FirstForward:
         self._buffers = {name: buffer.detach().clone() for name, buffer in self._root.named_buffers()}
@@ -75,7 +75,8 @@ class FirstForward(TorchFunctionMode):
             labels = averaged_labels(args, kwargs, self._rows)
             if labels is not None and labels.numel() > self._rows:  # a row may have several, or none
                 result.register_hook(_refuse_average)  # in backward, since the program may have a loss of its own
-        marks = marks_of(function_name(func), args, kwargs, tensors)
+        self._rows_were_read |= reads_rows(function_name(func), tensors)
+        marks = marks_of(function_name(func), args, kwargs, tensors, rows_were_read=self._rows_were_read)
         for tensor in _tensors((result,), {}) if marks else ():
             mark(tensor, marks)
         return result

@@ -71,6 +71,28 @@ def experts_in_order(m: nn.Module, x: Tensor) -> Tensor:
     return torch.zeros_like(y).index_copy(0, order, y).view(x.shape)
 
 
+def experts_by_list(m: nn.Module, x: Tensor) -> Tensor:
+    tokens = x.reshape(-1, D)
+    chosen = [i for i, score in enumerate(tokens[:, 0].tolist()) if score > 0]
+    y = tokens.clone()
+    y[chosen] = m.experts[0](tokens[chosen])
+    return y.view(x.shape)
+
+
+def experts_by_list_of_numbers(m: nn.Module, x: Tensor) -> Tensor:
+    tokens = x.reshape(-1, D)
+    chosen = torch.tensor([i for i, token in enumerate(tokens) if token[0] > 0])
+    return tokens.index_copy(0, chosen, m.experts[0](tokens[chosen])).view(x.shape)
+
+
+def experts_by_array(m: nn.Module, x: Tensor) -> Tensor:
+    tokens = x.reshape(-1, D)
+    chosen = (tokens[:, 0] > 0).numpy().nonzero()[0]
+    y = tokens.clone()
+    y[chosen] = m.experts[0](tokens[chosen])
+    return y.view(x.shape)
+
+
 def bare_experts_by_mask(m: nn.Module, x: Tensor) -> Tensor:
     tokens = x.reshape(-1, D)
     y = torch.zeros_like(tokens)
@@ -138,6 +160,9 @@ REFUSED: dict[str, Route] = {
     "experts by mask": experts_by_mask,
     "experts by index": experts_by_index,
     "experts in order": experts_in_order,
+    "experts by list": experts_by_list,
+    "experts by list of numbers": experts_by_list_of_numbers,
+    "experts by array": experts_by_array,
     "bare experts by mask": bare_experts_by_mask,
     "without padding": without_padding,
     "shuffled rows": shuffled_rows,
