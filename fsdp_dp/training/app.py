@@ -29,6 +29,7 @@ from fsdp_dp.training.loop import Training, evaluate, train
 from fsdp_dp.training.report import Outcome, summarize, write_report
 from fsdp_dp.training.run_folder import CHECKPOINTS, METRICS_FILE, check_folder, last_step, make_folder, write_config
 from fsdp_dp.training.schema import TrainConfig
+from fsdp_dp.training.shared_folder import check_shared
 from fsdp_dp.training.world import World, start_world
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def work(plan: Plan, world: World, stop: StopRequest) -> int:
     """`run`, among the other ranks."""
     folder = Path(world.from_main(str(make_folder(plan.config)) if world.is_main else None))
     ledger = Ledger(folder / LEDGER_FILE) if world.is_main else None
+    check_shared(folder, world)
     if ledger is not None and plan.privacy is not None:
         check_counted(ledger, last_step(folder))
     training = assemble(plan, world, folder, ledger, stop)
