@@ -15,13 +15,12 @@ from dataclasses import replace
 from multiprocessing import get_context
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fsdp_dp.planning.options import PlanConfig
-from fsdp_dp.train import EXIT_BAD_CONFIGURATION, config_folder, writable_schema
+from fsdp_dp.train import EXIT_BAD_CONFIGURATION, config_folder, store_schema, typed
 from fsdp_dp.training.config_errors import explain
 from fsdp_dp.training.schema import check_world
 
@@ -30,9 +29,7 @@ PROCESSES = 2
 
 def checked(config: DictConfig) -> PlanConfig:
     """The configuration as the dataclasses of the schema, for the planned number of ranks; raises as `train.checked`."""
-    known = OmegaConf.merge(writable_schema(PlanConfig), OmegaConf.to_container(config))
-    plan_config = OmegaConf.to_object(known)
-    assert isinstance(plan_config, PlanConfig)
+    plan_config = typed(config, PlanConfig)
     check_world(plan_config, plan_config.plan.world_size)
     return plan_config
 
@@ -42,7 +39,7 @@ def plan(config: PlanConfig) -> str:
     # Imported late: torch takes seconds, and --help or a wrong option should not.
     from fsdp_dp.planning.answer import answer, rows_of_a_rank
     from fsdp_dp.planning.report import table
-    from fsdp_dp.training.building import parameter_count
+    from fsdp_dp.models.build import parameter_count
 
     rows = rows_of_a_rank(config)
     config = replace(config, microbatch_size=min(config.microbatch_size, rows))
@@ -63,7 +60,7 @@ def main() -> None:
         "1"  # Hydra then raises instead of printing, and `explain` can add what is allowed.
     )
     sys.argv.insert(1, "hydra/help=fsdp_dp_plan")
-    ConfigStore.instance().store(name="train_schema", node=writable_schema(PlanConfig))
+    store_schema(PlanConfig)
     try:
         hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(run)()
     except (ValueError, HydraException, OmegaConfBaseException) as error:

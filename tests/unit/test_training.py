@@ -19,7 +19,7 @@ from fsdp_dp.standing import LedgerError, opened
 from fsdp_dp.training.app import as_reported, check_counted, check_extension, explained, lease
 from fsdp_dp.training.batches import endless_permutations
 from fsdp_dp.training.budget import MOST_POINTS, Budget, plan_budget
-from fsdp_dp.training.building import parameter_count
+from fsdp_dp.models.build import parameter_count
 from fsdp_dp.training.evaluate import evenly_spaced, loss_totals
 from fsdp_dp.training.fellows import Fellows
 from fsdp_dp.training.interrupt import stop_on_signals
