@@ -37,9 +37,9 @@ def checked(config: DictConfig) -> PlanConfig:
 def plan(config: PlanConfig) -> str:
     """The plan as a page of text; two sides at a time, each in a process of its own."""
     # Imported late: torch takes seconds, and --help or a wrong option should not.
+    from fsdp_dp.models.build import parameter_count
     from fsdp_dp.planning.answer import answer, rows_of_a_rank
     from fsdp_dp.planning.report import table
-    from fsdp_dp.models.build import parameter_count
 
     rows = rows_of_a_rank(config)
     config = replace(config, microbatch_size=min(config.microbatch_size, rows))

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fsdp_dp import PrivacyConfig, make_private
+from fsdp_dp.models.build import parameter_count
 from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.models.objective import row_losses
 from fsdp_dp.planning.depth import predict
+from fsdp_dp.planning.options import decoder
 from fsdp_dp.planning.search import most_layers
 from fsdp_dp.planning.trace import Step, build
-from fsdp_dp.models.build import parameter_count
 from fsdp_dp.training.building import build_optimizer
 from fsdp_dp.training.schema import PrecisionConfig, ShardingConfig, TrainConfig
 from fsdp_dp.training.world import World, describe_world

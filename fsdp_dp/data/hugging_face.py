@@ -38,7 +38,9 @@ def text_documents(config: DataConfig) -> tuple[list[Document], list[Document] |
 def documents_of(part: Any, config: DataConfig) -> list[Document]:
     texts = [text.encode(*UTF8) for text in texts_of(part, config) if text]
     if not texts:
-        raise ValueError(f"data: all {len(part)} rows of column '{input_column(part, config, TEXT_COLUMNS)}' are empty.")
+        raise ValueError(
+            f"data: all {len(part)} rows of column '{input_column(part, config, TEXT_COLUMNS)}' are empty."
+        )
     return [Document(name=fingerprint(text), text=text) for text in texts]
 
 
@@ -51,8 +53,8 @@ def labelled_texts(config: DataConfig, model: TextModel) -> tuple[LabelledRows, 
             texts = texts_of(part, config)
             tokens = tokens_one_per_document(encode(texts, model.block_size), model.block_size)
             tokens[:, 0].clamp_(min=0)  # an empty text
-            sides.append(Side(tokens, labels_of(part, config), lambda n, texts=texts: texts[n].encode(*UTF8)))
-    return divided(sides, config, torch.Tensor.long)
+            sides.append(Side(tokens, labels_of(part, config), texts))
+    return divided(sides, config, torch.Tensor.long, lambda text: text.encode(*UTF8))
 
 
 def labelled_images(config: DataConfig, model: ImageModel) -> tuple[LabelledRows, LabelledRows]:
@@ -69,9 +71,9 @@ def labelled_images(config: DataConfig, model: ImageModel) -> tuple[LabelledRows
                     f"of {', '.join(part.column_names)}."
                 )
             encoded = _Column(part.cast_column(column, Image(decode=False)), column)
-            sides.append(Side(encoded, labels_of(part, config), lambda n, encoded=encoded: _file(encoded[n])))
+            sides.append(Side(encoded, labels_of(part, config), encoded))
     reader, decoder = ImageReader(model.channels, model.image_size), Image()
-    return divided(sides, config, lambda encoded: reader(decoder.decode_example(encoded)))
+    return divided(sides, config, lambda encoded: reader(decoder.decode_example(encoded)), _file)
 
 
 def _file(encoded: dict[str, Any]) -> bytes:
@@ -79,22 +81,22 @@ def _file(encoded: dict[str, Any]) -> bytes:
 
 
 class Side(NamedTuple):
-    """The rows of a split: inputs, labels, and what is in a row by its number."""
+    """The rows of a split: inputs, labels, and what rows are recognised by."""
 
     inputs: Any
     labels: list[int]
-    content: Callable[[int], bytes]
+    contents: Any
 
 
 def divided(
-    sides: Sequence[Side], config: DataConfig, read: Callable[[Any], Tensor]
+    sides: Sequence[Side], config: DataConfig, read: Callable[[Any], Tensor], as_bytes: Callable[[Any], bytes]
 ) -> tuple[LabelledRows, LabelledRows]:
     """Training and held-out rows: of two splits, or of one, by what is in a row."""
     if len(sides) == 2:
         train, test = (LabelledRows(inputs, labels, range(len(labels)), read) for inputs, labels, _ in sides)
         return train, test
-    ((inputs, labels, content),) = sides
-    names = [fingerprint(content(number)) for number in range(len(labels))]
+    ((inputs, labels, contents),) = sides
+    names = [fingerprint(as_bytes(contents[number])) for number in range(len(labels))]
     held_out = held_out_names(names, config.held_out_fraction)
     train, test = (
         LabelledRows(inputs, labels, [number for number, name in enumerate(names) if (name in held_out) is side], read)
@@ -147,7 +149,7 @@ def from_hub(config: DataConfig) -> Any:
     except Exception as error:  # of many kinds: no network, no such name, no such subset
         raise ValueError(
             f"data.name={config.name}, data.subset={config.subset}: could not be loaded ({type(error).__name__}: "
-            f"{_first_line(error)}). Without a network: where there is one, python -c \"from datasets import load_dataset; "
+            f'{_first_line(error)}). Without a network: where there is one, python -c "from datasets import load_dataset; '
             f"load_dataset({config.name!r}, {config.subset!r}).save_to_disk('FOLDER')\"; copy FOLDER, and give "
             "data.name=null data.subset=null data.path=FOLDER"
         ) from error

@@ -80,8 +80,8 @@ def torchvision_sets(config: DataConfig, model: ImageModel) -> tuple[LabelledRow
     except (RuntimeError, OSError) as error:
         raise ValueError(
             f"data.path={config.path}: torchvision finds no {config.name} there ({error}). Fetch it once, where there is a "
-            f"network: python -c \"from torchvision.datasets import {config.name} as D; "
-            f"D({config.path!r}, download=True)\""
+            f'network: python -c "from torchvision.datasets import {config.name} as D; '
+            f'D({config.path!r}, download=True)"'
         ) from error
     return train, test
 

@@ -105,7 +105,9 @@ def vocabulary_size(config: HuggingFaceConfig) -> int:
     made = transformers_config(config).get_text_config()
     positions = getattr(made, "max_position_embeddings", None) or config.block_size
     if config.block_size > positions:
-        raise ValueError(f"model.block_size must be at most the model's {positions} positions, found {config.block_size}.")
+        raise ValueError(
+            f"model.block_size must be at most the model's {positions} positions, found {config.block_size}."
+        )
     return int(made.vocab_size)
 
 

@@ -101,8 +101,10 @@ def build(step: Step, world: World) -> nn.Module:
     with world.device:
         model = build_model(step.config.model)
     if step.activation_checkpointing:
-        for i, block in enumerate(model.blocks):
-            model.blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
+        blocks = model.get_submodule("blocks")
+        assert isinstance(blocks, nn.ModuleList)
+        for i, block in enumerate(blocks):
+            blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
     if world.tensor_mesh is not None:
         split_linears(model, world)
     sharded = shard_fsdp2(model, step.config, world)

@@ -19,10 +19,10 @@ from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.data.corpus import Corpus, load_corpus
 from fsdp_dp.engine import PrivacyEngine
 from fsdp_dp.ledger import LEDGER_FILE, Ledger
+from fsdp_dp.models.build import parameter_count
 from fsdp_dp.second_opinion import cost_of_cap, cross_check
 from fsdp_dp.standing import LedgerError, Standing
 from fsdp_dp.training.budget import Budget, plan_budget
-from fsdp_dp.models.build import parameter_count
 from fsdp_dp.training.building import build_engine, build_model, build_optimizer
 from fsdp_dp.training.fellows import Fellows
 from fsdp_dp.training.interrupt import StopRequest, stop_on_signals

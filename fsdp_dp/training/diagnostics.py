@@ -33,7 +33,9 @@ class Step:
 
     def count(self, score_totals: Tensor, real_B: Tensor) -> None:
         """After a microbatch's backward: add its [sum, count] of the score, its rows, and their norms."""
-        self._totals += torch.cat([score_totals, real_B.sum().view(1), real_B.new_tensor([len(real_B)], dtype=torch.long)])
+        self._totals += torch.cat(
+            [score_totals, real_B.sum().view(1), real_B.new_tensor([len(real_B)], dtype=torch.long)]
+        )
         if self._engine is not None:
             self._norms.append(self._engine.per_sample_norms.where(real_B, torch.nan))
 

@@ -17,7 +17,9 @@ def draw(log: RunLog, baseline: float, path: Path) -> None:
     score, diagnostics = log.score, bool(log.series(f"training_{log.score.name}")[0])
     figure, (loss, epsilon) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1))
     if diagnostics:
-        loss.plot(*log.series(f"training_{score.name}"), label="training (un-noised: outside the guarantee)", linewidth=1)
+        loss.plot(
+            *log.series(f"training_{score.name}"), label="training (un-noised: outside the guarantee)", linewidth=1
+        )
         loss.plot(*log.series(f"held_out_{score.name}"), label="held-out", marker="o")
         loss.axhline(baseline, label=f"held-out, {score.baseline}", color="gray", linestyle="--")
         loss.legend()

@@ -12,9 +12,9 @@ from torch import nn
 
 from fsdp_dp.checkpoint import Checkpoints
 from fsdp_dp.data.corpus import Corpus
+from fsdp_dp.data.rows import Row
 from fsdp_dp.engine import PrivacyEngine
 from fsdp_dp.ledger import Ledger
-from fsdp_dp.data.rows import Row
 from fsdp_dp.models.objective import row_losses
 from fsdp_dp.training.batches import make_batches
 from fsdp_dp.training.budget import Budget

@@ -53,8 +53,11 @@ def summarize(outcome: Outcome, folder: Path) -> str:
     score = outcome.corpus.score
     lines = [
         f"{outcome.steps} steps in {outcome.seconds:.0f} s; {claim(outcome)}",
-        *([f"held-out {score.title} {shown(outcome.held_out)} ({score.baseline}: {outcome.corpus.baseline:.3f})"]
-          if outcome.config.diagnostics else []),
+        *(
+            [f"held-out {score.title} {shown(outcome.held_out)} ({score.baseline}: {outcome.corpus.baseline:.3f})"]
+            if outcome.config.diagnostics
+            else []
+        ),
         f"everything is in {folder}",
     ]
     return "\n".join(lines)
@@ -192,7 +195,10 @@ def assumed(privacy: PrivacyConfig, unit: str, public: Sequence[str] = ()) -> li
         "checkpoint.",
         "Other runs on the same rows, to choose hyper-parameters for example, cost privacy that ε does not include.",
         "Nobody observes how long a step takes or how much memory it uses.",
-        *(f"{part}: public, and made without these rows. What they say about these rows, no noise hides." for part in public),
+        *(
+            f"{part}: public, and made without these rows. What they say about these rows, no noise hides."
+            for part in public
+        ),
     ]
     if privacy.numerics == "nominal":
         points.append(

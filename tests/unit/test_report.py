@@ -30,7 +30,10 @@ def make_run(
     write_config(config, folder)
     lines = [
         {"step": step, "epsilon": step / 10 if private else None, "learning_rate": 0.1,
-         "outside_the_guarantee": {"training_bits_per_byte": loss, "rows_per_second": 7 * loss, "useful_rows": loss / 9}}
+         "outside_the_guarantee": {
+             "training_bits_per_byte": loss, "rows_per_second": 7 * loss, "useful_rows": loss / 9, "clipped": loss / 8,
+             "memory_gib": loss, **{f"norm_{level}": loss * level for level in (10, 50, 90)},
+         }}
         for step in range(1, STEPS + 1)
     ]  # fmt: skip
     lines.append({"step": STEPS, "epsilon": 0.4, "rows": 9, "outside_the_guarantee": {"held_out_bits_per_byte": loss}})
@@ -63,10 +66,13 @@ def test_runs_side_by_side(tmp_path, capsys):
         "NOT PRIVATE: plain training", "one packed row of 129 bytes", "adding or removing one row of 1000",
         "probability 0.01", "epsilon cross-checked: prv", "| numerics | certified", "4, the budget fixed at the start",
         "ok: 3 records, unbroken", "Not detected: an old copy", "## Privacy statement: run (1)", "Signed: ___",
-        "training loss, bits per byte (not private", "useful rows, share of the rows run (not private",
+        "loss, bits per byte: held-out (dots), training (thin) (not private",
+        "useful rows, share of the rows run (not private", "clipped rows, share (not private",
+        "norms / bound: 10, 50 and 90 % of rows (not private", "peak memory of a rank, GiB (not private",
+        "throughput, rows per second (not private", "held-out bits per byte (not private", "3.250",
     ):  # fmt: skip
         assert stated in markdown
-    assert html.count("data:image/png;base64,") == markdown.count("![") == 5
+    assert html.count("data:image/png;base64,") == markdown.count("![") == 7
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", html)
     HTMLParser().feed(html)
     assert "ledger ok" in capsys.readouterr().out
