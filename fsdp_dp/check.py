@@ -28,7 +28,7 @@ def check_job(config: DictConfig) -> None:
         train_config = checked(config, world_size=config.sharding.tensor_parallel_size)
         verdict = verdict_on(train_config)
     except (ValueError, OmegaConfBaseException) as error:
-        refuse(explain(error))
+        refuse(explain(error), "check")
     print(verdict, flush=True)
     sys.exit(0 if verdict.ok else 1)
 
@@ -52,4 +52,4 @@ def verdict_on(config: TrainConfig) -> Verdict:
 
 
 if __name__ == "__main__":
-    run_command(check_job)
+    run_command(check_job, "check")

@@ -8,19 +8,15 @@ The configuration is the tree of `fsdp_dp.train`, with the machine as `plan` (`-
 from __future__ import annotations
 
 import functools
-import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 
-import hydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fsdp_dp.planning.options import PlanConfig
-from fsdp_dp.train import EXIT_BAD_CONFIGURATION, config_folder, store_schema, typed
+from fsdp_dp.train import refuse, run_command, typed
 from fsdp_dp.training.config_errors import explain
 from fsdp_dp.training.schema import check_world
 
@@ -51,21 +47,16 @@ def plan(config: PlanConfig) -> str:
 
 def run(config: DictConfig) -> None:
     """Check the configuration, then print its plan."""
-    print(plan(checked(config)))
+    try:
+        plan_config = checked(config)
+    except (ValueError, OmegaConfBaseException) as error:
+        refuse(explain(error), "plan")
+    print(plan(plan_config))
 
 
 def main() -> None:
     """The entry point of `python -m fsdp_dp.plan`."""
-    os.environ["HYDRA_FULL_ERROR"] = (
-        "1"  # Hydra then raises instead of printing, and `explain` can add what is allowed.
-    )
-    sys.argv.insert(1, "hydra/help=fsdp_dp_plan")
-    store_schema(PlanConfig)
-    try:
-        hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(run)()
-    except (ValueError, HydraException, OmegaConfBaseException) as error:
-        print(f"fsdp_dp.plan: {explain(error)}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_BAD_CONFIGURATION)
+    run_command(run, "plan", PlanConfig)
 
 
 if __name__ == "__main__":

@@ -100,9 +100,15 @@ def write(blocks: Sequence[Block], folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 if a run cannot be read or a ledger does not hold together: the report is written all the same."""
-    parser = argparse.ArgumentParser(prog="python -m fsdp_dp.report", description="Reports on runs of fsdp_dp.train.")
+    parser = argparse.ArgumentParser(
+        prog="python -m fsdp_dp.report",
+        description="Report on one run of fsdp_dp.train, or on several side by side: curves, the ledger's verdict, and a "
+        "privacy statement for each, to be signed. Writes report.html, one file that holds everything, and report.md with "
+        "its pictures. Ends with 1 where a ledger does not hold together.",
+        epilog="example: python -m fsdp_dp.report outputs/mine --no-diagnostics   (the one to publish)",
+    )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the folder of a run (output_dir)")
-    parser.add_argument("--output", type=Path, help="where to write (default: the folder 'report' in the first run's)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: the folder 'report' in the first run's")
     parser.add_argument("--no-diagnostics", action="store_true", help="leave out whatever epsilon does not cover")
     asked = parser.parse_args(arguments)
     folder = asked.output or asked.runs[0] / "report"

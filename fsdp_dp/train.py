@@ -123,11 +123,11 @@ def in_the_sweeps_folder(config: DictConfig) -> DictConfig:
     return merged
 
 
-def refuse(message: str) -> NoReturn:
+def refuse(message: str, command: str = "train") -> NoReturn:
     """End the program over a bad configuration; on several ranks, rank 0 says why."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(SECONDS_FOR_RANK_0)
-    print(f"fsdp_dp.train: {message}", file=sys.stderr, flush=True)
+    print(f"fsdp_dp.{command}: {message}", file=sys.stderr, flush=True)
     sys.exit(EXIT_BAD_CONFIGURATION)
 
 
@@ -136,12 +136,15 @@ def main() -> None:
     run_command(run_job)
 
 
-def run_command(job: Callable[[DictConfig], None]) -> None:
-    """Have Hydra read the configuration for a job; a bad one ends the program."""
-    os.environ["HYDRA_FULL_ERROR"] = (
-        "1"  # Hydra then raises instead of printing, and `explain` can add what is allowed.
-    )
-    store_schema()
+def run_command(
+    job: Callable[[DictConfig], None], command: str = "train", kind: type[TrainConfig] = TrainConfig
+) -> None:
+    """Have Hydra read the configuration, of this kind, for the job of a command; a bad one ends the program."""
+    # Hydra then raises instead of printing, and `explain` can add what is allowed.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    if command != "train":
+        sys.argv.insert(1, f"hydra/help=fsdp_dp_{command}")
+    store_schema(kind)
     launchers.register()
     if os.environ.get("RANK", "0") != "0":
         # Each rank of torchrun makes a sweep's folder, named by its own clock: the runs are in that of rank 0.
@@ -149,11 +152,11 @@ def run_command(job: Callable[[DictConfig], None]) -> None:
     try:
         hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(job)()
     except (ValueError, HydraException, OmegaConfBaseException) as error:
-        refuse(launchers.hint(explain(error)))
+        refuse(launchers.hint(explain(error)), command)
     except RuntimeError as error:
         if not launchers.is_of_a_trial(error):
             raise
-        print(f"fsdp_dp.train: {error}", file=sys.stderr, flush=True)
+        print(f"fsdp_dp.{command}: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_FAILED_TRIAL)
 
 

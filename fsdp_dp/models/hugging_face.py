@@ -127,6 +127,7 @@ def with_lora(model: nn.Module, config: HuggingFaceConfig) -> nn.Module:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # of GPT-2's Conv1D; peft sets it
+        warnings.filterwarnings("ignore", category=FutureWarning)  # peft reads names that transformers renamed
         try:
             return peft.get_peft_model(model, options)  # type: ignore[arg-type]
         except ValueError as error:
@@ -143,6 +144,7 @@ def _layer_names(model: nn.Module) -> set[str]:
 def _transformers() -> Any:
     try:
         import transformers
+        transformers.utils.logging.disable_progress_bar()
     except ImportError as error:
         raise ValueError(f"model.architecture=hugging_face needs the package transformers: {INSTALL}") from error
     return transformers

@@ -101,7 +101,10 @@ def test_python_source_is_the_library_and_nothing_installed():
 
 
 def test_default_corpus_is_deterministic_and_splits_by_file():
-    first, second = load_corpus(DataConfig(), GPTConfig(block_size=128)), load_corpus(DataConfig(), GPTConfig(block_size=128))
+    first, second = (
+        load_corpus(DataConfig(), GPTConfig(block_size=128)),
+        load_corpus(DataConfig(), GPTConfig(block_size=128)),
+    )
     assert torch.equal(first.train.rows, second.train.rows)
     assert torch.equal(first.held_out.rows, second.held_out.rows)
     assert 0.03 < len(first.held_out) / len(first.train) < 0.3
@@ -129,7 +132,9 @@ def test_moving_a_corpus_keeps_its_split(tmp_path):
     corpora = []
     for place in ("here", "elsewhere"):
         write_files(tmp_path / place, 30)
-        corpora.append(load_corpus(DataConfig(source="text_files", path=f"{tmp_path}/{place}/**/*.txt"), GPTConfig(block_size=16)))
+        corpora.append(
+            load_corpus(DataConfig(source="text_files", path=f"{tmp_path}/{place}/**/*.txt"), GPTConfig(block_size=16))
+        )
     assert torch.equal(corpora[0].held_out.rows, corpora[1].held_out.rows)
 
 
