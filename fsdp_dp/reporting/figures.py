@@ -24,12 +24,15 @@ STYLE = {
 
 
 class Picture(NamedTuple):
-    """A picture, the metrics that it shows, its axis, how one run is drawn into it, and whether ε covers it."""
+    """A picture, the metrics that it shows, its axis and where that starts and ends, what it shows in words, how one run is
+    drawn into it, and whether ε covers it."""
 
     name: str
     metrics: tuple[str, ...]
-    label: str
+    axis: str
+    words: str
     draw: Callable[[Axes, Run, str], Any]
+    limits: tuple[float | None, float | None] = (None, None)
     private: bool = False
 
 
@@ -52,21 +55,22 @@ def figure(runs: Sequence[Run], picture: Picture) -> Figure:
     with matplotlib.rc_context(STYLE):
         drawn, axes = pyplot.subplots(figsize=(5.2, 2.9))
         for number, run in enumerate(runs):
-            picture.draw(axes, run, COLOURS[number % len(COLOURS)])
-        axes.set(xlabel="release (optimizer step)", ylabel=picture.label)
+            if any(series(run.records, metric)[0] for metric in picture.metrics):
+                picture.draw(axes, run, COLOURS[number % len(COLOURS)])
+        axes.set(xlabel="release (optimizer step)", ylabel=picture.axis, ylim=picture.limits)
         if not picture.private:
-            axes.set_title(NOT_PRIVATE, color="#a33", fontsize=8, loc="right")
+            axes.set_title(NOT_PRIVATE, color="#a33", fontsize=7, loc="right", pad=14)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.98), ncols=4, borderpad=0, handlelength=1.4)
         drawn.tight_layout()
         image = BytesIO()
-        drawn.savefig(image, dpi=130, format="png")
+        drawn.savefig(image, dpi=115, format="png", pil_kwargs={"optimize": True})
         pyplot.close(drawn)
     return Figure(picture.name, caption(picture), image.getvalue())
 
 
 def caption(picture: Picture) -> str:
-    return picture.label if picture.private else f"{picture.label} ({NOT_PRIVATE})"
+    return picture.words if picture.private else f"{picture.words} ({NOT_PRIVATE})"
 
 
 # ------------------------------------------------------------------------------------------------ how a run is drawn
@@ -74,7 +78,7 @@ def caption(picture: Picture) -> str:
 
 def line(metric: str) -> Callable[[Axes, Run, str], Any]:
     def draw(axes: Axes, run: Run, colour: str) -> None:
-        axes.plot(*series(run.records, metric), color=colour, label=run.name, linewidth=1.3)
+        axes.plot(*series(run.records, metric), color=colour, label=run.name, linewidth=1.0)
 
     return draw
 
@@ -82,7 +86,7 @@ def line(metric: str) -> Callable[[Axes, Run, str], Any]:
 def draw_epsilon(axes: Axes, run: Run, colour: str) -> None:
     """The bound by release, and that of the whole budget."""
     steps, values = series(run.records, "epsilon")
-    axes.plot(steps, values, color=colour, drawstyle="steps-post", label=run.name if steps else None, linewidth=1.6)
+    axes.plot(steps, values, color=colour, drawstyle="steps-post", label=run.name, linewidth=1.6)
     if run.bounds is not None:
         axes.axhline(run.bounds.upper, color=colour, linestyle=":", linewidth=1)
 
@@ -109,15 +113,23 @@ def scores() -> Iterator[Picture]:
     for score in SCORES:
         metrics = (f"training_{score.name}", f"held_out_{score.name}")
         what = score.title if score is ACCURACY else f"loss, {score.title}"
-        yield Picture(score.name, metrics, f"{what}: held-out (dots), training (thin)", draw_score(score))
+        yield Picture(
+            score.name, metrics, score.title, f"{what}: held-out (dots), training (thin)", draw_score(score),
+            limits=(0, 1) if score is ACCURACY else (0, None),
+        )  # fmt: skip
 
 
-EPSILON = (Picture("epsilon", ("epsilon",), "ε so far (upper bound), and of the budget", draw_epsilon, private=True),)
+EPSILON = (
+    Picture("epsilon", ("epsilon",), "ε", "ε so far, an upper bound, and that of the whole budget (dotted)", draw_epsilon,
+            (0, None), private=True),
+)  # fmt: skip
 DIAGNOSTICS = (
     *scores(),
-    Picture("clipped", ("clipped",), "clipped rows, share", line("clipped")),
-    Picture("norms", ("norm_50",), "norms / bound: 10, 50 and 90 % of rows", draw_norms),
-    Picture("rows_per_second", ("rows_per_second",), "throughput, rows per second", line("rows_per_second")),
-    Picture("memory_gib", ("memory_gib",), "peak memory of a rank, GiB", line("memory_gib")),
-    Picture("useful_rows", ("useful_rows",), "useful rows, share of the rows run", line("useful_rows")),
-)
+    Picture("norms", ("norm_50",), "norm / bound", "rows' gradient norms over the bound: median, and 10 to 90 % (band)",
+            draw_norms),
+    Picture("clipped", ("clipped",), "share of rows", "clipped rows", line("clipped"), (-0.02, 1.02)),
+    Picture("rows_per_second", ("rows_per_second",), "rows per second", "throughput", line("rows_per_second"), (0, None)),
+    Picture("memory_gib", ("memory_gib",), "GiB", "peak memory of a rank", line("memory_gib"), (0, None)),
+    Picture("useful_rows", ("useful_rows",), "share of rows", "useful rows: those run that were no padding",
+            line("useful_rows"), (0, 1.02)),
+)  # fmt: skip

@@ -25,6 +25,7 @@ th { font-weight: 600 } td:first-child { color: var(--quiet); width: 14rem }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; padding: .6rem; break-inside: avoid }
 img { width: 100%; max-width: 46rem; height: auto; display: block; margin: 0 auto }
 figcaption { color: var(--quiet); font-size: .83rem; padding: .3rem .2rem 0 }
+code { background: #f1f3f5; padding: .05rem .3rem; border-radius: 3px; font-size: .9em }
 li { margin: .25rem 0 } .sign { margin-top: 2.5rem; color: var(--quiet) }
 @media print { h2 { break-before: page } body { padding: 0 } }
 """
@@ -128,6 +129,10 @@ def _html_figure(figure: Figure) -> str:
 
 
 def _inline(text: str) -> str:
-    """Escaped text, in which Markdown's pairs of asterisks become bold."""
-    parts = escape(text).split("**")
-    return "".join(f"<b>{part}</b>" if number % 2 else part for number, part in enumerate(parts))
+    """Escaped text, in which Markdown's pairs of asterisks become bold, and those of backticks code."""
+    return _between(_between(escape(text), "**", "b"), "`", "code")
+
+
+def _between(text: str, mark: str, tag: str) -> str:
+    parts = text.split(mark)
+    return "".join(f"<{tag}>{part}</{tag}>" if number % 2 else part for number, part in enumerate(parts))

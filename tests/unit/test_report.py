@@ -67,9 +67,9 @@ def test_runs_side_by_side(tmp_path, capsys):
         "probability 0.01", "epsilon cross-checked: prv", "| numerics | certified", "4, the budget fixed at the start",
         "ok: 3 records, unbroken", "Not detected: an old copy", "## Privacy statement: run (1)", "Signed: ___",
         "loss, bits per byte: held-out (dots), training (thin) (not private",
-        "useful rows, share of the rows run (not private", "clipped rows, share (not private",
-        "norms / bound: 10, 50 and 90 % of rows (not private", "peak memory of a rank, GiB (not private",
-        "throughput, rows per second (not private", "held-out bits per byte (not private", "3.250",
+        "useful rows: those run that were no padding (not private", "clipped rows (not private",
+        "rows' gradient norms over the bound: median, and 10 to 90 % (band) (not private",
+        "peak memory of a rank (not private", "throughput (not private", "held-out bits per byte (not private", "3.250",
     ):  # fmt: skip
         assert stated in markdown
     assert html.count("data:image/png;base64,") == markdown.count("![") == 7
