@@ -104,7 +104,10 @@ def test_bad_options_are_named(kind: type[ModelConfig], options: dict, message: 
     [
         ({"model_type": "gtp2"}, "model.model_type=gtp2.*transformers refuses"),
         ({"pretrained": "./nowhere"}, r"model.pretrained=./nowhere: could not be loaded .*hf download"),
-        ({"model_type": "gpt2", "lora_rank": 2, "lora_targets": ["q_proj"]}, "model.lora_targets=.*layers end in: c_attn"),
+        (
+            {"model_type": "gpt2", "lora_rank": 2, "lora_targets": ["q_proj"]},
+            "model.lora_targets=.*layers end in: c_attn",
+        ),
     ],
 )
 def test_what_transformers_refuses_is_said(options: dict, message: str) -> None:

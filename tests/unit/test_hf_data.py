@@ -112,7 +112,7 @@ def test_an_empty_text_is_a_row_that_attends_to_something(tmp_path: Path) -> Non
 
 def test_a_folder_of_pictures(tmp_path: Path) -> None:
     corpus = load_corpus(DataConfig(source="hf_image", path=pictures(tmp_path)), IMAGES)
-    image, label = corpus.train[0]
+    image, _ = corpus.train[0]
     assert image.shape == (3, 6, 6) and image.dtype == torch.float32 and image.abs().max() <= 1
     assert image[2].min() == 1 and image[1].max() == -1  # blue, no green
     assert len(corpus.train) + len(corpus.held_out) == 12 and corpus.unit == "one image with its label"
@@ -139,8 +139,8 @@ def test_digits_as_large_as_the_model_wants() -> None:
         ([{"text": f"{i}", "label": i} for i in range(9)], {}, "labels go from 0 to 8, but model.classes=2 knows 0 to 1"),
         ([{"text": f"{i}", "label": -1} for i in range(9)], {}, "rows without a label must be left out"),
         ([{"text": f"{i}", "label": 0.5} for i in range(9)], {}, "expected a whole number in every row, found 0.5"),
-        ([{"text": f"{i}"} for i in range(9)], {}, "data.label_column: the data has none of the usual columns label, labels, but text"),
-        ([{"body": f"{i}", "label": 1} for i in range(9)], {}, "data.input_column: the data has none of the usual columns text"),
+        ([{"text": f"{i}"} for i in range(9)], {}, "data.label_column: .* none of the usual columns label, labels, but text"),
+        ([{"body": f"{i}", "label": 1} for i in range(9)], {}, "data.input_column: .* none of the usual columns text"),
         (reviews(), {"input_column": "txet"}, "data.input_column: the data has no column txet, but text, label"),
         (reviews(), {"input_column": "label"}, "data.input_column=label: expected text in every row, found 0"),
         (reviews(), {"tokenizer": "./nowhere"}, "data.tokenizer=./nowhere: could not be loaded"),
@@ -191,8 +191,8 @@ def test_torchvision_is_asked_for_by_name() -> None:
     """Where it is not installed, or built for another torch, that is what is said."""
     config = DataConfig(source="torchvision", name="CIFAR10", path="/nowhere")
     installed = importlib.util.find_spec("torchvision") is not None
-    expected = "data.path=/nowhere: torchvision finds no CIFAR10 there|needs the package torchvision" if installed else "needs the package torchvision"  # fmt: skip
-    with pytest.raises(ValueError, match=expected):
+    missing, empty = "needs the package torchvision", "data.path=/nowhere: torchvision finds no CIFAR10 there"
+    with pytest.raises(ValueError, match=f"{missing}|{empty}" if installed else missing):
         load_corpus(config, ResNetConfig())
 
 
@@ -228,5 +228,5 @@ def test_bad_options_are_named(options: dict, message: str) -> None:
 
 
 def test_rows_of_another_kind_are_refused() -> None:
-    with pytest.raises(ValueError, match="data=digits gives rows for image_classes.*is for language: choose data="):
+    with pytest.raises(ValueError, match=r"data=digits gives rows for image_classes.*is for language: choose data="):
         load_corpus(DataConfig(source="digits"), LANGUAGE)
