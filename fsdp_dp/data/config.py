@@ -28,9 +28,9 @@ class DataConfig:
         source: `python_source` (the standard library of the running Python), `text_files`, `hf_text` or `hf_image`
             (`datasets`: from the Hub by `name`, or files by `path`), `torchvision` (by `name`, in the folder `path`) or
             `digits` (1797 small images that come with scikit-learn).
-        path: `text_files`: a glob of UTF-8 files ("corpus/**/*.txt"). `hf_text`: a folder of `save_to_disk`, or a glob of
-            json, jsonl, csv, parquet or txt files, one row a record or line. `hf_image`: a folder of `save_to_disk`, or
-            one with a folder of images for each class.
+        path: `text_files`: a glob of UTF-8 files ("corpus/**/*.txt"). `hf_text`: a folder of `save_to_disk`, or a glob
+            or folder of json, jsonl, csv, parquet or txt files, one row a record or line. `hf_image`: a folder of
+            `save_to_disk`, or one with a folder of images for each class. `torchvision`: the folder of the data set.
         name: on the Hub, or a class of torchvision.datasets.
         subset: of a data set on the Hub that has several.
         split, held_out_split: which parts to train and to evaluate on; without the latter, a share of the rows is held out.

@@ -165,13 +165,15 @@ def from_files(config: DataConfig, path: str) -> Any:
             return datasets.load_from_disk(path)
         if config.source == "hf_image":
             return images_of(folder)
-        files = [file for file in sorted(glob.glob(path, recursive=True)) if Path(file).is_file()]
+        pattern = str(folder / "**" / "*") if folder.is_dir() else path
+        files = [file for file in sorted(glob.glob(pattern, recursive=True)) if Path(file).is_file()]
         kinds = {READERS.get(Path(file).suffix, Path(file).suffix) for file in files}
         if len(kinds) != 1 or not kinds <= set(READERS.values()):
             raise ValueError(
                 f"data.path={path} (seen from {Path.cwd()}) names {len(files)} files"
                 + (f" of kinds {', '.join(sorted(kinds))}" if files else "")
-                + f"; expected a glob of files of one kind, {', '.join(READERS)}, or a folder of datasets.save_to_disk"
+                + f"; expected a glob, or a folder, of files of one kind, {', '.join(READERS)}, or what "
+                "datasets' save_to_disk leaves"
             )
         return datasets.load_dataset(kinds.pop(), data_files=files, split="train")
     except ValueError:

@@ -67,6 +67,14 @@ def test_adding_a_row_moves_no_other(tmp_path: Path) -> None:
     assert held_out[0] <= held_out[1] and len(held_out[1] - held_out[0]) <= 1
 
 
+def test_a_folder_of_files_is_read_as_one(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "more").mkdir(parents=True)
+    lines(tmp_path / "mine", reviews()[:10])
+    lines(tmp_path / "mine" / "more", reviews()[10:])
+    corpus = texts(str(tmp_path / "mine"))
+    assert len(corpus.train) + len(corpus.held_out) == 40
+
+
 @pytest.mark.parametrize("suffix", ["csv", "txt", "parquet"])
 def test_other_kinds_of_files(tmp_path: Path, suffix: str) -> None:
     import datasets
@@ -153,7 +161,9 @@ def test_what_is_wrong_with_rows_is_said(rows: list, options: dict, message: str
 
 
 def test_what_is_wrong_with_files_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data.path=.*nothing.* names 0 files; expected a glob of files of one kind"):
+    with pytest.raises(
+        ValueError, match=r"data.path=.*nothing.* names 0 files; expected a glob, or a folder, of files of one kind"
+    ):
         texts(str(tmp_path / "nothing" / "*.jsonl"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"names 0 files"):
