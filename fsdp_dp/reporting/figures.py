@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NOT_PRIVATE = "not private: computed from un-noised data"
 COLOURS = ("#1f5fa8", "#d1602a", "#2f8f5b", "#8a4fa3", "#a8891f", "#4f8f9f")
-STYLE = {
+STYLE: Any = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#999999", "axes.grid": True,
     "grid.color": "#e4e4e4", "grid.linewidth": 0.7, "legend.frameon": False, "axes.axisbelow": True,
     "xtick.color": "#555555", "ytick.color": "#555555", "axes.labelcolor": "#333333",
