@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,9 @@ def test_texts_and_their_labels_from_lines_of_json(tmp_path: Path) -> None:
 
 def test_adding_a_row_moves_no_other(tmp_path: Path) -> None:
     """Rows are divided by what is in them. Seen to fail when they are divided by their number."""
-    held_out = []
+    held_out, whole = [], replace(TEXT, block_size=32)
     for number, rows in enumerate((reviews(), [{"text": "one more", "label": 0}, *reviews()])):
-        corpus = texts(lines(tmp_path, rows, f"{number}.jsonl"), TEXT)
+        corpus = texts(lines(tmp_path, rows, f"{number}.jsonl"), whole)
         held_out.append({bytes(corpus.held_out[i][0].clamp(min=0).tolist()) for i in range(len(corpus.held_out))})
     assert held_out[0] <= held_out[1] and len(held_out[1] - held_out[0]) <= 1
 
