@@ -62,6 +62,10 @@ class DataConfig:
         require_choice("data.source", self.source, tuple(SOURCES))
         require_choice("data.rows", self.rows, ROWS)
         require_number("data.held_out_fraction", self.held_out_fraction, above=0.0, below=1.0)
+        if self.held_out_split == self.split:
+            raise ValueError(
+                f"data.held_out_split={self.split} is the split that is trained on: name another, or null to hold out a part."
+            )
         if self.source == "text_files" and not self.path:
             raise ValueError("data.path is not set: data=text_files needs a glob, such as data.path='corpus/**/*.txt'.")
         if self.source in ("python_source", "digits") and self.path:
