@@ -30,6 +30,7 @@ class Step:
         self._world, self._engine = world, engine
         self._totals = torch.zeros(4, dtype=torch.float64, device=world.device)
         self._norms: list[Tensor] = []
+        self._bound = math.nan if engine is None else engine.max_grad_norm  # the step may move it (adaptive)
 
     def count(self, score_totals: Tensor, real_B: Tensor) -> None:
         """After a microbatch's backward: add its [sum, count] of the score, its rows, and their norms."""
@@ -63,7 +64,7 @@ class Step:
         """Quantiles of the rows' norms before clipping, in units of the bound, and the share that was clipped."""
         if self._engine is None:
             return {}
-        norms = norms[~norms.isnan()] / self._engine.max_grad_norm
+        norms = norms[~norms.isnan()] / self._bound
         if not len(norms):
             return {}
         levels = torch.tensor(list(QUANTILES.values()), dtype=norms.dtype)
