@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fsdp_dp.models.config import IMAGE_CLASSES, LANGUAGE, TEXT_CLASSES, HuggingFaceConfig
@@ -65,12 +66,15 @@ def build(config: HuggingFaceConfig, *, weights: bool = True) -> HuggingFaceMode
     if config.pretrained is not None and weights:
         try:
             model = kind.from_pretrained(
-                config.pretrained, config=made, ignore_mismatched_sizes=config.head != LANGUAGE
+                config.pretrained,
+                config=made,
+                dtype=torch.float32,  # whatever they were saved in: precision.compute is another matter
+                ignore_mismatched_sizes=config.head != LANGUAGE,
             )
         except (OSError, ValueError) as error:
             raise ValueError(_not_found(config.pretrained, error)) from error
     else:
-        model = kind.from_config(made)
+        model = kind.from_config(made, dtype=torch.float32)
     if config.lora_rank is not None:
         model = with_lora(model, config)
     return HuggingFaceModel(model, config.head).train()
@@ -144,6 +148,7 @@ def _layer_names(model: nn.Module) -> set[str]:
 def _transformers() -> Any:
     try:
         import transformers
+
         transformers.utils.logging.disable_progress_bar()
     except ImportError as error:
         raise ValueError(f"model.architecture=hugging_face needs the package transformers: {INSTALL}") from error

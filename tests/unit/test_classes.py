@@ -1,5 +1,7 @@
 """Models of classes, and one document a row: every row is clipped as the oracle does, padding or not."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -75,6 +77,17 @@ def test_parameters_are_counted_without_loading_them(config: ModelConfig, count:
     if isinstance(config, HuggingFaceConfig):
         pytest.importorskip("transformers")
     assert parameter_count(config) == sum(p.numel() for p in build(config).parameters()) == count
+
+
+def test_weights_are_float32_whatever_they_were_saved_in(tmp_path: Path) -> None:
+    """Seen to fail when the type of the file is kept: small updates would be lost in bfloat16."""
+    transformers = pytest.importorskip("transformers")
+    small = {"n_layer": 1, "n_head": 1, "n_embd": 4, "vocab_size": 11, "bos_token_id": 1, "eos_token_id": 1}
+    saved = transformers.GPT2LMHeadModel(transformers.GPT2Config(**small)).to(torch.bfloat16)
+    saved.save_pretrained(str(tmp_path))
+    model = build(HuggingFaceConfig(pretrained=str(tmp_path)))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.training
 
 
 def test_blocks_are_the_outermost_of_a_list() -> None:
