@@ -13,13 +13,10 @@ import os
 import sys
 from pathlib import Path
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fsdp_dp.train import config_folder, refuse, writable_schema
+from fsdp_dp.train import refuse, run_command, typed
 from fsdp_dp.training.audit_options import AuditConfig
 from fsdp_dp.training.config_errors import explain
 from fsdp_dp.training.schema import check_world
@@ -29,9 +26,7 @@ AUDIT_FILE = "audit.json"
 
 def checked(config: DictConfig) -> AuditConfig:
     """The configuration as the dataclasses of the schema; raises as `train.checked`."""
-    known = OmegaConf.merge(writable_schema(AuditConfig), OmegaConf.to_container(config))
-    audit_config = OmegaConf.to_object(known)
-    assert isinstance(audit_config, AuditConfig)
+    audit_config = typed(config, AuditConfig)
     check_world(audit_config, int(os.environ.get("WORLD_SIZE", "1")))
     return audit_config
 
@@ -45,7 +40,7 @@ def run_job(config: DictConfig) -> None:
 
         job = prepare(audit_config)
     except (ValueError, OmegaConfBaseException) as error:
-        refuse(explain(error))
+        refuse(explain(error), "audit")
     from fsdp_dp.training.auditing_run import audit
     from fsdp_dp.training.run_folder import make_folder
     from fsdp_dp.training.world import start_world
@@ -61,15 +56,7 @@ def run_job(config: DictConfig) -> None:
 
 def main() -> None:
     """The entry point of `python -m fsdp_dp.audit`."""
-    os.environ["HYDRA_FULL_ERROR"] = (
-        "1"  # Hydra then raises instead of printing, and `explain` can add what is allowed.
-    )
-    sys.argv.insert(1, "hydra/help=fsdp_dp_audit")
-    ConfigStore.instance().store(name="train_schema", node=writable_schema(AuditConfig))
-    try:
-        hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(run_job)()
-    except (ValueError, HydraException, OmegaConfBaseException) as error:
-        refuse(explain(error))
+    run_command(run_job, "audit", AuditConfig)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def check_job(config: DictConfig) -> None:
         train_config = checked(config, world_size=config.sharding.tensor_parallel_size)
         verdict = verdict_on(train_config)
     except (ValueError, OmegaConfBaseException) as error:
-        refuse(explain(error))
+        refuse(explain(error), "check")
     print(verdict, flush=True)
     sys.exit(0 if verdict.ok else 1)
 
@@ -38,19 +38,18 @@ def verdict_on(config: TrainConfig) -> Verdict:
     import torch
 
     from fsdp_dp.data.corpus import load_corpus
-    from fsdp_dp.data.packing import split_row
-    from fsdp_dp.models.gpt import GPT
+    from fsdp_dp.models.build import build
     from fsdp_dp.models.objective import row_losses
     from fsdp_dp.training.world import choose_device
     from fsdp_dp.verdict import check_private
 
     device = choose_device(config.device)
-    rows = load_corpus(config.data, config.model.block_size).train.rows[:ROWS]
+    rows = load_corpus(config.data, config.model).train
     torch.manual_seed(config.seed)
-    model = GPT(config.model).to(device)
-    batch = tuple(x.to(device) for x in split_row(rows))
+    model = build(config.model).to(device)
+    batch = tuple(x.to(device) for x in rows.batch(torch.arange(min(ROWS, len(rows)))))
     return check_private(model, batch, lambda m, b: row_losses(m(b[0]), b[1]).mean())
 
 
 if __name__ == "__main__":
-    run_command(check_job)
+    run_command(check_job, "check")

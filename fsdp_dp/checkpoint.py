@@ -22,6 +22,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
@@ -101,7 +102,8 @@ class Checkpoints:
         self._at = step
         tensors: dict[str, Any] = {"model": get_model_state_dict(self._model)}
         # Asked for the state of an optimizer that has none, such as plain SGD, torch takes a step to make some.
-        if self._optimizer.state:
+        # Of a shard without trainable elements (LoRA, FSDP1) there is none either, and all ranks must do the same.
+        if self._on_any_rank(bool(self._optimizer.state)):
             tensors["optimizer"] = get_optimizer_state_dict(self._model, self._optimizer, options=_OPTIONS)
         state = {"step": step, "privacy": None if self._engine is None else self._engine.state_dict()}
         writer = dcp.FileSystemWriter(str(self.folder / f"{_UNFINISHED}{_name(step)}"))
@@ -209,6 +211,13 @@ class Checkpoints:
                 shutil.rmtree(old.rename(self.folder / f"{_UNFINISHED}{old.name}"))
         if self._group is not None:
             dist.barrier(self._group)
+
+    def _on_any_rank(self, flag: bool) -> bool:
+        if self._group is None:
+            return flag
+        total = torch.tensor(flag, dtype=torch.int32)
+        dist.all_reduce(total, group=self._group)
+        return bool(total)
 
     def _from_main(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

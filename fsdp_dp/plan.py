@@ -8,20 +8,15 @@ The configuration is the tree of `fsdp_dp.train`, with the machine as `plan` (`-
 from __future__ import annotations
 
 import functools
-import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 
-import hydra
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fsdp_dp.planning.options import PlanConfig
-from fsdp_dp.train import EXIT_BAD_CONFIGURATION, config_folder, writable_schema
+from fsdp_dp.train import refuse, run_command, typed
 from fsdp_dp.training.config_errors import explain
 from fsdp_dp.training.schema import check_world
 
@@ -30,9 +25,7 @@ PROCESSES = 2
 
 def checked(config: DictConfig) -> PlanConfig:
     """The configuration as the dataclasses of the schema, for the planned number of ranks; raises as `train.checked`."""
-    known = OmegaConf.merge(writable_schema(PlanConfig), OmegaConf.to_container(config))
-    plan_config = OmegaConf.to_object(known)
-    assert isinstance(plan_config, PlanConfig)
+    plan_config = typed(config, PlanConfig)
     check_world(plan_config, plan_config.plan.world_size)
     return plan_config
 
@@ -40,9 +33,9 @@ def checked(config: DictConfig) -> PlanConfig:
 def plan(config: PlanConfig) -> str:
     """The plan as a page of text; two sides at a time, each in a process of its own."""
     # Imported late: torch takes seconds, and --help or a wrong option should not.
+    from fsdp_dp.models.build import parameter_count
     from fsdp_dp.planning.answer import answer, rows_of_a_rank
     from fsdp_dp.planning.report import table
-    from fsdp_dp.training.building import parameter_count
 
     rows = rows_of_a_rank(config)
     config = replace(config, microbatch_size=min(config.microbatch_size, rows))
@@ -54,21 +47,16 @@ def plan(config: PlanConfig) -> str:
 
 def run(config: DictConfig) -> None:
     """Check the configuration, then print its plan."""
-    print(plan(checked(config)))
+    try:
+        plan_config = checked(config)
+    except (ValueError, OmegaConfBaseException) as error:
+        refuse(explain(error), "plan")
+    print(plan(plan_config))
 
 
 def main() -> None:
     """The entry point of `python -m fsdp_dp.plan`."""
-    os.environ["HYDRA_FULL_ERROR"] = (
-        "1"  # Hydra then raises instead of printing, and `explain` can add what is allowed.
-    )
-    sys.argv.insert(1, "hydra/help=fsdp_dp_plan")
-    ConfigStore.instance().store(name="train_schema", node=writable_schema(PlanConfig))
-    try:
-        hydra.main(version_base="1.3", config_path=config_folder(), config_name="config")(run)()
-    except (ValueError, HydraException, OmegaConfBaseException) as error:
-        print(f"fsdp_dp.plan: {explain(error)}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_BAD_CONFIGURATION)
+    run_command(run, "plan", PlanConfig)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from fsdp_dp.accounting import AccountingError
-from fsdp_dp.reporting.figures import NOT_PRIVATE, figures
-from fsdp_dp.reporting.page import Block, Figure, Heading, Paragraph, Table, as_html, as_markdown
+from fsdp_dp.models.objective import SCORES
+from fsdp_dp.reporting.figures import DIAGNOSTICS, EPSILON, NOT_PRIVATE, figures
+from fsdp_dp.reporting.page import Banner, Block, Figures, Heading, Paragraph, Table, as_html, as_markdown
 from fsdp_dp.reporting.run import Run, read_run
-from fsdp_dp.reporting.statement import claim, statement
+from fsdp_dp.reporting.statement import claim, statement, verdict_banner
 from fsdp_dp.training.metrics import series
 
 TITLE = "Training report"
@@ -27,38 +28,54 @@ SEVERAL = (
 
 def report(runs: Sequence[Run], *, diagnostics: bool) -> list[Block]:
     """The page: the runs side by side, pictures, then a privacy statement for each."""
-    blocks: list[Block] = [Heading(1, TITLE), overview(runs, diagnostics=diagnostics)]
+    blocks: list[Block] = [Heading(1, TITLE), *(named_verdict(run) for run in runs), overview(runs)]
     if len(runs) > 1:
         blocks.append(Paragraph(SEVERAL))
-    marked = f"Whatever is marked '{NOT_PRIVATE}' must not leave the circle that may see the data."
-    blocks.append(Paragraph(marked if diagnostics else "Diagnostics that epsilon does not cover are left out."))
-    blocks += figures(runs, diagnostics=diagnostics)
+    blocks += [Heading(2, "What epsilon covers"), Figures(tuple(figures(runs, EPSILON)))]
+    if diagnostics:
+        marked = f"Whatever is marked '{NOT_PRIVATE}' must not leave the circle that may see the data."
+        shown = tuple(figures(runs, DIAGNOSTICS))
+        blocks += [Heading(2, "Diagnostics, not private"), Banner(marked, "note"), *scores_of(runs), Figures(shown)]
+    else:
+        blocks.append(Paragraph("Diagnostics that epsilon does not cover are left out."))
     return blocks + [block for run in runs for block in statement(run)]
 
 
-def overview(runs: Sequence[Run], *, diagnostics: bool) -> Table:
-    """One column a run."""
+def named_verdict(run: Run) -> Banner:
+    text, tone = verdict_banner(run)
+    return Banner(f"{run.name}: {text}", tone)
+
+
+def overview(runs: Sequence[Run]) -> Table:
+    """One column a run: what is public of it."""
     rows = [
         ("guarantee", *map(claim, runs)),
         ("ledger", *(run.verdict for run in runs)),
-        ("model", *(described(run, "layers", "width", "block_size") for run in runs)),
+        ("model", *(run.model.in_words for run in runs)),
+        ("data", *(data_in_words(run) for run in runs)),
         ("sharding", *(str(run.config["sharding"]["strategy"]) for run in runs)),
         ("steps, batch", *(f"{run.config['steps']} of {run.config['batch_size']} rows" for run in runs)),
         ("learning rate", *(f"{run.config['optimizer']['learning_rate']:g}" for run in runs)),
     ]
-    if diagnostics:
-        last = [series(run.records, "held_out_bits_per_byte")[1][-1:] for run in runs]
-        rows.append(
-            (
-                f"held-out bits per byte ({NOT_PRIVATE})",
-                *(f"{bits[0]:.3f}" if bits else "not evaluated" for bits in last),
-            )
-        )
     return Table(("", *(run.name for run in runs)), tuple(rows))
 
 
-def described(run: Run, *names: str) -> str:
-    return ", ".join(f"{name} {run.config['model'][name]}" for name in names)
+def data_in_words(run: Run) -> str:
+    data = run.data
+    where = " ".join(part for part in (data.name, data.subset, data.path) if part)
+    return f"{data.source}: {where}" if where else data.source
+
+
+def scores_of(runs: Sequence[Run]) -> list[Table]:
+    """The last held-out score of each run, for each kind of score that was recorded."""
+    tables = []
+    for score in SCORES:
+        last = [series(run.records, f"held_out_{score.name}")[1][-1:] for run in runs]
+        if any(last):
+            cells = [f"{found[0]:.3f}" if found else "not evaluated" for found in last]
+            head = ("", *(run.name for run in runs))
+            tables.append(Table(head, ((f"held-out {score.title} ({NOT_PRIVATE})", *cells),)))
+    return tables
 
 
 def named_apart(runs: Sequence[Run]) -> list[Run]:
@@ -74,17 +91,24 @@ def write(blocks: Sequence[Block], folder: Path) -> None:
     """report.md with its pictures, and report.html, in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for block in blocks:
-        if isinstance(block, Figure):
-            (folder / f"{block.name}.png").write_bytes(block.png)
+        if isinstance(block, Figures):
+            for figure in block.figures:
+                (folder / f"{figure.name}.png").write_bytes(figure.png)
     (folder / "report.md").write_text(as_markdown(blocks), encoding="utf-8")
     (folder / "report.html").write_text(as_html(blocks, TITLE), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 if a run cannot be read or a ledger does not hold together: the report is written all the same."""
-    parser = argparse.ArgumentParser(prog="python -m fsdp_dp.report", description="Reports on runs of fsdp_dp.train.")
+    parser = argparse.ArgumentParser(
+        prog="python -m fsdp_dp.report",
+        description="Report on one run of fsdp_dp.train, or on several side by side: curves, the ledger's verdict, and a "
+        "privacy statement for each, to be signed. Writes report.html, one file that holds everything, and report.md with "
+        "its pictures. Ends with 1 where a ledger does not hold together.",
+        epilog="example: python -m fsdp_dp.report outputs/mine --no-diagnostics   (the one to publish)",
+    )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the folder of a run (output_dir)")
-    parser.add_argument("--output", type=Path, help="where to write (default: the folder 'report' in the first run's)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: the folder 'report' in the first run's")
     parser.add_argument("--no-diagnostics", action="store_true", help="leave out whatever epsilon does not cover")
     asked = parser.parse_args(arguments)
     folder = asked.output or asked.runs[0] / "report"

@@ -125,7 +125,7 @@ def require_same(what: str, found: Sequence[Any], runs: Sequence[Run]) -> Any:
 
 
 def rows_of(run: Run) -> tuple[Any, ...]:
-    return run.config["data"], run.config["model"]["block_size"], privacy(run).dataset_size
+    return run.config["data"], run.config["model"].get("block_size"), privacy(run).dataset_size
 
 
 def privacy(run: Run) -> Any:

@@ -104,7 +104,7 @@ install() {
   installation_key >"$prefix/.fsdp_dp-$extra"
 }
 
-# ensure_environment runtime|test: installs only what the last start of this checkout did not.
+# ensure_environment runtime|test|EXTRA,...: installs only what the last start of this checkout did not.
 ensure_environment() {
   select_environment
   is_installed "$1" && return

@@ -220,7 +220,7 @@ def timed(step) -> float:
 
 def training(backend: str, model: GPTConfig, world: World, steps: int) -> dict[str, object]:
     """Private releases on real text through the engine's loader: the loss must go down."""
-    corpus = load_corpus(DataConfig(), model.block_size)
+    corpus = load_corpus(DataConfig(), model)
     rows = 512 if CUDA else 8
     module = build(backend, model, "bf16", world)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)

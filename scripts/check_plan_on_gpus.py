@@ -27,12 +27,14 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fsdp_dp import PrivacyConfig, make_private
+from fsdp_dp.models.build import parameter_count
 from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.models.objective import row_losses
 from fsdp_dp.planning.depth import predict
+from fsdp_dp.planning.options import decoder
 from fsdp_dp.planning.search import most_layers
 from fsdp_dp.planning.trace import Step, build
-from fsdp_dp.training.building import build_optimizer, parameter_count
+from fsdp_dp.training.building import build_optimizer
 from fsdp_dp.training.schema import PrecisionConfig, ShardingConfig, TrainConfig
 from fsdp_dp.training.world import World, describe_world
 
@@ -95,7 +97,7 @@ def make_step(shape: str, rows: int, side: str, world_size: int, checkpointing: 
 def prediction(**case: object) -> dict[str, object]:
     """Runs in a process of its own: fake ranks and real ones do not share one."""
     step = make_step(**case, layers=0)  # type: ignore[arg-type]
-    layers = most_layers(step, int(case["usable"])) if case["usable"] else step.config.model.layers  # type: ignore[call-overload]
+    layers = most_layers(step, int(case["usable"])) if case["usable"] else decoder(step.config).layers  # type: ignore[call-overload]
     if not layers:
         return {"layers": 0}
     step = step.with_layers(layers)
@@ -151,8 +153,8 @@ def run(step: Step, device: torch.device) -> tuple[float, float, float]:
     engine = None
     if step.side != "plain":
         engine = make_private(model, mechanism(step, world), optimizer)
-    shape = (step.microbatch_size, step.config.model.block_size)
-    tokens = torch.randint(0, step.config.model.vocabulary_size, shape, device=device)
+    shape = (step.microbatch_size, decoder(step.config).block_size)
+    tokens = torch.randint(0, decoder(step.config).vocabulary_size, shape, device=device)
     first = peak_of(lambda: one_step(model, optimizer, tokens), device)
     later = max(peak_of(lambda: one_step(model, optimizer, tokens), device) for _ in range(STEPS - 1))
     reserved = torch.cuda.max_memory_reserved() / GIB if CUDA else 0.0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from fsdp_dp.data.rows import held_out_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,41 +27,19 @@ def is_utf8(text: bytes) -> bool:
     return True
 
 
-def name_fraction(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone, uniform over names."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
 def split_documents(documents: Sequence[Document], held_out_fraction: float) -> tuple[list[Document], list[Document]]:
-    """(training, held-out) documents, each in the given order; no document is in both.
-
-    A document is held out when the hash of its name falls below the fraction, so adding a file moves no other. Where
-    that would leave a side empty, the one document whose hash is nearest to the fraction changes sides.
-
-    Raises:
-        ValueError: fewer than two documents.
-    """
-    if len(documents) < 2:
-        raise ValueError(
-            f"data: found {len(documents)} document(s), expected at least 2, since text is held out by file; "
-            "split the text into several files or widen data.path"
-        )
-    held_out = {document.name for document in documents if name_fraction(document.name) < held_out_fraction}
-    if not held_out:
-        held_out = {min((document.name for document in documents), key=name_fraction)}
-    elif len(held_out) == len(documents):
-        held_out.remove(max(held_out, key=name_fraction))
+    """(training, held-out) documents, each in the given order, by `held_out_names`; no document is in both."""
+    held_out = held_out_names([document.name for document in documents], held_out_fraction)
     return (
         [document for document in documents if document.name not in held_out],
         [document for document in documents if document.name in held_out],
     )
 
 
-def unigram_bits_per_byte(texts: Iterable[bytes]) -> float:
-    """Entropy of the bytes' frequencies: what a model that knows only how common each byte is needs per byte."""
+def unigram_bits(documents: Iterable[Sequence[int]]) -> float:
+    """Entropy of the frequencies of bytes or tokens: what a model that knows only how common each is needs for one."""
     counts: Counter[int] = Counter()
-    for text in texts:
+    for text in documents:
         counts.update(text)
     total = counts.total()
     return -sum(count / total * math.log2(count / total) for count in counts.values())

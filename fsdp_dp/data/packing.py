@@ -1,20 +1,21 @@
 """Documents to rows of equal length, and rows to (inputs, targets): a row is one sample.
 
-Rows never overlap: a row holds `block_size + 1` bytes, from which it predicts the last `block_size`, so that no byte
-is in two samples.
+Rows never overlap: a row holds `block_size + 1` bytes or tokens, from which it predicts the last `block_size`, so that none
+is in two samples. Bytes are kept as uint8, tokens as int32.
 
 Shapes: N rows, T = `block_size` positions.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from fsdp_dp.data.documents import Document
+from fsdp_dp.data.rows import Row, Rows
 from fsdp_dp.models.objective import IGNORED
 
 # No UTF-8 text contains this byte, so padding is never mistaken for text.
@@ -42,7 +43,23 @@ def one_per_document(documents: Sequence[Document], row_bytes: int) -> Tensor:
     return torch.frombuffer(text, dtype=torch.uint8).view(len(documents), row_bytes)
 
 
-class RowDataset(Dataset[tuple[Tensor, Tensor]]):
+def pack_tokens(documents: Sequence[Sequence[int]], row_tokens: int) -> Tensor:
+    """`pack`, of tokens: int32 rows [N, row_tokens]."""
+    tokens = torch.tensor(list(itertools.chain.from_iterable(documents)), dtype=torch.int32)
+    rows = len(tokens) // row_tokens
+    return tokens[: rows * row_tokens].view(rows, row_tokens)
+
+
+def tokens_one_per_document(documents: Sequence[Sequence[int]], row_tokens: int) -> Tensor:
+    """`one_per_document`, of tokens, padded with `IGNORED`: int32 rows [N, row_tokens]."""
+    rows = torch.full((len(documents), row_tokens), IGNORED, dtype=torch.int32)
+    for row, document in zip(rows, documents, strict=True):
+        start = torch.tensor(document[:row_tokens], dtype=torch.int32)
+        row[: len(start)] = start
+    return rows
+
+
+class RowDataset(Rows):
     """Rows as (inputs_T, targets_T), both int64; padded targets are `IGNORED`."""
 
     def __init__(self, rows: Tensor) -> None:
@@ -51,12 +68,19 @@ class RowDataset(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> Row:
         return split_row(self.rows[index])
 
+    def batch(self, indices: Tensor) -> Row:
+        return split_row(self.rows[indices])
 
-def split_row(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 [..., T + 1] -> (inputs, targets), int64 [..., T]: each position's byte, and the byte that follows it."""
-    tokens = rows.long()
-    targets = tokens[..., 1:]
-    return tokens[..., :-1], targets.masked_fill(targets == PADDING, IGNORED)
+
+def split_row(rows: Tensor) -> Row:
+    """[..., T + 1] -> (inputs, targets), int64 [..., T]: each position's byte or token, and the one that follows it.
+
+    Padding is an input that any model can look up, and a target that does not count.
+    """
+    is_bytes, tokens = rows.dtype == torch.uint8, rows.long()
+    padded = tokens == (PADDING if is_bytes else IGNORED)
+    inputs = tokens if is_bytes else tokens.masked_fill(padded, 0)
+    return inputs[..., :-1], tokens.masked_fill(padded, IGNORED)[..., 1:]

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Self
 
+from fsdp_dp.planning.options import decoder
 from fsdp_dp.planning.trace import EDGE, Step, Trace, trace
 
 SHALLOW = 2 * EDGE
@@ -53,5 +54,5 @@ def _line(before: Mapping[str, int], after: Mapping[str, int], pairs: int) -> Co
 
 def predict(step: Step) -> Trace:
     """The trace of a step, of any depth."""
-    layers = step.config.model.layers
+    layers = decoder(step.config).layers
     return trace(step) if layers < SHALLOW + 4 else Lines.of(step, odd=layers % 2 == 1).at(layers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fsdp_dp.config import require_choice, require_integer, require_number
+from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.training.schema import TrainConfig
 
 SIDES = ("plain", "flat", "block", "layer", "parameter")
@@ -60,3 +61,13 @@ class PlanConfig(TrainConfig):
             raise ValueError(
                 f"sharding={self.sharding.strategy} cannot be planned yet: choose {', '.join(STRATEGIES)} for the plan."
             )
+        if not isinstance(self.model, GPTConfig):
+            raise ValueError(
+                f"Plans are for model.architecture=gpt and llama, whose blocks repeat, found {self.model.architecture}."
+            )
+
+
+def decoder(config: TrainConfig) -> GPTConfig:
+    """The model, of the kind that can be planned."""
+    assert isinstance(config.model, GPTConfig)
+    return config.model

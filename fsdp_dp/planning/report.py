@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from fsdp_dp.planning.answer import Answer
-from fsdp_dp.planning.options import PlanConfig
+from fsdp_dp.planning.options import PlanConfig, decoder
 from fsdp_dp.planning.trace import Trace
 from fsdp_dp.planning.tracker import KINDS, Segment
 
@@ -45,7 +45,7 @@ _PHASES = {
 
 
 def _heading(config: PlanConfig, parameters: int, rows: int) -> list[str]:
-    model, plan = config.model, config.plan
+    model, plan = decoder(config), config.plan
     recomputed = ", activation checkpointing" if plan.activation_checkpointing else ""
     microbatches = math.ceil(rows / config.microbatch_size)
     return [

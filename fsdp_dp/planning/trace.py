@@ -16,8 +16,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.engine import PrivacyEngine, make_private
+from fsdp_dp.models.build import build as build_model
 from fsdp_dp.models.objective import row_losses
 from fsdp_dp.planning.fakes import fake_ranks, fake_values, past_first_step, records_of
+from fsdp_dp.planning.options import decoder
 from fsdp_dp.planning.tracker import (
     ACTIVATIONS,
     GRADIENTS,
@@ -30,7 +32,7 @@ from fsdp_dp.planning.tracker import (
     Segment,
     local,
 )
-from fsdp_dp.training.building import build_decoder, build_optimizer, shard_fsdp2, split_linears
+from fsdp_dp.training.building import build_optimizer, shard_fsdp2, split_linears
 from fsdp_dp.training.schema import TrainConfig
 from fsdp_dp.training.world import World, describe_world
 
@@ -78,7 +80,7 @@ class Step:
         return self.config.device != "cpu"
 
     def with_layers(self, layers: int) -> Step:
-        model = dataclasses.replace(self.config.model, layers=layers)
+        model = dataclasses.replace(decoder(self.config), layers=layers)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
 
 
@@ -89,7 +91,7 @@ def trace(step: Step) -> Trace:
         model = build(step, dataclasses.replace(world, device=torch.device("meta")))
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
-            shape = (step.microbatch_size, step.config.model.block_size)
+            shape = (step.microbatch_size, decoder(step.config).block_size)
             return run_step(step, model, torch.empty(shape, dtype=torch.int64))
 
 
@@ -97,10 +99,12 @@ def build(step: Step, world: World) -> nn.Module:
     """The model as the application shards it; what it does with FSDP1 is planned with FSDP2, which holds the same."""
     strategy = step.config.sharding.strategy
     with world.device:
-        model = build_decoder(step.config.model)
+        model = build_model(step.config.model)
     if step.activation_checkpointing:
-        for i, block in enumerate(model.blocks):
-            model.blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
+        blocks = model.get_submodule("blocks")
+        assert isinstance(blocks, nn.ModuleList)
+        for i, block in enumerate(blocks):
+            blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
     if world.tensor_mesh is not None:
         split_linears(model, world)
     sharded = shard_fsdp2(model, step.config, world)

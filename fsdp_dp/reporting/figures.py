@@ -1,64 +1,135 @@
-"""The pictures of a report: one metric over releases, one line for each run."""
+"""The pictures of a report: what happened over releases, one colour for each run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fsdp_dp.models.objective import ACCURACY, SCORES, Score
 from fsdp_dp.reporting.page import Figure
 from fsdp_dp.reporting.run import Run
 from fsdp_dp.training.metrics import series
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 NOT_PRIVATE = "not private: computed from un-noised data"
+COLOURS = ("#1f5fa8", "#d1602a", "#2f8f5b", "#8a4fa3", "#a8891f", "#4f8f9f")
+STYLE: Any = {
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#999999", "axes.grid": True,
+    "grid.color": "#e4e4e4", "grid.linewidth": 0.7, "legend.frameon": False, "axes.axisbelow": True,
+    "xtick.color": "#555555", "ytick.color": "#555555", "axes.labelcolor": "#333333",
+}  # fmt: skip
 
 
-class Metric(NamedTuple):
-    """A metric of metrics.jsonl, its axis, and whether ε covers it."""
+class Picture(NamedTuple):
+    """A picture, the metrics that it shows, its axis and where that starts and ends, what it shows in words, how one run is
+    drawn into it, and whether ε covers it."""
 
     name: str
-    label: str
+    metrics: tuple[str, ...]
+    axis: str
+    words: str
+    draw: Callable[[Axes, Run, str], Any]
+    limits: tuple[float | None, float | None] = (None, None)
     private: bool = False
 
 
-EPSILON = Metric("epsilon", "ε (upper bound)", private=True)
-DIAGNOSTICS = (
-    Metric("training_bits_per_byte", "training loss, bits per byte"),
-    Metric("held_out_bits_per_byte", "held-out loss, bits per byte"),
-    Metric("rows_per_second", "throughput, rows per second"),
-    Metric("useful_rows", "useful rows, share of the rows run"),
-)
+def figures(runs: Sequence[Run], pictures: Sequence[Picture]) -> list[Figure]:
+    """Those of which some run recorded a metric."""
+    return [
+        figure(runs, picture)
+        for picture in pictures
+        if any(series(run.records, metric)[0] for run in runs for metric in picture.metrics)
+    ]
 
 
-def figures(runs: Sequence[Run], *, diagnostics: bool) -> list[Figure]:
-    """ε over releases and, where asked for, what is not private; a metric that no run recorded has no figure."""
-    drawn = (draw(runs, metric) for metric in (EPSILON, *(DIAGNOSTICS if diagnostics else ())))
-    return [figure for figure in drawn if figure is not None]
-
-
-def draw(runs: Sequence[Run], metric: Metric) -> Figure | None:
-    """One metric of all runs as a PNG."""
+def figure(runs: Sequence[Run], picture: Picture) -> Figure:
+    """A picture of all runs as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = {run.name: series(run.records, metric.name) for run in runs}
-    if not any(steps for steps, _ in lines.values()):
-        return None
-    figure, axes = pyplot.subplots(figsize=(7, 3.5))
-    for name, (steps, values) in lines.items():
-        axes.plot(steps, values, label=name, marker="." if len(steps) < 20 else None, linewidth=1)
-    axes.set(xlabel="release (optimizer step)", ylabel=metric.label)
-    if not metric.private:
-        axes.set_title(NOT_PRIVATE, color="tab:red", fontsize="medium")
-    axes.legend()
-    figure.tight_layout()
-    image = BytesIO()
-    figure.savefig(image, dpi=110, format="png")
-    pyplot.close(figure)
-    return Figure(metric.name, caption(metric), image.getvalue())
+    with matplotlib.rc_context(STYLE):
+        drawn, axes = pyplot.subplots(figsize=(5.2, 2.9))
+        for number, run in enumerate(runs):
+            if any(series(run.records, metric)[0] for metric in picture.metrics):
+                picture.draw(axes, run, COLOURS[number % len(COLOURS)])
+        axes.set(xlabel="release (optimizer step)", ylabel=picture.axis, ylim=picture.limits)
+        if not picture.private:
+            axes.set_title(NOT_PRIVATE, color="#a33", fontsize=7, loc="right", pad=14)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.98), ncols=4, borderpad=0, handlelength=1.4)
+        drawn.tight_layout()
+        image = BytesIO()
+        drawn.savefig(image, dpi=115, format="png", pil_kwargs={"optimize": True})
+        pyplot.close(drawn)
+    return Figure(picture.name, caption(picture), image.getvalue())
 
 
-def caption(metric: Metric) -> str:
-    return metric.label if metric.private else f"{metric.label} ({NOT_PRIVATE})"
+def caption(picture: Picture) -> str:
+    return picture.words if picture.private else f"{picture.words} ({NOT_PRIVATE})"
+
+
+# ------------------------------------------------------------------------------------------------ how a run is drawn
+
+
+def line(metric: str) -> Callable[[Axes, Run, str], Any]:
+    def draw(axes: Axes, run: Run, colour: str) -> None:
+        axes.plot(*series(run.records, metric), color=colour, label=run.name, linewidth=1.0)
+
+    return draw
+
+
+def draw_epsilon(axes: Axes, run: Run, colour: str) -> None:
+    """The bound by release, and that of the whole budget."""
+    steps, values = series(run.records, "epsilon")
+    axes.plot(steps, values, color=colour, drawstyle="steps-post", label=run.name, linewidth=1.6)
+    if run.bounds is not None:
+        axes.axhline(run.bounds.upper, color=colour, linestyle=":", linewidth=1)
+
+
+def draw_score(score: Score) -> Callable[[Axes, Run, str], Any]:
+    def draw(axes: Axes, run: Run, colour: str) -> None:
+        steps, values = series(run.records, f"held_out_{score.name}")
+        axes.plot(*series(run.records, f"training_{score.name}"), color=colour, linewidth=0.9, alpha=0.55)
+        axes.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=1.3, label=run.name)
+
+    return draw
+
+
+def draw_norms(axes: Axes, run: Run, colour: str) -> None:
+    """The median, a band from the tenth to the ninetieth percentile, and the bound."""
+    (steps, low), (_, middle), (_, high) = (series(run.records, f"norm_{level}") for level in (10, 50, 90))
+    axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+    axes.plot(steps, middle, color=colour, label=run.name, linewidth=1.3)
+    axes.axhline(1.0, color="#555555", linestyle=":", linewidth=1)
+    axes.set_yscale("log")
+
+
+def scores() -> Iterator[Picture]:
+    for score in SCORES:
+        metrics = (f"training_{score.name}", f"held_out_{score.name}")
+        what = score.title if score is ACCURACY else f"loss, {score.title}"
+        yield Picture(
+            score.name, metrics, score.title, f"{what}: held-out (dots), training (thin)", draw_score(score),
+            limits=(0, 1) if score is ACCURACY else (0, None),
+        )  # fmt: skip
+
+
+EPSILON = (
+    Picture("epsilon", ("epsilon",), "ε", "ε so far, an upper bound, and that of the whole budget (dotted)", draw_epsilon,
+            (0, None), private=True),
+)  # fmt: skip
+DIAGNOSTICS = (
+    *scores(),
+    Picture("norms", ("norm_50",), "norm / bound", "rows' gradient norms over the bound: median, and 10 to 90 % (band)",
+            draw_norms),
+    Picture("clipped", ("clipped",), "share of rows", "clipped rows", line("clipped"), (-0.02, 1.02)),
+    Picture("rows_per_second", ("rows_per_second",), "rows per second", "throughput", line("rows_per_second"), (0, None)),
+    Picture("memory_gib", ("memory_gib",), "GiB", "peak memory of a rank", line("memory_gib"), (0, None)),
+    Picture("useful_rows", ("useful_rows",), "share of rows", "useful rows: those run that were no padding",
+            line("useful_rows"), (0, 1.02)),
+)  # fmt: skip

@@ -8,10 +8,26 @@ from html import escape
 from typing import NamedTuple
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; width: 100% } td, th { border: 1px solid #ccc; padding: .3rem .6rem; text-align: left }
-td, th { vertical-align: top } img { max-width: 100% } figcaption { color: #555 } h2 { margin-top: 2.5rem }
-@media print { h2 { break-before: page } }
+:root { --ink: #222b33; --quiet: #5c6873; --line: #dde2e6; --good: #1f7a4d; --bad: #a83232; --note: #8a6100 }
+* { box-sizing: border-box }
+body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: var(--ink);
+       max-width: 66rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; background: #fff }
+h1 { font-size: 1.75rem; margin: 0 0 1.2rem } h2 { font-size: 1.2rem; margin: 2.8rem 0 .8rem; padding-top: 1rem;
+     border-top: 2px solid var(--line) }
+.banner { border-left: 5px solid; padding: .7rem 1rem; margin: .6rem 0; background: #f6f8f9; border-radius: 0 4px 4px 0 }
+.good { border-color: var(--good) } .bad { border-color: var(--bad); background: #fbf3f2 }
+.note { border-color: var(--note); background: #fdf8ec }
+.banner b { font-size: 1.05rem }
+table { border-collapse: collapse; width: 100%; margin: 1rem 0; font-variant-numeric: tabular-nums }
+td, th { border-bottom: 1px solid var(--line); padding: .42rem .8rem .42rem 0; text-align: left; vertical-align: top }
+th { font-weight: 600 } td:first-child { color: var(--quiet); width: 14rem }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1rem }
+figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; padding: .6rem; break-inside: avoid }
+img { width: 100%; max-width: 46rem; height: auto; display: block; margin: 0 auto }
+figcaption { color: var(--quiet); font-size: .83rem; padding: .3rem .2rem 0 }
+code { background: #f1f3f5; padding: .05rem .3rem; border-radius: 3px; font-size: .9em }
+li { margin: .25rem 0 } .sign { margin-top: 2.5rem; color: var(--quiet) }
+@media print { h2 { break-before: page } body { padding: 0 } }
 """
 
 
@@ -24,12 +40,19 @@ class Paragraph(NamedTuple):
     text: str
 
 
+class Banner(NamedTuple):
+    """A sentence that nobody may overlook; `tone` is good, bad or note."""
+
+    text: str
+    tone: str
+
+
 class Bullets(NamedTuple):
     points: tuple[str, ...]
 
 
 class Table(NamedTuple):
-    """`head` names the columns."""
+    """`head` names the columns; without it the first column names the rows."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -43,7 +66,13 @@ class Figure(NamedTuple):
     png: bytes
 
 
-Block = Heading | Paragraph | Bullets | Table | Figure
+class Figures(NamedTuple):
+    """Side by side, where there is room."""
+
+    figures: tuple[Figure, ...]
+
+
+Block = Heading | Paragraph | Banner | Bullets | Table | Figures
 
 
 def as_markdown(blocks: Sequence[Block]) -> str:
@@ -54,15 +83,15 @@ def _markdown(block: Block) -> str:
     match block:
         case Heading(level, text):
             return f"{'#' * level} {text}"
-        case Paragraph(text):
+        case Paragraph(text) | Banner(text, _):
             return text
         case Bullets(points):
             return "\n".join(f"- {point}" for point in points)
         case Table(head, rows):
             lines = [head, ("---",) * len(head), *rows]
             return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-        case Figure(name, caption, _):
-            return f"![{caption}]({name}.png)"
+        case Figures(figures):
+            return "\n\n".join(f"![{figure.caption}]({figure.name}.png)" for figure in figures)
 
 
 def as_html(blocks: Sequence[Block], title: str) -> str:
@@ -70,6 +99,7 @@ def as_html(blocks: Sequence[Block], title: str) -> str:
     body = "\n".join(map(_html, blocks))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
 
@@ -80,21 +110,29 @@ def _html(block: Block) -> str:
             return f"<h{level}>{escape(text)}</h{level}>"
         case Paragraph(text):
             return f"<p>{_inline(text)}</p>"
+        case Banner(text, tone):
+            return f'<p class="banner {tone}">{_inline(text)}</p>'
         case Bullets(points):
             return f"<ul>{''.join(f'<li>{_inline(point)}</li>' for point in points)}</ul>"
         case Table(head, rows):
             names = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+            top = f"<tr>{names}</tr>" if any(head) else ""
             body = "".join(f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>" for row in rows)
-            return f"<table><tr>{names}</tr>{body}</table>"
-        case Figure(_, caption, png):
-            data = base64.b64encode(png).decode()
-            alt = escape(caption)
-            return (
-                f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{alt}</figcaption></figure>'
-            )
+            return f"<table>{top}{body}</table>"
+        case Figures(figures):
+            return f'<div class="grid">{"".join(map(_html_figure, figures))}</div>'
+
+
+def _html_figure(figure: Figure) -> str:
+    data, alt = base64.b64encode(figure.png).decode(), escape(figure.caption)
+    return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{alt}</figcaption></figure>'
 
 
 def _inline(text: str) -> str:
-    """Escaped text, in which Markdown's pairs of asterisks become bold."""
-    parts = escape(text).split("**")
-    return "".join(f"<b>{part}</b>" if number % 2 else part for number, part in enumerate(parts))
+    """Escaped text, in which Markdown's pairs of asterisks become bold, and those of backticks code."""
+    return _between(_between(escape(text), "**", "b"), "`", "code")
+
+
+def _between(text: str, mark: str, tag: str) -> str:
+    parts = text.split(mark)
+    return "".join(f"<{tag}>{part}</{tag}>" if number % 2 else part for number, part in enumerate(parts))

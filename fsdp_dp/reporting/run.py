@@ -14,8 +14,10 @@ import yaml  # type: ignore[import-untyped]
 
 from fsdp_dp.accounting import AccountingError, EpsilonBounds
 from fsdp_dp.config import AdaptiveBounds, PrivacyConfig
+from fsdp_dp.data.config import DataConfig
 from fsdp_dp.data.corpus import describe_unit
 from fsdp_dp.ledger import LedgerError, check_run, verdict
+from fsdp_dp.models.config import ModelConfig, model_config
 from fsdp_dp.standing import Standing
 from fsdp_dp.training.run_folder import CONFIG_FILE, METRICS_FILE, whole_lines
 
@@ -41,8 +43,16 @@ class Run:
         return bool(self.config["privacy"]["mechanism"] != "none")
 
     @property
+    def model(self) -> ModelConfig:
+        return model_config(self.config["model"])
+
+    @property
+    def data(self) -> DataConfig:
+        return DataConfig(**self.config["data"])
+
+    @property
     def unit(self) -> str:
-        return describe_unit(self.config["data"]["rows"], self.config["model"]["block_size"] + 1)
+        return describe_unit(self.data, self.model)
 
     @property
     def releases(self) -> int:

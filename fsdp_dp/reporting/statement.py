@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 
 from fsdp_dp.ledger import EXTENDED, UNDETECTED
-from fsdp_dp.reporting.page import Block, Bullets, Heading, Paragraph, Table
+from fsdp_dp.reporting.page import Banner, Block, Bullets, Heading, Paragraph, Table
 from fsdp_dp.reporting.run import Run
 from fsdp_dp.second_opinion import cross_check
-from fsdp_dp.training.report import MECHANISM, adjacency_in_words, assumed, sampling_in_words, uncovered
+from fsdp_dp.training.report import MECHANISM, adjacency_in_words, assumed, public_parts, sampling_in_words, uncovered
 
 NUMERICS = {
     "certified": "certified: the bound on a row's contribution holds for what is summed, as rounded (docs/numerics.md)",
@@ -33,19 +33,26 @@ def claim(run: Run) -> str:
     return bound
 
 
+def verdict_banner(run: Run) -> Banner:
+    """The claim, coloured by whether there is a guarantee."""
+    guaranteed = run.bounds is not None and claim(run).startswith("epsilon")
+    return Banner(f"**{claim(run)}**", "good" if guaranteed else "bad")
+
+
 def statement(run: Run) -> list[Block]:
     """The statement as blocks of a page."""
-    opening: list[Block] = [Heading(2, f"Privacy statement: {run.name}"), Paragraph(claim(run))]
+    opening: list[Block] = [Heading(2, f"Privacy statement: {run.name}"), verdict_banner(run)]
     if run.privacy is None:
         return [*opening, Paragraph(f"Ledger: {run.verdict}.")]
     return [
         *opening,
         Table(("", ""), tuple(guaranteed(run))),
         Paragraph("This holds if:"),
-        Bullets(tuple(assumed(run.privacy, run.unit)) + tuple(reservations(run))),
+        Bullets(tuple(assumed(run.privacy, run.unit, public_parts(run.model, run.data))) + tuple(reservations(run))),
         Paragraph("Outside the guarantee:"),
         Bullets(tuple(uncovered())),
-        Paragraph("Signed: ______________________________  Date: ______________"),
+        Paragraph("Name and function: ______________________________"),
+        Paragraph("Date: ______________  Signed: ______________________________"),
     ]
 
 

@@ -19,10 +19,11 @@ from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.data.corpus import Corpus, load_corpus
 from fsdp_dp.engine import PrivacyEngine
 from fsdp_dp.ledger import LEDGER_FILE, Ledger
+from fsdp_dp.models.build import parameter_count
 from fsdp_dp.second_opinion import cost_of_cap, cross_check
 from fsdp_dp.standing import LedgerError, Standing
 from fsdp_dp.training.budget import Budget, plan_budget
-from fsdp_dp.training.building import build_engine, build_model, build_optimizer, parameter_count
+from fsdp_dp.training.building import build_engine, build_model, build_optimizer
 from fsdp_dp.training.fellows import Fellows
 from fsdp_dp.training.interrupt import StopRequest, stop_on_signals
 from fsdp_dp.training.loop import Training, evaluate, train
@@ -56,7 +57,7 @@ def prepare(config: TrainConfig) -> Plan:
         ValueError: the data is missing or too small, the run directory is taken, or the mechanism does not fit.
     """
     check_folder(config)
-    corpus = load_corpus(config.data, config.model.block_size)
+    corpus = load_corpus(config.data, config.model)
     if config.batch_size > len(corpus.train):
         raise ValueError(
             f"batch_size must be at most the {len(corpus.train)} training rows, found {config.batch_size}."
@@ -113,9 +114,9 @@ def work(plan: Plan, world: World, stop: StopRequest) -> int:
     training.checkpoints.wait()
     if ledger is not None and training.engine is not None:
         ledger.close(training.engine.steps)
-    # Someone who stops a run will not wait for the whole of the held-out text.
-    bits = evaluate(training, steps, plan.corpus.held_out.rows) if steps == plan.config.steps else None
-    outcome = describe(plan, training, steps, bits, time.perf_counter() - started)
+    # Someone who stops a run will not wait for all of the held-out rows.
+    value = evaluate(training, steps) if steps == plan.config.steps else None
+    outcome = describe(plan, training, steps, value, time.perf_counter() - started)
     if training.log is not None:
         publish(outcome, training.log, folder)
     requeued = world.sum(torch.tensor([stop.requeue], dtype=torch.float64))[0]
@@ -141,7 +142,7 @@ def assemble(plan: Plan, world: World, folder: Path, ledger: Ledger | None, stop
 
         write_config(config, folder)
         announce(saved, start, config.steps)
-        log = RunLog(folder, config.steps, start)
+        log = RunLog(folder, config.steps, start, plan.corpus.score, config.diagnostics)
     return Training(
         config=config, corpus=plan.corpus, world=world, model=model, optimizer=optimizer, engine=engine, budget=budget,
         log=log, checkpoints=checkpoints, ledger=ledger, stop=stop, start=start, last=last,
@@ -212,7 +213,7 @@ def announce(saved: dict[str, Any] | None, done: int, steps: int) -> None:
         print(f"going on from {where}; {done} of {steps} steps count as made", flush=True)
 
 
-def describe(plan: Plan, training: Training, steps: int, bits: float | None, seconds: float) -> Outcome:
+def describe(plan: Plan, training: Training, steps: int, value: float | None, seconds: float) -> Outcome:
     """The run as the report tells it. Every rank calls it; the counts are sums over ranks."""
     world, engine = training.world, training.engine
     standing = None if training.ledger is None else training.ledger.standing
@@ -227,7 +228,7 @@ def describe(plan: Plan, training: Training, steps: int, bits: float | None, sec
         steps=steps,
         nonfinite_rows=int(nonfinite),
         useful_rows=None if training.log is None else training.log.mean("useful_rows"),
-        held_out_bits=bits,
+        held_out=value,
         parameters=parameter_count(plan.config.model),
         ranks=world.size,
         device=str(world.device),
@@ -251,7 +252,7 @@ def publish(outcome: Outcome, log: RunLog, folder: Path) -> None:
     from fsdp_dp.training.figure import draw
 
     log.close()
-    draw(log, outcome.corpus.held_out_unigram_bits, folder / "loss_epsilon.png")
+    draw(log, outcome.corpus.baseline, folder / "loss_epsilon.png")
     write_report(outcome, folder / "report.md")
     print(summarize(outcome, folder), flush=True)
     if outcome.privacy is not None and outcome.noise_multiplier is not None and outcome.steps == outcome.config.steps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fsdp_dp.config import require_choice, require_integer, require_number
+from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.training.schema import TrainConfig
 
 KINDS = ("gradient", "data")
@@ -56,4 +57,9 @@ class AuditConfig(TrainConfig):
         if not self.privacy.private:
             raise ValueError(
                 "privacy=none claims no epsilon, so there is nothing to audit: choose privacy=eps8, eps3 or eps1."
+            )
+        if not isinstance(self.model, GPTConfig) or self.data.tokenizer is not None:
+            raise ValueError(
+                "An audit inserts canaries of bytes into a text, for model.architecture=gpt or llama and without "
+                f"data.tokenizer, found {self.model.architecture} and {self.data.tokenizer}."
             )

@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 from fsdp_dp.auditing import Audit, lower_bound
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.data.corpus import load_corpus
-from fsdp_dp.data.packing import split_row
+from fsdp_dp.data.packing import RowDataset, split_row
 from fsdp_dp.engine import PrivacyEngine, make_private
 from fsdp_dp.errors import PrivacyError
+from fsdp_dp.models.build import vocabulary_size
 from fsdp_dp.models.objective import row_losses
 from fsdp_dp.training.app import privacy_config
 from fsdp_dp.training.audit_options import AuditConfig
@@ -50,7 +51,9 @@ def prepare(config: AuditConfig) -> Job:
     Raises:
         ValueError: the data is missing, or the mechanism does not fit.
     """
-    rows = load_corpus(config.data, config.model.block_size).train.rows[: config.audit.rows]
+    train = load_corpus(config.data, config.model).train
+    assert isinstance(train, RowDataset)
+    rows = train.rows[: config.audit.rows]
     privacy = privacy_config(config, config.audit.canaries + len(rows))
     assert privacy is not None
     return Job(config=config, privacy=privacy, rows=rows)
@@ -119,7 +122,7 @@ def insert_canaries(job: Job, world: World) -> CanaryRows:
     generator = torch.Generator().manual_seed(seed)
     included = torch.rand(options.canaries, generator=generator) < 0.5
     shape = (options.canaries, job.rows.shape[1])
-    canaries = torch.randint(min(job.config.model.vocabulary_size, 255), shape, generator=generator, dtype=torch.uint8)
+    canaries = torch.randint(min(vocabulary_size(job.config.model), 255), shape, generator=generator, dtype=torch.uint8)
     return CanaryRows(torch.cat([canaries, job.rows]), included, gradient=options.kind == "gradient")
 
 

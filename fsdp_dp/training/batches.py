@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
 
-from fsdp_dp.data.packing import RowDataset, split_row
+from fsdp_dp.data.rows import Row, Rows
 from fsdp_dp.engine import PrivacyEngine
 from fsdp_dp.training.schema import TrainConfig
 from fsdp_dp.training.world import World
-
-Microbatch = tuple[Tensor, Tensor]
 
 
 class ShuffledBatches:
@@ -25,19 +22,19 @@ class ShuffledBatches:
     Each rank gets `rows` = batch_size // data ranks of a batch, so all take part in the same number of microbatches.
     """
 
-    def __init__(self, dataset: RowDataset, config: TrainConfig, world: World, start: int, last: int) -> None:
+    def __init__(self, dataset: Rows, config: TrainConfig, world: World, start: int, last: int) -> None:
         self.dataset, self.config, self.world = dataset, config, world
         self.start, self.last = start, last
         self.rows = config.batch_size // world.data_size
 
-    def __iter__(self) -> Iterator[Iterator[Microbatch]]:
+    def __iter__(self) -> Iterator[Iterator[Row]]:
         order = endless_permutations(len(self.dataset), self.config.seed)
         for step in range(self.last):
             batch = torch.tensor([next(order) for _ in range(self.config.batch_size)])
             if step < self.start:
                 continue
             mine = batch[self.world.data_rank :: self.world.data_size][: self.rows]
-            yield (split_row(self.dataset.rows[part]) for part in mine.split(self.config.microbatch_size))
+            yield (self.dataset.batch(part) for part in mine.split(self.config.microbatch_size))
 
 
 def endless_permutations(size: int, seed: int) -> Iterator[int]:
@@ -48,8 +45,8 @@ def endless_permutations(size: int, seed: int) -> Iterator[int]:
 
 
 def make_batches(
-    dataset: RowDataset, config: TrainConfig, world: World, engine: PrivacyEngine | None, start: int, last: int
-) -> tuple[Iterable[Iterable[Microbatch]], int]:
+    dataset: Rows, config: TrainConfig, world: World, engine: PrivacyEngine | None, start: int, last: int
+) -> tuple[Iterable[Iterable[Row]], int]:
     """The logical batches of the steps after `start` up to `last`, and what to divide a microbatch's summed loss by.
 
     Plain: the rank's rows of a batch, since FSDP averages over ranks. Private: the rows of a microbatch, padding

@@ -21,8 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.engine import PrivacyEngine, make_private
 from fsdp_dp.models import llama
-from fsdp_dp.models.config import GPTConfig
-from fsdp_dp.models.gpt import GPT, Block
+from fsdp_dp.models.build import build
 from fsdp_dp.training.schema import REPLICATED, OptimizerConfig, TrainConfig
 from fsdp_dp.training.world import World
 
@@ -42,16 +41,16 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 
 
 def build_model(
-    config: TrainConfig, world: World, around: Callable[[nn.Module], nn.Module] = lambda decoder: decoder
+    config: TrainConfig, world: World, around: Callable[[nn.Module], nn.Module] = lambda model: model
 ) -> nn.Module:
-    """The decoder on `world.device`, sharded block by block; every rank starts from the same weights.
+    """The model on `world.device`, sharded block by block; every rank starts from the same weights.
 
-    What `around` makes of the decoder is sharded in its place; it has the decoder's `blocks`.
+    What `around` makes of the model is sharded in its place; it has the model's `blocks`.
 
     One process alone gets FSDP2 where FSDP1 was asked for: with nothing to split, FSDP1 falls back to a deprecated mode.
     """
     torch.manual_seed(config.seed)
-    model = around(build_decoder(config.model))
+    model = around(build(config.model))
     # Dropout: other rows, other masks; tensor-parallel peers hold the same rows and need the same masks.
     torch.manual_seed(config.seed + world.data_rank)
     if config.sharding.strategy in FSDP1_STRATEGIES and world.data_size > 1:
@@ -63,17 +62,6 @@ def build_model(
     return shard_fsdp2(model, config, world)
 
 
-def build_decoder(config: GPTConfig) -> GPT | llama.Llama:
-    """The decoder that `config.architecture` names, unsharded, on the default device."""
-    return llama.Llama(config) if config.architecture == "llama" else GPT(config)
-
-
-def parameter_count(config: GPTConfig) -> int:
-    """Trainable elements of the whole model; nothing is allocated."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_decoder(config).parameters())
-
-
 def shard_fsdp1(model: nn.Module, config: TrainConfig, world: World) -> nn.Module:
     """FSDP1, one unit a block and one for the rest."""
     precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -81,7 +69,7 @@ def shard_fsdp1(model: nn.Module, config: TrainConfig, world: World) -> nn.Modul
         model,
         device_mesh=world.data_mesh,
         sharding_strategy=FSDP1_STRATEGIES[config.sharding.strategy],
-        auto_wrap_policy=ModuleWrapPolicy({Block, llama.Block}),
+        auto_wrap_policy=ModuleWrapPolicy({type(block) for block in model.blocks}),  # type: ignore[union-attr]
         mixed_precision=precision if config.precision.compute == "bf16" else None,
         device_id=world.device,
         use_orig_params=True,
@@ -119,8 +107,8 @@ def split_linears(model: nn.Module, world: World) -> None:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, strategy: str = "full_shard") -> torch.optim.Optimizer:
-    """The optimizer over all parameters, as sharded; its learning rate is set at every step."""
-    parameters, kind = list(model.parameters()), OPTIMIZERS[config.name]
+    """The optimizer over all trainable parameters, as sharded; its learning rate is set at every step."""
+    parameters, kind = [p for p in model.parameters() if p.requires_grad], OPTIMIZERS[config.name]
     options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.name == "sgd":
         options["momentum"] = config.momentum

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 
 from fsdp_dp.training.schema import TrainConfig
 
@@ -19,20 +18,15 @@ def explain(error: Exception) -> str:
     if not key:
         return message
     if "not in" in str(cause):
-        return f"{key}: no such option; expected {allowed_keys(key)}"
+        return f"{key}: no such option; expected {allowed_keys(key, getattr(cause, 'object_type', None))}"
     return f"{key}: {getattr(cause, 'msg', None) or cause}".split("\n")[0]
 
 
-def allowed_keys(key: str) -> str:
-    """The options that stand where `key` was looked for: those of its nearest parent that exists."""
-    parents = key.split(".")[:-1]
-    if parents[:1] == ["hydra"]:
-        return f"one of those that `--cfg hydra --package {'.'.join(parents)}` prints"
-    node: type = TrainConfig
-    prefix = ""
-    for name in parents:
-        child = typing.get_type_hints(node).get(name)
-        if not (isinstance(child, type) and dataclasses.is_dataclass(child)):
-            break
-        node, prefix = child, f"{prefix}{name}."
-    return "one of " + ", ".join(prefix + field.name for field in dataclasses.fields(node))
+def allowed_keys(key: str, parent: object) -> str:
+    """The options that stand where `key` was looked for: those of its parent, a dataclass, or of the whole."""
+    if key.startswith("hydra."):
+        return f"one of those that `--cfg hydra --package {key.rpartition('.')[0]}` prints"
+    if not (isinstance(parent, type) and dataclasses.is_dataclass(parent)):
+        parent = TrainConfig
+    prefix = "" if issubclass(parent, TrainConfig) else f"{key.rpartition('.')[0]}."
+    return "one of " + ", ".join(prefix + field.name for field in dataclasses.fields(parent))

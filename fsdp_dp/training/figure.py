@@ -7,19 +7,25 @@ from pathlib import Path
 from fsdp_dp.training.metrics import RunLog
 
 
-def draw(log: RunLog, unigram_bits: float, path: Path) -> None:
-    """Write a PNG: bits per byte above (training, held-out, byte frequencies alone), ε below."""
+def draw(log: RunLog, baseline: float, path: Path) -> None:
+    """Write a PNG: the score above (training, held-out, frequencies alone), ε below."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    score, diagnostics = log.score, bool(log.series(f"training_{log.score.name}")[0])
     figure, (loss, epsilon) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(2, 1))
-    loss.plot(*log.series("training_bits_per_byte"), label="training (un-noised: outside the guarantee)", linewidth=1)
-    loss.plot(*log.series("held_out_bits_per_byte"), label="held-out", marker="o")
-    loss.axhline(unigram_bits, label="held-out, byte frequencies alone", color="gray", linestyle="--")
-    loss.set_ylabel("bits per byte")
-    loss.legend()
+    if diagnostics:
+        loss.plot(
+            *log.series(f"training_{score.name}"), label="training (un-noised: outside the guarantee)", linewidth=1
+        )
+        loss.plot(*log.series(f"held_out_{score.name}"), label="held-out", marker="o")
+        loss.axhline(baseline, label=f"held-out, {score.baseline}", color="gray", linestyle="--")
+        loss.legend()
+    else:
+        loss.text(0.5, 0.5, "diagnostics=false: not recorded", ha="center", va="center", transform=loss.transAxes)
+    loss.set_ylabel(score.title)
     steps, epsilons = log.series("epsilon")
     if steps:
         epsilon.plot(steps, epsilons, drawstyle="steps-post", color="tab:red")

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fsdp_dp.checkpoint import Checkpoints
 from fsdp_dp.data.corpus import Corpus
+from fsdp_dp.data.rows import Row
 from fsdp_dp.engine import PrivacyEngine
 from fsdp_dp.ledger import Ledger
-from fsdp_dp.models.objective import IGNORED, row_losses
-from fsdp_dp.training.batches import Microbatch, make_batches
+from fsdp_dp.models.objective import row_losses
+from fsdp_dp.training.batches import make_batches
 from fsdp_dp.training.budget import Budget
-from fsdp_dp.training.evaluate import bits_per_byte, evenly_spaced, loss_totals
+from fsdp_dp.training.diagnostics import Step
+from fsdp_dp.training.evaluate import evenly_spaced, held_out_score
 from fsdp_dp.training.interrupt import StopRequest
 from fsdp_dp.training.schedule import learning_rate
 from fsdp_dp.training.schema import TrainConfig
@@ -61,15 +62,15 @@ def train(training: Training) -> int:
         hold_lease(training, step)
         set_learning_rate(training.optimizer, learning_rate(config.optimizer, step, config.steps))
         started = time.perf_counter()
-        totals = train_step(training, batch, divisor)
-        stopping = report_step(training, step, totals, started)
+        made = train_step(training, batch, divisor)
+        stopping = report_step(training, step, made, started)
         training.checkpoints.check()
         if stopping:
             break
         if step % config.checkpoint_every == 0 and step < training.last:
             training.checkpoints.save(step)
         if step % config.evaluate_every == 0 and step < config.steps:
-            evaluate(training, step, evenly_spaced(training.corpus.held_out, config.evaluate_rows))
+            evaluate(training, step, config.evaluate_rows)
     return step
 
 
@@ -82,58 +83,51 @@ def hold_lease(training: Training, step: int) -> None:
         training.ledger.hold(step)
 
 
-def train_step(training: Training, batch: Iterable[Microbatch], divisor: int) -> Tensor:
-    """Forward and backward of every microbatch, then one optimizer step.
+def train_step(training: Training, batch: Iterable[Row], divisor: int) -> Step:
+    """Forward and backward of every microbatch, then one optimizer step; what people are told of it.
 
-    Returns this rank's [nats, predicted bytes, rows, rows with padding].
-
-    The sums over rows are for people: they are un-noised, and take no part in the update.
+    The sums over rows are un-noised, and take no part in the update.
     """
-    device = training.world.device
-    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    device, score = training.world.device, training.corpus.score
+    step = Step(training.world, training.engine)
     for inputs, targets in (map_to(device, microbatch) for microbatch in batch):
-        losses_B = row_losses(training.model(inputs), targets)
+        logits = training.model(inputs)
+        losses_B = row_losses(logits, targets)
         (losses_B.sum() / divisor).backward()
-        # The engine's loader fills microbatches up with rows of zeros, which no text consists of.
-        real_B = inputs.any(dim=1)
-        real_targets = targets.masked_fill(~real_B[:, None], IGNORED)
-        totals[:2] += loss_totals(losses_B.where(real_B, 0.0), real_targets)
-        totals[2] += real_B.sum()
-        totals[3] += len(real_B)
+        # The engine's loader fills microbatches up with rows of zeros, which no text or image consists of.
+        real_B = inputs.flatten(1).any(dim=1)
+        step.count(score.totals(logits, targets, losses_B, real_B), real_B)
     training.optimizer.step()
     training.optimizer.zero_grad()
-    return totals
+    return step
 
 
-def map_to(device: torch.device, microbatch: Microbatch) -> Microbatch:
+def map_to(device: torch.device, microbatch: Row) -> Row:
     inputs, targets = microbatch
     return inputs.to(device), targets.to(device)
 
 
-def report_step(training: Training, step: int, totals: Tensor, started: float) -> bool:
-    """Sum the step's totals over ranks and log them on rank 0; whether any rank was asked to stop."""
-    world = training.world
-    asked = totals.new_tensor([training.stop.made])
-    nats, count, rows, padded, stopping = world.sum(torch.cat([totals, asked]))
-    seconds = time.perf_counter() - started
+def report_step(training: Training, step: int, made: Step, started: float) -> bool:
+    """Gather what ranks have to say of a step, and log it on rank 0; whether any rank was asked to stop."""
+    found, stopping = made.gather(started, training.stop.made)
     if training.log is not None:
-        unprotected = {
-            # An empty Poisson draw has no loss.
-            "training_bits_per_byte": nats / count / math.log(2) if count else math.nan,
-            "rows_per_second": rows * world.data_size / world.size / seconds,
-            "useful_rows": rows / padded,
-        }
         rate = training.optimizer.param_groups[0]["lr"]
-        training.log.step(step, epsilon_after(training, step), rate, unprotected)
-    return stopping > 0
+        training.log.step(step, epsilon_after(training, step), rate, found)
+    return stopping
 
 
-def evaluate(training: Training, step: int, rows: Tensor) -> float:
-    """Held-out bits per byte on `rows`, logged on rank 0."""
-    bits = bits_per_byte(training.model, rows, training.config.microbatch_size, training.world)
+def evaluate(training: Training, step: int, count: int | None = None) -> float | None:
+    """The score on `count` held-out rows (default: all), logged on rank 0; None where diagnostics are off."""
+    if not training.config.diagnostics:
+        return None
+    corpus, size = training.corpus, len(training.corpus.held_out)
+    indices = evenly_spaced(size, size if count is None else count)
+    value = held_out_score(
+        training.model, corpus.held_out, indices, corpus.score, training.config.microbatch_size, training.world
+    )
     if training.log is not None:
-        training.log.evaluation(step, epsilon_after(training, step), bits, len(rows))
-    return bits
+        training.log.evaluation(step, epsilon_after(training, step), value, len(indices))
+    return value
 
 
 def epsilon_after(training: Training, step: int) -> float | None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from fsdp_dp.models.objective import BITS_PER_BYTE, Score
 from fsdp_dp.training.run_folder import METRICS_FILE, whole_lines, write_whole
 
 UNPROTECTED = "outside_the_guarantee"
@@ -26,9 +27,15 @@ class RunLog:
 
     `done` of the `steps` count as made. What a crash interrupted is not repeated under the same number: with privacy,
     steps are releases, and each has its own.
+
+    Metrics of the score are named after it: `training_bits_per_byte`, `held_out_accuracy`. Without `diagnostics`, nothing
+    of un-noised data is written or shown.
     """
 
-    def __init__(self, folder: Path, steps: int, done: int = 0) -> None:
+    def __init__(
+        self, folder: Path, steps: int, done: int = 0, score: Score = BITS_PER_BYTE, diagnostics: bool = True
+    ) -> None:
+        self.score, self._diagnostics = score, diagnostics
         path = folder / METRICS_FILE
         self.records: list[dict[str, Any]] = [record for record in whole_lines(path) if record["step"] <= done]
         write_whole(path, "".join(map(as_line, self.records)))
@@ -38,21 +45,22 @@ class RunLog:
         self._bar = tqdm(total=steps, initial=done, unit="step", mininterval=interval)
         self._shown: dict[str, str] = {}
 
-    def step(self, step: int, epsilon: float | None, learning_rate: float, unprotected: dict[str, float]) -> None:
-        """Write down one optimizer step."""
-        self._write({"step": step, "epsilon": epsilon, "learning_rate": learning_rate, UNPROTECTED: unprotected})
-        self._shown |= {
-            "bits/byte": f"{unprotected['training_bits_per_byte']:.3f}",
-            "ε": "none: not private" if epsilon is None else f"{epsilon:.3f}",
-            "rows/s": f"{unprotected['rows_per_second']:.0f}",
-        }
+    def step(self, step: int, epsilon: float | None, learning_rate: float, found: dict[str, float]) -> None:
+        """Write down one optimizer step and what `diagnostics.Step` found."""
+        unprotected = {f"training_{self.score.name}" if name == "score" else name: found[name] for name in found}
+        record = {"step": step, "epsilon": epsilon, "learning_rate": learning_rate}
+        self._write(record | {UNPROTECTED: unprotected if self._diagnostics else {}})
+        self._shown["ε"] = "none: not private" if epsilon is None else f"{epsilon:.3f}"
+        if self._diagnostics:
+            self._shown |= {self.score.title: f"{found['score']:.3f}", "rows/s": f"{found['rows_per_second']:.0f}"}
         self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update()
 
-    def evaluation(self, step: int, epsilon: float | None, bits: float, rows: int) -> None:
-        """Write down an evaluation on `rows` held-out rows."""
-        self._write({"step": step, "epsilon": epsilon, "rows": rows, UNPROTECTED: {"held_out_bits_per_byte": bits}})
-        self._shown["held-out"] = f"{bits:.3f}"
+    def evaluation(self, step: int, epsilon: float | None, value: float, rows: int) -> None:
+        """Write down the score on `rows` held-out rows."""
+        unprotected = {f"held_out_{self.score.name}": value}
+        self._write({"step": step, "epsilon": epsilon, "rows": rows, UNPROTECTED: unprotected})
+        self._shown["held-out"] = f"{value:.3f}"
         self._bar.set_postfix(self._shown, refresh=False)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:

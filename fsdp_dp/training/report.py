@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from fsdp_dp.config import PrivacyConfig
+from fsdp_dp.data.config import DataConfig
 from fsdp_dp.data.corpus import Corpus
 from fsdp_dp.ledger import EXTENDED
+from fsdp_dp.models.config import ModelConfig
 from fsdp_dp.standing import Standing
 from fsdp_dp.training.budget import Budget
 from fsdp_dp.training.schema import TrainConfig
 
+DIAGNOSTICS_OFF = "This run wrote down no loss, norm, throughput or held-out score (diagnostics=false)."
 MECHANISM = "DP-SGD: clipped gradients of rows are summed and noised, once a step"
 PACKAGES = ("fsdp-dp", "torch", "prv-accountant", "opacus", "dp-accounting", "cryptography", "hydra-core")
 
@@ -31,7 +35,7 @@ class Outcome:
     steps: int
     nonfinite_rows: int
     useful_rows: float | None
-    held_out_bits: float | None
+    held_out: float | None
     parameters: int
     ranks: int
     device: str
@@ -46,10 +50,14 @@ def write_report(outcome: Outcome, path: Path) -> None:
 
 def summarize(outcome: Outcome, folder: Path) -> str:
     """The lines that end a run on the terminal."""
+    score = outcome.corpus.score
     lines = [
         f"{outcome.steps} steps in {outcome.seconds:.0f} s; {claim(outcome)}",
-        f"held-out bits per byte {shown(outcome.held_out_bits)} "
-        f"(byte frequencies alone: {outcome.corpus.held_out_unigram_bits:.3f})",
+        *(
+            [f"held-out {score.title} {shown(outcome.held_out)} ({score.baseline}: {outcome.corpus.baseline:.3f})"]
+            if outcome.config.diagnostics
+            else []
+        ),
         f"everything is in {folder}",
     ]
     return "\n".join(lines)
@@ -67,23 +75,27 @@ def claim(outcome: Outcome) -> str:
     return bound
 
 
-def shown(bits: float | None) -> str:
-    return "not evaluated" if bits is None else f"{bits:.3f}"
+def shown(value: float | None) -> str:
+    return "not evaluated" if value is None else f"{value:.3f}"
 
 
 def headline(outcome: Outcome) -> str:
+    score = outcome.corpus.score
+    scores = [
+        "",
+        f"| | {score.title} |",
+        "|---|---|",
+        f"| held-out rows, trained model | {shown(outcome.held_out)} |",
+        f"| held-out rows, {score.baseline} | {outcome.corpus.baseline:.3f} |",
+    ]
     return "\n".join(
         [
             "# Training report",
             "",
             f"**{claim(outcome)}**",
+            *(scores if outcome.config.diagnostics else []),
             "",
-            "| | bits per byte |",
-            "|---|---|",
-            f"| held-out text, trained model | {shown(outcome.held_out_bits)} |",
-            f"| held-out text, byte frequencies alone | {outcome.corpus.held_out_unigram_bits:.3f} |",
-            "",
-            "![Loss and epsilon over steps](loss_epsilon.png)",
+            "![Score and epsilon over steps](loss_epsilon.png)",
         ]
     )
 
@@ -168,12 +180,12 @@ def assumptions(outcome: Outcome) -> str:
     """Everything that has to hold for ε to be true; empty for plain training."""
     if outcome.privacy is None:
         return ""
-    points = assumed(outcome.privacy, outcome.corpus.unit)
+    points = assumed(outcome.privacy, outcome.corpus.unit, public_parts(outcome.config.model, outcome.config.data))
     return "\n".join(["## Assumptions", "", *(f"- {point}" for point in points)])
 
 
-def assumed(privacy: PrivacyConfig, unit: str) -> list[str]:
-    """What has to hold for ε to be true, point by point."""
+def assumed(privacy: PrivacyConfig, unit: str, public: Sequence[str] = ()) -> list[str]:
+    """What has to hold for ε to be true, point by point; `public` is what came from elsewhere (`public_parts`)."""
     points = [
         f"The unit is {unit}. Whoever is in several rows is protected more weakly.",
         f"The number of training rows, {privacy.dataset_size}, is public, and so are the options of this run.",
@@ -183,6 +195,10 @@ def assumed(privacy: PrivacyConfig, unit: str) -> list[str]:
         "checkpoint.",
         "Other runs on the same rows, to choose hyper-parameters for example, cost privacy that ε does not include.",
         "Nobody observes how long a step takes or how much memory it uses.",
+        *(
+            f"{part}: public, and made without these rows. What they say about these rows, no noise hides."
+            for part in public
+        ),
     ]
     if privacy.numerics == "nominal":
         points.append(
@@ -194,8 +210,19 @@ def assumed(privacy: PrivacyConfig, unit: str) -> list[str]:
     return points
 
 
+def public_parts(model: ModelConfig, data: DataConfig) -> list[str]:
+    """What the run takes from elsewhere, and ε does not cover."""
+    pretrained = getattr(model, "pretrained", None)
+    return [
+        *([f"The pretrained weights ({pretrained})"] if pretrained is not None else []),
+        *([f"The tokenizer ({data.tokenizer})"] if data.tokenizer is not None else []),
+    ]
+
+
 def unprotected(outcome: Outcome) -> str:
     """Rule 16: what a run writes and shows that no ε covers, with this run's figures."""
+    if not outcome.config.diagnostics:
+        return "\n".join(["## Outside the guarantee", "", DIAGNOSTICS_OFF, "", *(f"- {p}" for p in uncovered()[-2:])])
     useful = "" if outcome.useful_rows is None else f" (here {outcome.useful_rows:.0%} of the rows run were no padding)"
     bad = f" (here: {outcome.nonfinite_rows} non-finite rows, which contributed nothing)" if outcome.privacy else ""
     return "\n".join(["## Outside the guarantee", "", *(f"- {point}" for point in uncovered(useful, bad))])
@@ -206,8 +233,9 @@ def uncovered(useful: str = "", bad: str = "") -> list[str]:
     return [
         "Training loss (metrics.jsonl, TensorBoard, the figure, the progress bar): computed from un-noised data.",
         f"Rows per second, step times and padding: they reveal how many rows a step drew{useful}.",
-        "Held-out bits per byte and byte frequencies: exact statistics of the held-out text, private if it is.",
-        f"Norms, and counts of clipped or non-finite rows, where the engine is asked for them{bad}.",
+        "Held-out scores, and frequencies of bytes, tokens or classes: exact statistics of the held-out rows, private if "
+        "they are.",
+        f"Norms, and shares or counts of clipped or non-finite rows{bad}.",
         "Comparisons with privacy=none: weights and metrics of that run are not private at all.",
         "The choice of hyper-parameters, by these metrics or by other runs on the same rows.",
     ]
@@ -225,7 +253,7 @@ def setup(outcome: Outcome) -> str:
             *table(
                 (
                     "model",
-                    f"{outcome.parameters:,} parameters, {config.model.layers} layers, width {config.model.width}",
+                    f"{config.model.in_words}; {outcome.parameters:,} trainable parameters",
                 ),
                 ("data", f"{config.data.source}: {len(corpus.train)} training rows, {len(corpus.held_out)} held out"),
                 ("sharding", f"{config.sharding.strategy} on {outcome.ranks} process(es), {outcome.device}"),

@@ -18,8 +18,8 @@ from fsdp_dp.config import (
     require_integer,
     require_number,
 )
-from fsdp_dp.data.config import DataConfig
-from fsdp_dp.models.config import GPTConfig
+from fsdp_dp.data.config import DataConfig, check_fit
+from fsdp_dp.models.config import GPTConfig, ModelConfig
 
 HYBRIDS = ("hybrid_shard", "hybrid_shard_zero2", "hybrid_shard_fsdp2")
 REPLICATED = ("ddp", "zero1")
@@ -185,6 +185,7 @@ class TrainConfig:
         microbatch_size: rows per forward and backward on one rank (memory and speed, not privacy).
         evaluate_every: steps between evaluations on `evaluate_rows` held-out rows; the last one uses all of them.
         seed: of the initial weights, dropout and, with privacy=none, the batches; the noise never uses it.
+        diagnostics: write down what ε does not cover (losses, norms, throughput), and evaluate; false does neither.
         checkpoint_every: steps between checkpoints; a crash costs at most a quarter more releases than that.
         resume: go on with the run in `output_dir`, if there is one, instead of refusing its folder.
         device: `auto` takes CUDA where there is one.
@@ -192,7 +193,7 @@ class TrainConfig:
     """
 
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
-    model: GPTConfig = field(default_factory=GPTConfig)
+    model: ModelConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     privacy: PrivacyOptions = field(default_factory=lambda: PrivacyOptions(target_epsilon=8.0))
     clipping: ClippingOptions = field(default_factory=ClippingOptions)
@@ -203,6 +204,7 @@ class TrainConfig:
     microbatch_size: int = 64
     evaluate_every: int = 25
     evaluate_rows: int = 1024
+    diagnostics: bool = True
     checkpoint_every: int = 50
     resume: bool = False
     seed: int = 0
@@ -222,13 +224,14 @@ class TrainConfig:
                 f"precision={self.precision.compute} is a policy of FSDP, which sharding={self.sharding.strategy} does not "
                 "have: choose precision=fp32, or sharding=no_shard or shard_grad_op."
             )
+        check_fit(self.data, self.model)
         size = self.sharding.tensor_parallel_size
-        split = {
-            "heads": self.model.heads,
-            "key_value_heads": self.model.shared_heads,
-            "mlp_width": self.model.mlp_width,
-        }
-        for name, found in split.items():
+        if size > 1 and not self.model.tensor_parallel_parts:
+            raise ValueError(
+                f"sharding=tensor_parallel splits model.architecture=gpt and llama, found {self.model.architecture}: choose "
+                "another sharding, such as fully_shard."
+            )
+        for name, found in self.model.tensor_parallel_parts.items():
             if found % size:
                 raise ValueError(
                     f"model.{name} must be a multiple of sharding.tensor_parallel_size={size}, found {found}."

@@ -56,6 +56,12 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, values: Tensor) -> Tensor:
+        """Every rank's vector [N], of equal length: [W, N] on the CPU, the ranks in front."""
+        gathered = [torch.empty_like(values, device=self.device) for _ in range(self.size)]
+        dist.all_gather(gathered, values.to(self.device))
+        return torch.stack(gathered).cpu()
+
     def from_main(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         box = [value]

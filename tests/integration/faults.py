@@ -86,7 +86,7 @@ def install(saboteur: Saboteur) -> None:
     from fsdp_dp import checkpoint, ledger, noise
     from fsdp_dp.data.packing import RowDataset
     from fsdp_dp.engine import PrivacyEngine
-    from fsdp_dp.training import app, loop
+    from fsdp_dp.training import app, diagnostics, loop
 
     draw = noise.standard_normal
 
@@ -140,7 +140,7 @@ def install(saboteur: Saboteur) -> None:
     before(RowDataset, "__getitem__", "data")
     if hasattr(RowDataset, "__getitems__"):
         before(RowDataset, "__getitems__", "data")
-    before(loop, "loss_totals", "microbatch")
+    before(diagnostics.Step, "count", "microbatch")
     if saboteur.workers:
         use_workers(PrivacyEngine)
 

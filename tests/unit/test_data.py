@@ -8,10 +8,12 @@ import torch
 
 from fsdp_dp.data.config import DataConfig
 from fsdp_dp.data.corpus import load_corpus
-from fsdp_dp.data.documents import Document, is_utf8, name_fraction, split_documents, unigram_bits_per_byte
+from fsdp_dp.data.documents import Document, is_utf8, split_documents, unigram_bits
 from fsdp_dp.data.packing import PADDING, RowDataset, one_per_document, pack
 from fsdp_dp.data.python_source import EXCLUDED, python_source
+from fsdp_dp.data.rows import name_fraction
 from fsdp_dp.data.text_files import fixed_folder, text_files
+from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.models.objective import IGNORED
 
 
@@ -99,11 +101,14 @@ def test_python_source_is_the_library_and_nothing_installed():
 
 
 def test_default_corpus_is_deterministic_and_splits_by_file():
-    first, second = load_corpus(DataConfig(), 128), load_corpus(DataConfig(), 128)
+    first, second = (
+        load_corpus(DataConfig(), GPTConfig(block_size=128)),
+        load_corpus(DataConfig(), GPTConfig(block_size=128)),
+    )
     assert torch.equal(first.train.rows, second.train.rows)
     assert torch.equal(first.held_out.rows, second.held_out.rows)
     assert 0.03 < len(first.held_out) / len(first.train) < 0.3
-    assert 4.3 < first.held_out_unigram_bits < 5.1
+    assert 4.3 < first.baseline < 5.1
     assert "one packed row of 129 bytes" in first.unit
 
 
@@ -127,14 +132,16 @@ def test_moving_a_corpus_keeps_its_split(tmp_path):
     corpora = []
     for place in ("here", "elsewhere"):
         write_files(tmp_path / place, 30)
-        corpora.append(load_corpus(DataConfig(source="text_files", path=f"{tmp_path}/{place}/**/*.txt"), 16))
+        corpora.append(
+            load_corpus(DataConfig(source="text_files", path=f"{tmp_path}/{place}/**/*.txt"), GPTConfig(block_size=16))
+        )
     assert torch.equal(corpora[0].held_out.rows, corpora[1].held_out.rows)
 
 
 def test_documents_as_rows_state_their_unit(tmp_path):
     write_files(tmp_path, 30)
     config = DataConfig(source="text_files", path=f"{tmp_path}/**/*.txt", rows="one_per_document")
-    corpus = load_corpus(config, 16)
+    corpus = load_corpus(config, GPTConfig(block_size=16))
     assert len(corpus.train) + len(corpus.held_out) == 30
     assert "one document" in corpus.unit
 
@@ -153,22 +160,22 @@ def test_other_encodings_are_refused_by_file(tmp_path):
 def test_text_shorter_than_a_row_says_so(tmp_path):
     write_files(tmp_path, 3)
     with pytest.raises(ValueError, match="shorter than one row of 100001 bytes"):
-        load_corpus(DataConfig(source="text_files", path=f"{tmp_path}/**/*.txt"), 100_000)
+        load_corpus(DataConfig(source="text_files", path=f"{tmp_path}/**/*.txt"), GPTConfig(block_size=100_000))
 
 
 def test_unigram_entropy_of_known_texts():
-    assert unigram_bits_per_byte([b"ab", b"cd"]) == 2.0
-    assert unigram_bits_per_byte([b"aaab"]) == pytest.approx(2 - 0.75 * math.log2(3))
+    assert unigram_bits([b"ab", b"cd"]) == 2.0
+    assert unigram_bits([b"aaab"]) == pytest.approx(2 - 0.75 * math.log2(3))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "web"}, "data.source must be one of 'python_source', 'text_files'"),
+        ({"source": "web"}, "data.source must be one of 'python_source', 'text_files', 'hf_text'"),
         ({"rows": "sentences"}, "data.rows must be one of 'packed', 'one_per_document'"),
         ({"held_out_fraction": 1.0}, "data.held_out_fraction must be"),
         ({"source": "text_files"}, "data.path is not set"),
-        ({"path": "*.txt"}, "data.path='.*' is read by data=text_files only"),
+        ({"path": "*.txt"}, "data.path='.*' is not read by data=python_source: add data=text_files"),
     ],
 )
 def test_bad_options_are_named(options, message):

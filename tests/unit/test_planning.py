@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fsdp_dp.models.build import parameter_count
 from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.planning.depth import Lines
 from fsdp_dp.planning.options import PlanConfig, PlanOptions
 from fsdp_dp.planning.search import largest
 from fsdp_dp.planning.trace import Step, Trace, from_the_nearer_end, trace
 from fsdp_dp.planning.tracker import GRADIENTS, PARAMETERS, RECORDS, STATE, SUMS, UNITS, MemoryTracker
-from fsdp_dp.training.building import parameter_count
 from fsdp_dp.training.schema import PrecisionConfig, ShardingConfig
 
 # Every first dimension is a multiple of the 4 ranks, so that no shard is padded.

@@ -7,12 +7,16 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fsdp_dp.data.config import DataConfig
 from fsdp_dp.ledger import LEDGER_FILE, Ledger
-from fsdp_dp.models.config import GPTConfig
+from fsdp_dp.models.config import GPTConfig, HuggingFaceConfig, ResNetConfig
 from fsdp_dp.report import main
+from fsdp_dp.reporting.run import read_run
+from fsdp_dp.sweep import cost
 from fsdp_dp.training.app import privacy_config
 from fsdp_dp.training.run_folder import METRICS_FILE, write_config
 from fsdp_dp.training.schema import PrivacyOptions, TrainConfig
@@ -21,16 +25,21 @@ STEPS = 4
 
 
 def make_run(
-    folder: Path, *, private: bool = True, loss: float = 3.25, seed: int | None = None, block_size: int = 128
+    folder: Path, *, private: bool = True, loss: float = 3.25, seed: int | None = None, block_size: int = 128,
+    **changes: Any,
 ) -> Path:
     """A folder as fsdp_dp.train leaves it, checkpoints apart; un-noised metrics depend on `loss`."""
     folder.mkdir(parents=True)
-    options = PrivacyOptions(noise_multiplier=1.0, seed=seed) if private else PrivacyOptions(mechanism="none")
-    config = TrainConfig(model=GPTConfig(block_size=block_size), privacy=options, steps=STEPS, batch_size=10)
+    privacy_options = PrivacyOptions(noise_multiplier=1.0, seed=seed) if private else PrivacyOptions(mechanism="none")
+    options = {"model": GPTConfig(block_size=block_size), "privacy": privacy_options, "steps": STEPS, "batch_size": 10}
+    config = TrainConfig(**options | changes)
     write_config(config, folder)
     lines = [
         {"step": step, "epsilon": step / 10 if private else None, "learning_rate": 0.1,
-         "outside_the_guarantee": {"training_bits_per_byte": loss, "rows_per_second": 7 * loss, "useful_rows": loss / 9}}
+         "outside_the_guarantee": {
+             "training_bits_per_byte": loss, "rows_per_second": 7 * loss, "useful_rows": loss / 9, "clipped": loss / 8,
+             "memory_gib": loss, **{f"norm_{level}": loss * level for level in (10, 50, 90)},
+         }}
         for step in range(1, STEPS + 1)
     ]  # fmt: skip
     lines.append({"step": STEPS, "epsilon": 0.4, "rows": 9, "outside_the_guarantee": {"held_out_bits_per_byte": loss}})
@@ -63,10 +72,13 @@ def test_runs_side_by_side(tmp_path, capsys):
         "NOT PRIVATE: plain training", "one packed row of 129 bytes", "adding or removing one row of 1000",
         "probability 0.01", "epsilon cross-checked: prv", "| numerics | certified", "4, the budget fixed at the start",
         "ok: 3 records, unbroken", "Not detected: an old copy", "## Privacy statement: run (1)", "Signed: ___",
-        "training loss, bits per byte (not private", "useful rows, share of the rows run (not private",
+        "loss, bits per byte: held-out (dots), training (thin) (not private",
+        "useful rows: those run that were no padding (not private", "clipped rows (not private",
+        "rows' gradient norms over the bound: median, and 10 to 90 % (band) (not private",
+        "peak memory of a rank (not private", "throughput (not private", "held-out bits per byte (not private", "3.250",
     ):  # fmt: skip
         assert stated in markdown
-    assert html.count("data:image/png;base64,") == markdown.count("![") == 5
+    assert html.count("data:image/png;base64,") == markdown.count("![") == 7
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", html)
     HTMLParser().feed(html)
     assert "ledger ok" in capsys.readouterr().out
@@ -100,6 +112,24 @@ def test_a_fixed_seed_is_no_guarantee(tmp_path):
     run = make_run(tmp_path / "run", seed=3)
     assert main([str(run), "--no-diagnostics"]) == 0
     assert "NO PRIVACY GUARANTEE: seed fixed" in written(run / "report")[0]
+
+
+def test_runs_of_images_and_of_pretrained_weights(tmp_path):
+    """Each unit is named, what comes from elsewhere too, and what runs on the same images cost together can be said."""
+    images = {"model": ResNetConfig(), "data": DataConfig(source="digits")}
+    several = [make_run(tmp_path / name, **images) for name in ("first", "second")]
+    tuned = HuggingFaceConfig(pretrained="gpt2", block_size=9, lora_rank=2)
+    texts = DataConfig(source="hf_text", path="mine", tokenizer="gpt2", rows="one_per_document")
+    language = make_run(tmp_path / "language", model=tuned, data=texts)
+    assert main([*map(str, several), str(language), "--output", str(tmp_path / "out")]) == 0
+    markdown, _ = written(tmp_path / "out")
+    for stated in (
+        "one image with its label", "one document (its first 10 tokens", "The pretrained weights (gpt2): public",
+        "The tokenizer (gpt2): public", "gpt2, pretrained, for language, LoRA of rank 2", "hf_text: mine",
+        "| data | digits |",
+    ):  # fmt: skip
+        assert stated in markdown
+    assert any(line.startswith("together: epsilon <= ") for line in cost([read_run(run) for run in several], None))
 
 
 def test_what_is_no_run_is_said(tmp_path, capsys):

@@ -15,12 +15,13 @@ from fsdp_dp.accounting import epsilon
 from fsdp_dp.data.corpus import Corpus
 from fsdp_dp.data.packing import RowDataset
 from fsdp_dp.ledger import Ledger
+from fsdp_dp.models.build import parameter_count
+from fsdp_dp.models.objective import BITS_PER_BYTE, bits, hits
 from fsdp_dp.standing import LedgerError, opened
 from fsdp_dp.training.app import as_reported, check_counted, check_extension, explained, lease
 from fsdp_dp.training.batches import endless_permutations
 from fsdp_dp.training.budget import MOST_POINTS, Budget, plan_budget
-from fsdp_dp.training.building import parameter_count
-from fsdp_dp.training.evaluate import evenly_spaced, loss_totals
+from fsdp_dp.training.evaluate import evenly_spaced
 from fsdp_dp.training.fellows import Fellows
 from fsdp_dp.training.interrupt import stop_on_signals
 from fsdp_dp.training.metrics import RunLog, finite_or_text
@@ -78,16 +79,23 @@ def test_permutations_hold_each_row_once_an_epoch():
 
 
 def test_evenly_spaced_rows():
-    dataset = RowDataset(torch.arange(100, dtype=torch.uint8).view(50, 2))
-    assert evenly_spaced(dataset, 3)[:, 0].tolist() == [0, 48, 98]
-    assert len(evenly_spaced(dataset, 80)) == 50
+    assert evenly_spaced(50, 3).tolist() == [0, 24, 49]
+    assert evenly_spaced(50, 80).tolist() == list(range(50))
 
 
-def test_loss_totals_count_predicted_bytes():
-    targets = torch.tensor([[1, 2, -100, -100], [1, 2, 3, 4]])
-    nats, count = loss_totals(torch.tensor([0.5, 1.0]), targets).tolist()
-    assert (nats, count) == (6.0, 6)
-    assert loss_totals(torch.zeros(0), targets[:0]).tolist() == [0.0, 0.0]
+def test_bits_are_of_predicted_targets_in_rows_that_count():
+    """Seen to fail when rows that do not count are added all the same."""
+    targets = torch.tensor([[1, 2, -100, -100], [1, 2, 3, 4], [1, 2, 3, 4]])
+    losses, counts = torch.tensor([0.5, 1.0, 9.0]), torch.tensor([True, True, False])
+    found = bits(torch.zeros(3, 4, 5), targets, losses, counts)
+    assert found.tolist() == pytest.approx([6.0 / math.log(2), 6])
+    assert bits(torch.zeros(0, 4, 5), targets[:0], losses[:0], counts[:0]).tolist() == [0.0, 0.0]
+
+
+def test_hits_are_rows_of_the_right_class():
+    logits = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    counts = torch.tensor([True, True, True, False])
+    assert hits(logits, torch.tensor([1, 0, 0, 0]), torch.zeros(4), counts).tolist() == [2.0, 3.0]
 
 
 def test_parameters_are_counted_without_building_them():
@@ -117,7 +125,7 @@ def test_sigterm_is_noted_and_usr1_asks_for_another_start():
 
 def test_metrics_of_an_interrupted_run_go_on(tmp_path):
     """A line that a crash cut short goes, and so does what was written of steps that were not reached."""
-    values = {"training_bits_per_byte": math.nan, "rows_per_second": 1.0, "useful_rows": 0.5}
+    values = {"score": math.nan, "rows_per_second": 1.0, "useful_rows": 0.5}
     log = RunLog(tmp_path, 10)
     for step in (1, 2, 3):
         log.step(step, 0.1 * step, 0.01, values)
@@ -275,14 +283,14 @@ ROWS = RowDataset(torch.zeros(3, 5, dtype=torch.uint8))
 OUTCOME = Outcome(
     config=TrainConfig(),
     privacy=PRIVACY,
-    corpus=Corpus(train=ROWS, held_out=ROWS, held_out_unigram_bits=4.7, unit="one packed row of 5 bytes"),
+    corpus=Corpus(train=ROWS, held_out=ROWS, score=BITS_PER_BYTE, baseline=4.7, unit="one packed row of 5 bytes"),
     noise_multiplier=1.0,
     budget=Budget(steps=(200,), epsilons=(2.5,)),
     standing=None,
     steps=200,
     nonfinite_rows=0,
     useful_rows=0.75,
-    held_out_bits=3.5,
+    held_out=3.5,
     parameters=141_056,
     ranks=2,
     device="cpu",

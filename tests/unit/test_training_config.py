@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 
 from fsdp_dp import train
 from fsdp_dp.training.schema import TrainConfig, check_world
@@ -19,10 +18,18 @@ GROUPS = ("sharding", "model", "data", "privacy", "clipping", "optimizer", "prec
 CHOICES = [
     (group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
 ]  # fmt: skip
+# What a choice leaves to the user, and the model that goes with it.
+NEEDED = {
+    "text_files": ["data.path=x"],
+    "hf_text": ["data.path=x"],
+    "hf_image": ["data.path=x", "model=resnet"],
+    "torchvision": ["data.path=x", "data.name=CIFAR10", "model=resnet"],
+    "digits": ["model=resnet"],
+}
 
 
 def composed(*overrides: str) -> TrainConfig:
-    ConfigStore.instance().store(name="train_schema", node=train.writable_schema())
+    train.store_schema()
     with initialize_config_dir(version_base="1.3", config_dir=train.config_folder()):
         return train.checked(compose("config", list(overrides)))
 
@@ -50,12 +57,11 @@ def test_the_default_configuration():
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_into_dataclasses(group, choice, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    overrides = [f"{group}={choice}", *(["data.path=x"] if choice == "text_files" else [])]
-    config = composed(*overrides)
+    config = composed(f"{group}={choice}", *NEEDED.get(choice, []))
     assert isinstance(config, TrainConfig)
     stored = yaml.safe_load((ROOT / "conf" / group / f"{choice}.yaml").read_text())
     stored.pop("defaults", None)  # another choice that this one changes
-    found = {**asdict(getattr(config, group)), "path": None}
+    found = asdict(getattr(config, group)) | ({"path": None, "name": None} if group == "data" else {})
     assert {key: found[key] for key in stored} == stored
 
 
@@ -79,6 +85,23 @@ def test_noise_instead_of_a_budget():
         (["nothing.at.all=1"], ["nothing", "no such option", "sharding"]),
         (["steps=many"], ["steps", "'many'", "Integer"]),
         (["steps=0"], ["steps must be an integer of at least 1", "0"]),
+        (
+            ["model=resnet", "data=digits", "model.widht=3"],
+            ["model.widht: no such option", "model.width", "model.stages"],
+        ),
+        (
+            ["model=resnet"],
+            ["data=python_source gives rows for language", "choose data=hf_image or torchvision or digits"],
+        ),
+        (["model=hugging_face"], ["Exactly one of model.pretrained", "model.model_type=gpt2"]),
+        (
+            ["model=resnet", "data=digits", "sharding.strategy=tensor_parallel", "sharding.tensor_parallel_size=2"],
+            ["sharding=tensor_parallel splits model.architecture=gpt and llama, found resnet"],
+        ),
+        (["model.architecture=gtp"], ["model.architecture must be one of 'gpt', 'llama', 'resnet', 'hugging_face'"]),
+        (["experiment=quick"], ["experiment/quick", "quickstart", "resnet_digits"]),
+        (["experiment=resnet_digits", "batch_size=5000"], ["batch_size must be at most the 14", "5000"]),
+        (["data=hf_text"], ["data=hf_text needs exactly one of data.name (on the Hub) and data.path (your files)"]),
         (["model=gpt_huge"], ["model/gpt_huge", "gpt_small", "gpt_tiny"]),
         (["sharding=zero3"], ["sharding/zero3", "full_shard", "fully_shard", "shard_grad_op", "tensor_parallel"]),
         (["privacy=eps9"], ["privacy/eps9", "eps1", "eps3", "eps8", "none"]),
