@@ -4,7 +4,7 @@
 
 Bytes of Python's standard library, 32 positions a row. `GradScaler` begins with a scale of 2^16 and doubles it while nothing
 overflows; it is itself refused (docs/mixed_precision.md), so that the scales here are constants. `lost_rows` are those that
-overflowed, of all that were drawn: they contribute nothing.
+overflowed, beside all that are drawn in expectation: they contribute nothing.
 """
 
 from __future__ import annotations

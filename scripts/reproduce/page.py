@@ -22,7 +22,7 @@ BASE = {
     "relative_error": "error of an update {}",
     "norm_error": "of a norm {}",
     "base_MiB": "base of {} MiB",
-    "private_ms": "{} ms a microbatch",
+    "private_ms": "{} ms of one core a microbatch",
 }
 
 
@@ -123,7 +123,7 @@ LINES = (
             ours=side,
             figures=BASE,
             other=side,
-            other_figures={"plain_ms": "{} ms a microbatch"},
+            other_figures={"plain_ms": "{} ms of one core a microbatch"},
             named="the same, plain",
             differs="an encoder of 10.6 M parameters beside its embeddings; one device",
         )
@@ -218,8 +218,7 @@ bases, which have no noise, drew fresh noise.
     pip install scikit-learn 'fsdp-dp[hf]'
     pip install --no-deps -r scripts/reproduce/requirements.txt
 
-Mean ± standard deviation over seeds. Measured on {devices}, which other work shared: times are the fastest of several and no
-more than an indication.
+Mean ± standard deviation over seeds. Measured on {devices}, which other work shared.
 
 {table}
 

@@ -16,7 +16,7 @@ ON_TWO_RANKS, ALONE = (mnist, resnet_digits, half_precision, lora), (quantized_b
 
 def two_steps(rank: int, world_size: int, rows: Path) -> None:
     """Of each script; and the first once more, which finds its rows and adds none."""
-    lora.TRAIN, lora.TEST, half_precision.TRAIN, half_precision.TEST = 200, 50, 1000, 100
+    lora.TRAIN, lora.TEST, lora.BATCH, half_precision.TRAIN, half_precision.TEST = 200, 50, 32, 1000, 100
     scripts = ALONE if world_size == 1 else ON_TWO_RANKS
     for script in (*scripts, scripts[0]):
         script.main(["--rows", str(rows), "--seeds", "1", "--steps", "2"])
