@@ -14,38 +14,22 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from fsdp_dp import PrivacyConfig, make_private
+from fsdp_dp.models.config import ResNetConfig
+from fsdp_dp.models.resnet import ResNet
 from scripts.reproduce.rows import Experiment, Row, accuracy, classify, draws, train
 
 TRAIN, BATCH, DELTA = 1497, 256, 1e-4
 LEARNING_RATE = 1e-2
 
 
-class Residual(nn.Module):
-    """[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(4, inputs), nn.GroupNorm(4, outputs)
-        self.convolution1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.convolution2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.convolution1(F.relu(self.norm1(x)))
-        return self.shortcut(x) + self.convolution2(F.relu(self.norm2(y)))
-
-
-def resnet(width: int = 16) -> nn.Module:
-    return nn.Sequential(
-        *(nn.Conv2d(1, width, 3, padding=1, bias=False), Residual(width, width, 1), Residual(width, 2 * width, 2)),
-        *(nn.GroupNorm(4, 2 * width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10)),
-    )
+def resnet() -> nn.Module:
+    """Of the recipe conf/experiment/resnet_digits.yaml."""
+    return ResNet(ResNetConfig(channels=1, image_size=8, stages=2, width=16, groups=4))
 
 
 @functools.cache
