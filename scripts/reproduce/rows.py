@@ -60,12 +60,12 @@ class Experiment:
                 for seed in range(options.seeds)
                 for side in sides
             ]
-            left = self._left(runs, options.rows)
+            left, stamp = self._left(runs, options.rows), self._stamp(words)
             for number, run in enumerate(left, 1):
                 began = time.monotonic()
                 torch.manual_seed(run["seed"])
                 figures = sides[run["side"]](run["seed"], run["steps"])
-                row = {**run, **figures, "seconds": round(time.monotonic() - began, 1), **self._stamp(words)}
+                row = {**run, **figures, "seconds": round(time.monotonic() - began, 1), **stamp}
                 if dist.get_rank() == 0:
                     with options.rows.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
