@@ -59,7 +59,7 @@ class Examination:
             self._first = FirstMicrobatch(
                 root, microbatch.rows, args, kwargs, self._model.device, managed, self._model.data_rank
             )
-        if self._modes() not in self._watched or self._buffers_moved() or recorder.meetings.wants:
+        if self._kind(microbatch.rows) not in self._watched or self._buffers_moved() or recorder.meetings.wants:
             self._uncompiled.start()
             self._watch = FirstForward(root, self._model.names, recorder.running, (args, kwargs), microbatch.rows)
             self._watch.__enter__()
@@ -81,8 +81,8 @@ class Examination:
             self._uncompiled.stop()
         elif watch is not None:
             watch.verify()
-            if watch.settled:
-                self._watched.add(self._modes())
+            if watch.settled and self._recorder.current is not None:
+                self._watched.add(self._kind(self._recorder.current.rows))
 
     def bounded(self, microbatch: Microbatch, output: Any) -> Any:
         """The outputs with a boundary, where backward comes back to the model.
@@ -156,6 +156,9 @@ class Examination:
             first.run_exchanged(run)
             told |= first.compare()
         self.passed = self._model.any_rank(told)
+        if self.passed:  # the program is the same on all ranks, but some had a row of padding only
+            layouts = self._recorder.layouts
+            layouts.adopt(self._model.every_rank(layouts.known if told else {}))
         self._forget_first()
         self._recorder.current = current
 
@@ -167,11 +170,12 @@ class Examination:
     def pass_over(self) -> None:
         """As after the first release, of a model that has been found to be good: a forecast looks at no values."""
         self.passed = self._passed_over = True
-        self._watched.add(self._modes())
+        self._watched |= {self._kind(rows) for rows in (1, 2)}
         self._buffer_versions = buffer_versions(self._model.root)
 
-    def _modes(self) -> tuple[bool, ...]:
-        return tuple(module.training for module in self._model.root.modules())
+    def _kind(self, rows: int) -> tuple[bool, ...]:
+        """Of a forward: the modes of modules, and whether one row may be taken for what is the same for all."""
+        return rows == 1, *(module.training for module in self._model.root.modules())
 
     def _buffers_moved(self) -> bool:
         """Whether a buffer was written since the last training forward began; the next one is then watched again."""

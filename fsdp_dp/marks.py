@@ -49,6 +49,12 @@ def mark_rows(x: Tensor) -> None:
     mark(x, frozenset({ROWS}))
 
 
+def forget(x: Tensor) -> None:
+    """What an earlier forward knew of a tensor that the program keeps."""
+    if hasattr(x, _MARKS):
+        delattr(x, _MARKS)
+
+
 def is_marked(x: Tensor) -> bool:
     """Whether a tensor is known to descend from the rows; in the first forward this is complete."""
     return not hasattr(x, "per_row") and ROWS in marks(x)

@@ -7,7 +7,7 @@ rows (see `independence`); what a later one does for the first time is not, so t
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -18,16 +18,25 @@ class RowLayouts:
     """The layouts that each place is known to have.
 
     Attributes:
+        known: place -> its layouts.
         learning: the microbatch that runs now is rehearsed before anything is released.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[Hashable, set[Layout]] = {}
+        self.known: dict[Hashable, set[Layout]] = {}
         self.learning = True
 
     def forget(self) -> None:
         """What was learned, since it is not going to be verified."""
-        self._seen.clear()
+        self.known.clear()
+
+    def adopt(self, verified: Iterable[Mapping[Hashable, set[Layout]]]) -> None:
+        """Know what was verified, here or on other ranks, and nothing else."""
+        found: dict[Hashable, set[Layout]] = {}
+        for known in verified:
+            for place, layouts in known.items():
+                found.setdefault(place, set()).update(layouts)
+        self.known = found
 
     def of(
         self, place: Hashable, shapes: Sequence[torch.Size], rows: int, allowed: Sequence[Layout] = ALL_LAYOUTS
@@ -39,8 +48,8 @@ class RowLayouts:
         """
         if rows == 1:  # whatever it is, it is all of that row
             return layout_of(shapes, rows, allowed) or "merged"
-        seen = self._seen.setdefault(place, set())
-        fitting = {layout for layout in seen if fits(layout, shapes, rows)}
+        known = self.known.get(place, set())
+        fitting = {layout for layout in known if fits(layout, shapes, rows)}
         if fitting == {"rows", "merged"}:  # one entry a row
             fitting = {"rows"}
         if len(fitting) == 1:
@@ -50,5 +59,5 @@ class RowLayouts:
         if fitting or guess is None or not (self.learning or (guess == "rows" and not vectors)):
             return None
         if self.learning:
-            seen.add(guess)
+            self.known.setdefault(place, set()).add(guess)
         return guess

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from fsdp_dp.attention import Projection
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.label_watch import LOSSES, averaged_labels
-from fsdp_dp.marks import mark, mark_rows, marks_of, reads_rows
+from fsdp_dp.marks import forget, mark, mark_rows, marks_of, reads_rows
 from fsdp_dp.shared_values import METADATA, SharedValue, function_name
 from fsdp_dp.taps import raw_attribute
 
@@ -45,6 +45,7 @@ class FirstForward(TorchFunctionMode):
     ) -> None:
         super().__init__()
         for tensor in _tensors((inputs,), {}):
+            forget(tensor)
             if rows == 1 or tensor.shape[:1] != (1,):  # positions [1, T] are the same for all rows
                 mark_rows(tensor)
         self._root, self._sites, self._running, self._rows = root, sites, running, rows

@@ -14,6 +14,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -227,6 +228,15 @@ class ShardedModel(abc.ABC):
         for group in self.groups:
             dist.all_reduce(box, op=dist.ReduceOp.MAX, group=group)
         return bool(box)
+
+    def every_rank(self, mine: Any) -> list[Any]:
+        """What each rank says, on all of them; something small that can be pickled."""
+        found = [mine]
+        for group in self.groups:
+            box: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(box, found, group=group)
+            found = [one for part in box for one in part]
+        return found
 
     @property
     def is_first_rank(self) -> bool:

@@ -20,7 +20,7 @@ from tests.agreement import (
     rows_of,
 )
 from tests.models.adapters import with_lora
-from tests.models.variants import CONSTANT, called_with, with_its_own_loss
+from tests.models.variants import CONSTANT, VARIANTS, called_with, with_its_own_loss
 from tests.models.zoo import (
     BY_TOKEN,
     ENCODER,
@@ -133,6 +133,20 @@ def test_lengths_that_change() -> None:
     engine.privatize()
     found = {n: p.grad * EXPECTED_BATCH_SIZE for n, p in model.named_parameters()}
     assert relative_error(found, {n: p.grad for n, p in plain.named_parameters()}) <= gpt2.tolerance
+
+
+@pytest.mark.parametrize("name", ["GPT-2, position ids of batch 1", "T5", "Swin"])
+def test_one_row_and_then_more(name: str) -> None:
+    """One row in the first microbatch, more in the next, exact, with position ids of batch 1, too."""
+    subject = dataclasses.replace((VARIANTS | MODELS)[name], loss_reduction="sum")
+    model, plain, batch = subject.model(), subject.model(), subject.batch()
+    engine = make_private(model, config(max_grad_norm=1e6, loss_reduction="sum"))
+    for rows in ([0], [1, 2], [3, 4]):
+        for one in (model, plain):
+            loss_of(subject, one, rows_of(batch, torch.tensor(rows))).backward()
+    engine.privatize()
+    found = {n: p.grad * EXPECTED_BATCH_SIZE for n, p in trainable(model).items()}
+    assert relative_error(found, {n: p.grad for n, p in trainable(plain).items()}) <= subject.tolerance
 
 
 def test_generation_between_steps() -> None:
