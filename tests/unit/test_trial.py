@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from fsdp_dp import train
@@ -67,7 +66,7 @@ def test_two_tasks_on_a_node_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_launchers_have_sizes_of_a_training_run() -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    ConfigStore.instance().store(name="train_schema", node=train.writable_schema())
+    train.store_schema()
     launchers.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         overrides = ["hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2"]
