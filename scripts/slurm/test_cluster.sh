@@ -99,12 +99,12 @@ start_munge() {
 }
 
 wait_for_nodes() {
-  local attempt
-  for attempt in {1..120}; do
+  local _
+  for _ in {1..480}; do
     [[ "$(sinfo --noheader --Node --partition=low --states=idle --format=%N 2>/dev/null | sort -u | wc -l)" == 2 ]] && return
     sleep 0.25
   done
-  fail "the nodes did not come up within 30 seconds (attempt $attempt): see $folder/*.log"
+  fail "the nodes did not come up within 2 minutes: see $folder/*.log"
 }
 
 start() {
