@@ -33,7 +33,7 @@ def test_update() -> None:
 
 @pytest.mark.parametrize("noise", [-1e5, -1e12, 1e12])
 def test_the_wildest_counts_leave_a_bound_that_can_be_trained_with(noise: float) -> None:
-    """A walk, and a jump, end at a ceiling or at the floor. Seen to fail (OverflowError, then no lattice) without a ceiling."""
+    """A walk, and a jump, end at a ceiling or at the floor. Seen to fail (OverflowError) without a ceiling."""
     bounds = (2.0,)
     for _ in range(400):
         bounds = next_bounds(bounds, [2.0], [0.0], [noise], 20, OPTIONS)
