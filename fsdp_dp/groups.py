@@ -113,9 +113,12 @@ def _given_bounds(names: Sequence[str], bounds: Mapping[str, float], max_grad_no
     if set(names) != set(bounds):
         missing, unknown = sorted(set(names) - set(bounds)), sorted(set(bounds) - set(names))
         raise ValueError(
-            f"group_bounds: found none for {missing[:5]}"
-            if missing
-            else f"group_bounds: no group is named {unknown[:5]}"
+            (
+                f"group_bounds: found none for {missing[:5]}"
+                if missing
+                else f"group_bounds: no group is named {unknown[:5]}"
+            )
+            + f"; found bounds for {sorted(bounds)[:5]}, and each of the groups {sorted(names)[:5]} needs one"
         )
     total = math.sqrt(sum(bound**2 for bound in bounds.values()))
     if not math.isclose(total, max_grad_norm, rel_tol=1e-9):
