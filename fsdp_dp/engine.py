@@ -638,7 +638,8 @@ class PrivacyEngine:
     def _discard_pending(self) -> None:
         """What ``zero_grad`` does: drop what is pending, if anything is."""
         self._batch.intake.zero_grad()
-        if self._batch.pending or self._batch.poisoned or self._gate.waiting:
+        interrupted = self._recorder.in_forward  # no hook was called at its end
+        if self._batch.pending or self._batch.poisoned or self._gate.waiting or interrupted:
             self.discard()
 
 

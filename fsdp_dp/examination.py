@@ -59,6 +59,7 @@ class Examination:
             self._first = FirstMicrobatch(
                 root, microbatch.rows, args, kwargs, self._model.device, managed, self._model.data_rank
             )
+        self._end_watch()
         if self._modes() not in self._watched or self._buffers_moved() or recorder.meetings.wants:
             self._uncompiled.start()
             self._watch = FirstForward(root, self._model.names, recorder.running, (args, kwargs), microbatch.rows)
@@ -74,15 +75,20 @@ class Examination:
 
     def end_forward(self, *, failed: bool) -> None:
         """Raises UnsupportedModelError if the forward did what only running it shows, and must not be."""
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.__exit__(None, None, None)
+        watch = self._end_watch()
         if failed:
             self._uncompiled.stop()
         elif watch is not None:
             watch.verify()
             if watch.settled:
                 self._watched.add(self._modes())
+
+    def _end_watch(self) -> FirstForward | None:
+        """Also of a forward whose end nobody told of: hooks are not called when a user interrupts it."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.__exit__(None, None, None)
+        return watch
 
     def bounded(self, microbatch: Microbatch, output: Any) -> Any:
         """The outputs with a boundary, where backward comes back to the model.
@@ -160,6 +166,7 @@ class Examination:
         self._recorder.current = current
 
     def discard(self) -> None:
+        self._end_watch()
         self._forget_first()
         self._uncompiled.stop()
         self._labels.forget()
