@@ -21,6 +21,9 @@ _GRID = 2.0**10
 """Noise is rounded to multiples of 1/_GRID, and counts are multiples of 1/2: their sum is exact, and a rounding of count
 plus noise (post-processing). A coarse grid holds many float64 numbers a cell, so that cells are equally likely."""
 
+CEILING = 2.0**64
+"""No bound grows beyond this times its first value: public, out of reach of quantiles, and within float32's range."""
+
 
 def split_noise(noise_multiplier: float, groups: int, options: AdaptiveBounds | None) -> tuple[float, float]:
     """``(sigma_g, sigma_b)``: noise multiplier of the gradients, standard deviation of the noise on each count.
@@ -48,15 +51,20 @@ def next_bounds(
 
     Args:
         bounds: of the groups, now.
-        first: where they started; none falls below ``options.floor`` times that.
+        first: where they started; none falls below ``options.floor`` times that, or rises above `CEILING` times that.
         excess: for each group, rows within the bound less rows beyond it, halved.
         noise: for each group, a normal of standard deviation ``sigma_b``.
         expected_batch_size: divides the noised counts, whatever the batch really held.
     """
     return tuple(
-        max(options.floor * start, bound * math.exp(-options.learning_rate * (share - options.target_quantile)))
+        min(max(options.floor * start, bound * _factor(share, options)), CEILING * start)
         for bound, start, share in zip(bounds, first, _shares(excess, noise, expected_batch_size), strict=True)
     )
+
+
+def _factor(share: float, options: AdaptiveBounds) -> float:
+    largest = math.log(CEILING / options.floor)  # from the floor to the ceiling
+    return math.exp(min(-options.learning_rate * (share - options.target_quantile), largest))
 
 
 def _shares(excess: Sequence[float], noise: Sequence[float], expected_batch_size: int) -> list[float]:

@@ -52,15 +52,16 @@ class Bounds:
 
     def set(self, bounds: Sequence[float]) -> None:
         """Bounds of the groups for the logical batches from here on, and what follows from them."""
-        self.of_groups = tuple(float(bound) for bound in bounds)
         # Up by a hair, since the R_k^2 of several groups add up to R^2 only up to rounding.
-        self.max_grad_norm = self.of_groups[0] if len(bounds) == 1 else math.hypot(*bounds) * (1 + 2.0**-48)
-        self.lattice = noise.Lattice.for_release(
-            max_grad_norm=self.max_grad_norm,
+        max_grad_norm = float(bounds[0]) if len(bounds) == 1 else math.hypot(*bounds) * (1 + 2.0**-48)
+        lattice = noise.Lattice.for_release(
+            max_grad_norm=max_grad_norm,
             noise_multiplier=self.gradient_noise_multiplier,
             expected_batch_size=self._privacy.expected_batch_size,
         )
-        self.for_a_row = self._sensitivity_left_for_a_row()
+        # All of it together: a failure above, or in the next line, leaves what there was.
+        self.for_a_row = self._sensitivity_left_for_a_row(max_grad_norm, lattice)
+        self.of_groups, self.max_grad_norm, self.lattice = tuple(map(float, bounds)), max_grad_norm, lattice
 
     def of_row_in(self, group: int) -> float:
         """What a row's gradient may weigh in a group, as computed."""
@@ -93,16 +94,16 @@ class Bounds:
         form = f"<{len(self._first)}d"
         self.set(struct.unpack(form, self._model.agree(struct.pack(form, *bounds))))
 
-    def _sensitivity_left_for_a_row(self) -> float:
+    def _sensitivity_left_for_a_row(self, max_grad_norm: float, lattice: noise.Lattice) -> float:
         """``max_grad_norm`` less what rounding of sums and the noise lattice may add (rules 2 to 4)."""
-        bound = self.max_grad_norm
+        bound = max_grad_norm
         if self._privacy.numerics == "certified":
-            bound -= self.max_grad_norm * un_noised_margin(self._dtype, self._model.device)
+            bound -= max_grad_norm * un_noised_margin(self._dtype, self._model.device)
         if self.gradient_noise_multiplier > 0:
-            bound -= self.lattice.sensitivity_charge(self._model.global_numel)
+            bound -= lattice.sensitivity_charge(self._model.global_numel)
         if bound <= 0:
             raise UnsupportedModelError(
-                f"The noise lattice (spacing {self.lattice.spacing:.2e}) is too coarse for {self._model.global_numel} "
+                f"The noise lattice (spacing {lattice.spacing:.2e}) is too coarse for {self._model.global_numel} "
                 "parameters at this expected_batch_size; lower expected_batch_size or noise_multiplier"
             )
         return bound

@@ -146,19 +146,8 @@ class PrivacyConfig:
         require_choice("accountant", self.accountant, get_args(AccountantName))
 
     def _check_groups(self) -> None:
-        if isinstance(self.clipping, Mapping):
-            if not self.clipping or not all(isinstance(x, str) for pair in self.clipping.items() for x in pair):
-                raise ValueError(
-                    "clipping must be a word, or a mapping from patterns of parameter names to names of groups, found "
-                    f"{self.clipping!r}. For example {{'*.attention.*': 'attention', '*': 'rest'}}"
-                )
-        else:
-            require_choice("clipping", self.clipping, get_args(Clipping))
-        if isinstance(self.group_bounds, Mapping):
-            for group, bound in self.group_bounds.items():
-                require_number(f"group_bounds[{group!r}]", bound, above=0.0)
-        else:
-            require_choice("group_bounds", self.group_bounds, get_args(GroupBounds))
+        require_groups("clipping", self.clipping)
+        require_group_bounds("group_bounds", self.group_bounds)
         require_number("clip_stability", self.clip_stability, above=0.0)
         if self.adaptive_bounds is not None:
             if not isinstance(self.adaptive_bounds, AdaptiveBounds):
@@ -226,6 +215,26 @@ class PrivacyConfig:
                 UserWarning,
                 stacklevel=4,
             )
+
+
+def require_groups(option: str, value: object) -> None:
+    """Raise ValueError unless `value` is a word for a way of grouping, or a mapping of patterns to groups."""
+    if not isinstance(value, Mapping):
+        require_choice(option, value, get_args(Clipping))
+    elif not value or not all(isinstance(x, str) for pair in value.items() for x in pair):
+        raise ValueError(
+            f"{option} must be a word, or a mapping from patterns of parameter names to names of groups, found "
+            f"{value!r}. For example {{'*.attention.*': 'attention', '*': 'rest'}}"
+        )
+
+
+def require_group_bounds(option: str, value: object) -> None:
+    """Raise ValueError unless `value` is a word for a way of dividing R, or a mapping of groups to bounds."""
+    if not isinstance(value, Mapping):
+        require_choice(option, value, get_args(GroupBounds))
+        return
+    for group, bound in value.items():
+        require_number(f"{option}[{group!r}]", bound, above=0.0)
 
 
 def require_number(

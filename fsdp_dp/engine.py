@@ -16,7 +16,7 @@ import dataclasses
 import math
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -265,7 +265,7 @@ class PrivacyEngine:
             "noise_multiplier": self.noise_multiplier,
             "vouched": self._vouched,
             "seeded": self.seeded,
-            "bounds": list(self.bounds),
+            "bounds": {group.name: bound for group, bound in zip(self.groups, self.bounds, strict=True)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -290,19 +290,38 @@ class PrivacyEngine:
                     f"load_state_dict: {name} was {state[name]!r} when the state was saved and is {now[name]!r} now; "
                     "releases of two mechanisms are not accounted together. Use the saved value"
                 )
-        if len(state["bounds"]) != len(self.groups):
-            raise PrivacyError(
-                f"load_state_dict: the state has bounds of {len(state['bounds'])} clipping groups, this model has "
-                f"{len(self.groups)}; load the state of a run of the same model, with the same parameters trainable"
-            )
+        bounds = self._saved_bounds(state["bounds"])
         self.discard()
         self._earlier_epochs = max(self._epochs(), int(state["epochs"]))
         self._released_epochs.clear()
         self.steps = max(self.steps, int(state["steps"]))
         self._vouched = self._vouched and bool(state["vouched"])
         self.seeded = self.seeded or bool(state["seeded"])
-        self._bounds.agree_on(state["bounds"])
+        self._bounds.agree_on(bounds)
         self._new_keys()
+
+    def _saved_bounds(self, saved: dict[str, float]) -> list[float]:
+        """Where adaptive bounds had come to; fixed ones are those of this model, whatever trained before.
+
+        Raises:
+            PrivacyError: they are other groups' bounds, or no bounds.
+        """
+        if self.privacy.adaptive_bounds is None:
+            return list(self.bounds)
+        names = [group.name for group in self.groups]
+        if not isinstance(saved, Mapping) or set(saved) != set(names):
+            raise PrivacyError(
+                f"load_state_dict: the state has bounds of the clipping groups {sorted(saved)[:5]}, this model has "
+                f"{sorted(names)[:5]}; load the state of a run of the same model, with the same parameters trainable, or "
+                "start from the first bounds again: state['bounds'] = engine.state_dict()['bounds']"
+            )
+        for name, bound in saved.items():
+            if type(bound) is not float or not 0 < bound < math.inf:
+                raise PrivacyError(
+                    f"load_state_dict: the bound of clipping group '{name}' is {bound!r}, and not a finite number above 0; "
+                    "pass what engine.state_dict() returned"
+                )
+        return [saved[name] for name in names]
 
     def detach(self) -> None:
         """Give the model back as it was. Un-released sums are dropped; the engine cannot be used any more."""
@@ -619,7 +638,8 @@ class PrivacyEngine:
     def _discard_pending(self) -> None:
         """What ``zero_grad`` does: drop what is pending, if anything is."""
         self._batch.intake.zero_grad()
-        if self._batch.pending or self._batch.poisoned or self._gate.waiting:
+        interrupted = self._recorder.in_forward  # no hook was called at its end
+        if self._batch.pending or self._batch.poisoned or self._gate.waiting or interrupted:
             self.discard()
 
 

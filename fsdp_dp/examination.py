@@ -18,6 +18,7 @@ from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.label_watch import LabelWatch
 from fsdp_dp.logical_batch import LogicalBatch, Microbatch
 from fsdp_dp.methods import Measured
+from fsdp_dp.modes import take_out
 from fsdp_dp.recorder import Recorder
 from fsdp_dp.sharding.base import ShardedModel
 from fsdp_dp.taps import with_boundary
@@ -59,6 +60,7 @@ class Examination:
             self._first = FirstMicrobatch(
                 root, microbatch.rows, args, kwargs, self._model.device, managed, self._model.data_rank
             )
+        self._end_watch()
         if self._kind(microbatch.rows) not in self._watched or self._buffers_moved() or recorder.meetings.wants:
             self._uncompiled.start()
             self._watch = FirstForward(root, self._model.names, recorder.running, (args, kwargs), microbatch.rows)
@@ -74,15 +76,20 @@ class Examination:
 
     def end_forward(self, *, failed: bool) -> None:
         """Raises UnsupportedModelError if the forward did what only running it shows, and must not be."""
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.__exit__(None, None, None)
+        watch = self._end_watch()
         if failed:
             self._uncompiled.stop()
         elif watch is not None:
             watch.verify()
             if watch.settled and self._recorder.current is not None:
                 self._watched.add(self._kind(self._recorder.current.rows))
+
+    def _end_watch(self) -> FirstForward | None:
+        """Also of a forward whose end nobody told of: hooks are not called when a user interrupts it."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            take_out(watch)
+        return watch
 
     def bounded(self, microbatch: Microbatch, output: Any) -> Any:
         """The outputs with a boundary, where backward comes back to the model.
@@ -163,6 +170,7 @@ class Examination:
         self._recorder.current = current
 
     def discard(self) -> None:
+        self._end_watch()
         self._forget_first()
         self._uncompiled.stop()
         self._labels.forget()

@@ -50,7 +50,7 @@ def clipping_groups(
         max_grad_norm: R.
 
     Raises:
-        ValueError: a parameter is in no group, a pattern fits no parameter, or given bounds do not make up R.
+        ValueError: a parameter is in no group, a pattern decides about no parameter, or given bounds do not make up R.
 
     **Formal guarantee.** ``sqrt(sum_k R_k^2) <= R (1 + 1e-9)``, and every parameter is in exactly one group.
     """
@@ -86,11 +86,17 @@ def _matched(places: Sequence[Place], patterns: Mapping[str, str]) -> list[str]:
             f"clipping: no pattern fits parameter '{outside[0]}' ({len(outside)} in all), and every trainable parameter must "
             f"be clipped in some group. Patterns: {', '.join(patterns)}. End with '*' for all the others"
         )
-    idle = [pattern for pattern in patterns if not any(pattern in found for found in fitting)]
+    idle = [pattern for pattern in patterns if pattern != "*" and all(found[0] != pattern for found in fitting)]
     if idle:
+        rivals = dict.fromkeys(found[0] for found in fitting if idle[0] in found)
         raise ValueError(
-            f"clipping: pattern '{idle[0]}' fits no trainable parameter (they are named like '{places[0].name}'); correct "
-            "it or leave it out"
+            f"clipping: pattern '{idle[0]}' "
+            + (
+                f"has no effect, since '{next(iter(rivals))}' stands before it and the first that fits counts; put it first"
+                if rivals
+                else f"fits no trainable parameter (they are named like '{places[0].name}'); correct it"
+            )
+            + " or leave it out"
         )
     return [patterns[found[0]] for found in fitting]
 
@@ -107,9 +113,12 @@ def _given_bounds(names: Sequence[str], bounds: Mapping[str, float], max_grad_no
     if set(names) != set(bounds):
         missing, unknown = sorted(set(names) - set(bounds)), sorted(set(bounds) - set(names))
         raise ValueError(
-            f"group_bounds: found none for {missing[:5]}"
-            if missing
-            else f"group_bounds: no group is named {unknown[:5]}"
+            (
+                f"group_bounds: found none for {missing[:5]}"
+                if missing
+                else f"group_bounds: no group is named {unknown[:5]}"
+            )
+            + f"; found bounds for {sorted(bounds)[:5]}, and each of the groups {sorted(names)[:5]} needs one"
         )
     total = math.sqrt(sum(bound**2 for bound in bounds.values()))
     if not math.isclose(total, max_grad_norm, rel_tol=1e-9):

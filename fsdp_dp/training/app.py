@@ -39,6 +39,15 @@ if TYPE_CHECKING:
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 # "Saved; start me again": sysexits' EX_TEMPFAIL, for whoever sent SIGUSR1.
 EXIT_REQUEUE = 75
+# What gloo, NCCL and torch's store say when the other end is gone.
+OF_LOST_RANKS = (
+    "onnection closed by peer",
+    "onnection reset by peer",
+    "roken pipe",
+    "onnection was likely closed",
+    "remote process exited",
+    "DistNetworkError",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,8 +290,8 @@ def explained(error: Exception) -> str:
     text = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return f"{text}. Lower microbatch_size, which changes no release, and go on with resume=true"
-    if isinstance(error, RuntimeError) and ("onnection closed by peer" in text or "onnection reset by peer" in text):
-        return f"lost another rank, which was killed or whose machine is gone ({text})"
+    if isinstance(error, RuntimeError) and any(words in text for words in OF_LOST_RANKS):
+        return f"lost another rank, which was killed or whose machine is gone ({text.splitlines()[0]})"
     return text
 
 

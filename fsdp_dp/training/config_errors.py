@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from fsdp_dp.config import AdaptiveBounds
 from fsdp_dp.training.schema import TrainConfig
 
 
@@ -26,6 +27,9 @@ def allowed_keys(key: str, parent: object) -> str:
     """The options that stand where `key` was looked for: those of its parent, a dataclass, or of the whole."""
     if key.startswith("hydra."):
         return f"one of those that `--cfg hydra --package {key.rpartition('.')[0]}` prints"
+    if key.startswith("clipping.adaptive."):
+        known = ", ".join(f"clipping.adaptive.{field.name}" for field in dataclasses.fields(AdaptiveBounds))
+        return f"one of {known}, with clipping=adaptive"
     if not (isinstance(parent, type) and dataclasses.is_dataclass(parent)):
         parent = TrainConfig
     prefix = "" if issubclass(parent, TrainConfig) else f"{key.rpartition('.')[0]}."

@@ -15,6 +15,8 @@ from fsdp_dp.config import (
     ClipFunction,
     Numerics,
     require_choice,
+    require_group_bounds,
+    require_groups,
     require_integer,
     require_number,
 )
@@ -114,7 +116,7 @@ class PrivacyOptions:
 class ClippingOptions:
     """How `privacy.max_grad_norm` is divided and kept to: see `fsdp_dp.PrivacyConfig`, whose names are in brackets.
 
-    `groups` (`clipping`) and `bounds` (`group_bounds`) are words or mappings; `PrivacyConfig` checks them.
+    `groups` (`clipping`) and `bounds` (`group_bounds`) are words or mappings.
     """
 
     groups: Any = "flat"
@@ -133,9 +135,14 @@ class ClippingOptions:
             raise ValueError(
                 f"clipping.adaptive must be null or a mapping of {', '.join(known)}, found {self.adaptive}."
             )
-        return AdaptiveBounds(**self.adaptive)
+        try:
+            return AdaptiveBounds(**self.adaptive)
+        except ValueError as error:
+            raise ValueError(str(error).replace("adaptive_bounds.", "clipping.adaptive.", 1)) from None
 
     def __post_init__(self) -> None:
+        require_groups("clipping.groups", self.groups)
+        require_group_bounds("clipping.bounds", self.bounds)
         if self.adaptive_bounds is not None and self.clip_function != "abadi":
             raise ValueError(f"clipping.adaptive needs clipping.clip_function=abadi, found {self.clip_function}.")
         require_choice("clipping.clip_function", self.clip_function, get_args(ClipFunction))

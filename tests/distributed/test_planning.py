@@ -32,7 +32,7 @@ MODEL = GPTConfig(
 CONFIG = TrainConfig(model=MODEL, sharding=ShardingConfig(strategy="fully_shard"), device="cpu")
 SIDES = ("plain", "flat", "block", "layer")
 STEPS = MICROBATCHES = 2
-TRIES = 3
+TRIES = 8
 
 
 def step(side: str) -> Step:

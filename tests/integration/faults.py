@@ -35,6 +35,7 @@ class Saboteur:
         self.faults = [fault for fault in faults if rank in fault["ranks"]]
         self.workers = max([fault.get("workers", 0) for fault in faults], default=0)
         self.folder, self.rank = folder, rank
+        self.nan_next = False
         (folder / f"pid-{rank}").write_text(str(os.getpid()))
         self.draws = (folder / f"draws-{session}-{rank}").open("ab", buffering=0)
 
@@ -66,6 +67,8 @@ class Saboteur:
             torch.empty(2**46)  # more than there is to be had
         elif action == "unreadable":
             raise OSError(5, "Input/output error")
+        elif action == "nan":
+            self.nan_next = True
         elif action == "slow":
             time.sleep(3.0)
         elif action == "terminate all":
@@ -122,7 +125,9 @@ def install(saboteur: Saboteur) -> None:
 
     def with_nan(outputs: Any, targets: Any) -> Any:
         losses_B = losses(outputs, targets)
-        if saboteur.at("losses") == "nan":
+        saboteur.at("losses")
+        if saboteur.nan_next:
+            saboteur.nan_next = False
             losses_B = losses_B * losses_B.new_tensor([float("nan")] + [1.0] * (len(losses_B) - 1))
         return losses_B
 

@@ -225,7 +225,8 @@ def test_failures_are_named_by_all_ranks(scenario: Scenario) -> None:
         codes, said = scenario.start(fault)
         assert codes == [1, 1], (fault, codes, said)
         assert sum(cause in line for line in said.splitlines() if "fsdp_dp.train: rank" in line) == 2, (fault, said)
-    scenario.finish({"point": "losses", "count": 3, "ranks": [1], "action": "nan"})
+    # In a step's first microbatch, whose first row is no padding.
+    scenario.finish({"point": "step", "count": 3, "ranks": [1], "action": "nan"})
     assert "(here: 1 non-finite rows, which contributed nothing)" in (scenario.run / "report.md").read_text()
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fsdp_dp import AdaptiveBounds, PrivacyError, make_private
-from fsdp_dp.adaptive_bounds import next_bounds, split_noise
+from fsdp_dp import AdaptiveBounds, PrivacyEngine, PrivacyError, make_private
+from fsdp_dp.adaptive_bounds import CEILING, next_bounds, split_noise
 from tests.distributed.backends import privacy_config, seeded
 
 OPTIONS = AdaptiveBounds(target_quantile=0.6, learning_rate=0.5, budget_fraction=0.04, floor=0.1)
@@ -29,6 +29,16 @@ def test_update() -> None:
     assert bound == pytest.approx(2.0 * math.exp(-0.5 * (0.65 - 0.6)))
     assert next_bounds([0.25], [2.0], [10.0], [1e6], 20, OPTIONS) == (0.2,)
     assert next_bounds([1.0], [1.0], [0.0], [20.0], 20, OPTIONS) < next_bounds([1.0], [1.0], [0.0], [0.0], 20, OPTIONS)
+
+
+@pytest.mark.parametrize("noise", [-1e5, -1e12, 1e12])
+def test_the_wildest_counts_leave_a_bound_that_can_be_trained_with(noise: float) -> None:
+    """A walk, and a jump, end at a ceiling or at the floor. Seen to fail (OverflowError) without a ceiling."""
+    bounds = (2.0,)
+    for _ in range(400):
+        bounds = next_bounds(bounds, [2.0], [0.0], [noise], 20, OPTIONS)
+    assert bounds == ((0.2,) if noise > 0 else (2.0 * CEILING,))
+    assert next_bounds([2.0 * CEILING], [2.0], [0.0], [10.0], 20, OPTIONS) < (2.0 * CEILING,)
 
 
 def run(steps: int, noise_multiplier: float, scale: float, **changes) -> tuple[list[float], nn.Module]:
@@ -100,16 +110,49 @@ def test_a_release_that_fails_at_the_counts_is_none(monkeypatch: pytest.MonkeyPa
     assert not engine._bounds._excess.any()
 
 
-def test_bounds_of_another_model_are_refused() -> None:
-    """Seen to fail when a state's bounds are taken as they are."""
-    engines = [
-        make_private(
-            nn.Sequential(*(nn.Linear(2, 2) for _ in range(depth))), privacy_config(max_grad_norm=1.0, clipping="layer")
-        )
-        for depth in (2, 3)
-    ]
-    with pytest.raises(PrivacyError, match="bounds of 2 clipping groups, this model has 3"):
-        engines[1].load_state_dict(engines[0].state_dict())
+def chain(widths: int, frozen: int | None = None, **changes) -> PrivacyEngine:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(widths)))
+    if frozen is not None:
+        model[frozen].requires_grad_(False)
+    return make_private(model, privacy_config(max_grad_norm=1.0, clipping="layer", **changes))
+
+
+@pytest.mark.parametrize(("here", "frozen"), [(3, None), (3, 0), (2, 1)])
+def test_bounds_of_another_model_are_refused(here: int, frozen: int | None) -> None:
+    """By name: as many groups may be others. Seen to fail when a state's bounds are taken as they are."""
+    saved, engine = chain(2, adaptive_bounds=OPTIONS), chain(here, frozen, adaptive_bounds=OPTIONS)
+    with pytest.raises(PrivacyError, match=r"bounds of the clipping groups \['0', '1'\], this model has \["):
+        engine.load_state_dict(saved.state_dict())
+    assert engine.bounds == chain(here, frozen).bounds
+
+
+def test_fixed_bounds_are_divided_anew_when_other_parameters_train() -> None:
+    """As the engine advises to whoever freezes a layer. Seen to fail when the saved division was asked for."""
+    saved, engine = chain(3), chain(3, 0)
+    saved.steps = 5
+    engine.load_state_dict(saved.state_dict())
+    assert engine.steps == 5
+    assert engine.bounds == pytest.approx([math.sqrt(0.5)] * 2)
+
+
+@pytest.mark.parametrize("bad", [-0.7, 0.0, math.nan, math.inf, "1", True, None])
+def test_bounds_that_are_none_are_refused(bad: object) -> None:
+    """And the engine stays as it was. Seen to fail for a negative one, under which every row is dropped."""
+    engine = chain(2, adaptive_bounds=OPTIONS)
+    before, state = (engine.bounds, engine.max_grad_norm, engine._bounds.lattice), engine.state_dict()
+    with pytest.raises(PrivacyError, match="load_state_dict: the bound of clipping group '1' is"):
+        engine.load_state_dict({**state, "steps": 7, "bounds": {**state["bounds"], "1": bad}})
+    assert (engine.bounds, engine.max_grad_norm, engine._bounds.lattice) == before
+    assert engine.steps == 0
+
+
+def test_bounds_without_a_lattice_change_nothing() -> None:
+    """Or noise would be made for one bound and rows clipped to another. Seen to fail when they are set one by one."""
+    engine = chain(2, adaptive_bounds=OPTIONS)
+    before = vars(engine._bounds).copy()
+    with pytest.raises(ValueError, match="max_grad_norm: found"):
+        engine._bounds.set([1e300, 1e303])
+    assert vars(engine._bounds) == before
 
 
 def test_a_resumed_run_keeps_its_bounds() -> None:

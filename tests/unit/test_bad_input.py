@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from fsdp_dp import BudgetExceededError, NoEpsilonWarning, PrivacyError, UnsupportedModelError, make_private
@@ -798,6 +799,36 @@ def test_the_watch_outlives_a_first_forward_that_raised() -> None:
         with nothing_released(counting), pytest.raises(UnsupportedModelError, match=r"'mean'"):
             counting.backward(rows())
         counting.engine.discard()
+
+
+class Interrupted(nn.Sequential):
+    """A user stops the cell of a notebook in the middle of the first forward: torch calls no hook for that."""
+
+    interrupt = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.interrupt:
+            raise KeyboardInterrupt
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("recover", ["discard", "zero_grad", "next forward"])
+def test_the_watch_ends_with_a_first_forward_that_was_interrupted(recover: str) -> None:
+    """It would refuse what the program does with parameters from then on, saving them for one. Seen to fail when only the
+    end of a forward ends it."""
+    subject = private(Interrupted(*mlp()), sampling="external_poisson")
+    before = len(_get_current_function_mode_stack())
+    with pytest.raises(KeyboardInterrupt):
+        subject.backward(rows())
+    subject.model.interrupt = False  # type: ignore[assignment]
+    {
+        "discard": subject.engine.discard,
+        "zero_grad": subject.optimizer.zero_grad,
+        "next forward": lambda: (subject.backward(rows()), subject.engine.discard()),
+    }[recover]()
+    assert len(_get_current_function_mode_stack()) == before
+    assert all(p.requires_grad for p in subject.model.parameters())
+    assert_trains(subject)
 
 
 @pytest.mark.parametrize("where", ["forward", "start of backward", "backward"])

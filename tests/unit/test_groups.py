@@ -61,6 +61,7 @@ def test_given_bounds() -> None:
     [
         ({"blocks.*": "b"}, "uniform", "no pattern fits parameter 'token.weight' .2 in all."),
         ({"*": "all", "nothing.*": "n"}, "uniform", "pattern 'nothing.*' fits no trainable parameter"),
+        ({"*": "all", "blocks.*": "b"}, "uniform", r"pattern 'blocks.\*' has no effect, since '\*' stands before it"),
         ({"*": "all"}, {"other": 1.0}, "found none for .'all'."),
         ({"*": "all"}, {"all": 1.0, "other": 1.0}, "no group is named .'other'."),
         ({"blocks.*": "b", "*": "r"}, {"b": 1.0, "r": 1.0}, "Set max_grad_norm=1.414213562"),
@@ -69,6 +70,14 @@ def test_given_bounds() -> None:
 def test_what_does_not_fit_is_refused(clipping, bounds, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         clipping_groups(PLACES, clipping=clipping, bounds=bounds, max_grad_norm=1.0)
+
+
+def test_a_star_at_the_end_may_find_nothing_left() -> None:
+    """It is there for parameters that others left out; any other pattern that decides about none was meant to."""
+    groups = clipping_groups(
+        PLACES, clipping={"*.weight": "w", "*.bias": "b", "*": "rest"}, bounds="uniform", max_grad_norm=1.0
+    )
+    assert {g.name for g in groups} == {"w", "b"}
 
 
 def test_blocks_are_fsdp_units_or_elements_of_module_lists() -> None:

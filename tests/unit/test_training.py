@@ -240,6 +240,8 @@ def test_errors_say_what_to_do():
         torch.empty(2**46)
     assert "Lower microbatch_size" in explained(caught.value)
     assert explained(RuntimeError("Connection closed by peer [::1]")).startswith("lost another rank")
+    gone = torch.distributed.DistNetworkError("Broken pipe\nException raised from here\nframe #0")
+    assert explained(gone).endswith("whose machine is gone (DistNetworkError: Broken pipe)")
 
 
 def test_a_lease_lasts_longer_than_the_way_to_the_next_checkpoint():

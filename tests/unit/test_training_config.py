@@ -122,6 +122,15 @@ def test_noise_instead_of_a_budget():
         (["data=text_files", "data.path=/nowhere/*.txt"], ["data.path: no file matches '/nowhere/*.txt'"]),
         (["batch_size=10000000"], ["batch_size must be at most", "10000000"]),
         (["model=null"], ["Config group override"]),
+        (["clipping.groups=layers"], ["clipping.groups must be one of 'flat', 'block'", "'layers'"]),
+        (["clipping.groups={*: 3}"], ["clipping.groups must be a word, or a mapping from patterns"]),
+        (["clipping.bounds=even"], ["clipping.bounds must be one of 'uniform', 'dimension', found 'even'"]),
+        (["clipping.bounds={all: x}"], ["clipping.bounds['all'] must be a finite number above 0.0, found 'x'"]),
+        (["clipping=layer", "clipping.groups=[]"], ["clipping.groups must be one of"]),
+        (["clipping.adaptive.floor=0.1"], ["clipping.adaptive.floor: no such option", "with clipping=adaptive"]),
+        (["clipping=adaptive", "clipping.adaptive.flor=1"], ["expected one of clipping.adaptive.target_quantile"]),
+        (["clipping=adaptive", "clipping.adaptive.floor=2"], ["clipping.adaptive.floor must be a finite number above"]),
+        (["clipping=adaptive", "clipping.clip_function=normalized"], ["needs clipping.clip_function=abadi"]),
     ],
 )
 def test_what_is_wrong_is_named_with_what_is_allowed(overrides, expected, monkeypatch, capsys):
