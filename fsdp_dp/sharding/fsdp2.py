@@ -83,6 +83,19 @@ class Fsdp2Model(TensorParallel):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    def zero_accumulators(self) -> None:
+        super().zero_accumulators()
+        self._discarded = True
+
+    def after_backward(self) -> None:
+        """Once a backward has failed, FSDP2 no longer ends those after it: units would stay gathered, as they were before
+        the step, for whoever evaluates or saves the model."""
+        super().after_backward()
+        if self._discarded:
+            self.prepare_forward()
+
+    _discarded = False
+
     def _check_local_shards(self) -> None:
         """What we think that this rank holds is what it holds."""
         for p in self.parameters:
