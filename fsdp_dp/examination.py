@@ -18,7 +18,6 @@ from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.label_watch import LabelWatch
 from fsdp_dp.logical_batch import LogicalBatch, Microbatch
 from fsdp_dp.methods import Measured
-from fsdp_dp.modes import take_out
 from fsdp_dp.recorder import Recorder
 from fsdp_dp.sharding.base import ShardedModel
 from fsdp_dp.taps import with_boundary
@@ -88,7 +87,7 @@ class Examination:
         """Also of a forward whose end nobody told of: hooks are not called when a user interrupts it."""
         watch, self._watch = self._watch, None
         if watch is not None:
-            take_out(watch)
+            watch.__exit__(None, None, None)
         return watch
 
     def bounded(self, microbatch: Microbatch, output: Any) -> Any:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch.overrides import _len_torch_function_stack, _pop_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -21,6 +23,8 @@ def nothing_stays_on() -> Iterator[None]:
     yield
     while _len_torch_function_stack():
         _pop_mode()
+    while _get_current_dispatch_mode_stack():
+        _pop_dispatch_mode()
     torch.compiler.set_stance("default")
 
 
