@@ -38,11 +38,16 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """While inside, the signals are noted instead of obeyed."""
+    """While inside, the signals are noted instead of obeyed; after an exception SIGTERM and SIGUSR1 still are.
+
+    Whoever started the ranks sends SIGTERM to all when one has ended, and this one has yet to say why it ends.
+    """
     request = StopRequest()
     before = {number: signal.signal(number, request.handle) for number in HANDLED}
     try:
         yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    except BaseException:
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        raise
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -361,3 +361,20 @@ def test_nominal_numerics_and_shuffling_are_named():
     assert "Nominal numerics" in assumptions(replace(OUTCOME, privacy=replace(PRIVACY, numerics="nominal")))
     shuffled = guarantee(replace(OUTCOME, privacy=replace(PRIVACY, sampling="shuffle")))
     assert "zeroing out one row" in shuffled and "without amplification" in shuffled
+
+
+def test_a_rank_that_failed_has_its_say_before_it_is_ended():
+    """Seen to fail when the handlers are put back after an exception: SIGTERM cut the traceback of a rank that lost another."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with pytest.raises(RuntimeError, match="lost"), stop_on_signals():
+            raise RuntimeError("lost")
+        assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]
+        assert signal.getsignal(signal.SIGTERM) is not before[signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    with stop_on_signals():
+        pass
+    assert before == {number: signal.getsignal(number) for number in before}
