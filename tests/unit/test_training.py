@@ -364,7 +364,7 @@ def test_nominal_numerics_and_shuffling_are_named():
 
 
 def test_a_rank_that_failed_has_its_say_before_it_is_ended():
-    """Seen to fail when the handlers are put back after an exception: SIGTERM cut the traceback of a rank that lost another."""
+    """Seen to fail when the handlers are put back after an exception: SIGTERM cut what a rank had to say."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         with pytest.raises(RuntimeError, match="lost"), stop_on_signals():
