@@ -310,8 +310,9 @@ class PrivacyEngine:
             return list(self.bounds)
         names = [group.name for group in self.groups]
         if not isinstance(saved, Mapping) or set(saved) != set(names):
+            found = sorted(map(str, saved))[:5] if isinstance(saved, Mapping) else repr(saved)
             raise PrivacyError(
-                f"load_state_dict: the state has bounds of the clipping groups {sorted(saved)[:5]}, this model has "
+                f"load_state_dict: the state has bounds of the clipping groups {found}, this model has "
                 f"{sorted(names)[:5]}; load the state of a run of the same model, with the same parameters trainable, or "
                 "start from the first bounds again: state['bounds'] = engine.state_dict()['bounds']"
             )

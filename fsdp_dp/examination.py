@@ -1,7 +1,7 @@
 """What is looked at while the program trains, so that a model or a loss that couples rows is refused (rules 7 to 9).
 
-Every forward of a kind not seen before is watched (see `watch`), the first microbatch whose rows differ is run again with
-some of them exchanged before anything is released (see `independence`), and losses over labels are looked at in every one
+Every forward of a kind not seen before is watched (see `watch`), the first microbatch whose rows differ is run again,
+twice, with some of them exchanged, before anything is released (see `independence`), and losses over labels are looked at in every one
 (see `label_watch`).
 """
 
@@ -51,14 +51,8 @@ class Examination:
 
     def start_forward(self, microbatch: Microbatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         root, recorder = self._model.root, self._recorder
-        if not microbatch.rehearsal and self._is_to_be_rehearsed(microbatch):
-            self._forget_first()
-            recorder.layouts.forget()
-            microbatch.norms = MeasuredNorms()
-            managed = frozenset(id(p.parameter) for p in self._model.parameters)
-            self._first = FirstMicrobatch(
-                root, microbatch.rows, args, kwargs, self._model.device, managed, self._model.data_rank
-            )
+        if not microbatch.rehearsal:
+            self._keep_to_rehearse(microbatch, args, kwargs)
         self._end_watch()
         if self._kind(microbatch.rows) not in self._watched or self._buffers_moved() or recorder.meetings.wants:
             self._uncompiled.start()
@@ -67,11 +61,21 @@ class Examination:
         recorder.layouts.learning = microbatch.norms is not None or self._passed_over
         recorder.meetings.start(microbatch.rows, learning=self._watch is not None)
 
-    def _is_to_be_rehearsed(self, microbatch: Microbatch) -> bool:
-        """The first of its logical batch whose rows differ, until a rehearsal has shown something."""
-        if self.passed or not self._batch.pending:
-            return not self.passed
-        return microbatch.rows > 1 and self._first is not None and not self._first.can_show()
+    def _keep_to_rehearse(self, microbatch: Microbatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Of each logical batch the first microbatch, or a later one that shows more, until a rehearsal has shown all."""
+        if self.passed or (self._batch.pending and (self._first is None or microbatch.rows == 1)):
+            return
+        managed = frozenset(id(p.parameter) for p in self._model.parameters)
+        found = FirstMicrobatch(
+            self._model.root, microbatch.rows, args, kwargs, self._model.device, managed, self._model.data_rank,
+            padding_only=not bool(microbatch.mask_B.any()),
+        )  # fmt: skip
+        if self._batch.pending and self._first is not None and found.shows <= self._first.shows:
+            return
+        self._forget_first()
+        self._recorder.layouts.forget()
+        microbatch.norms = MeasuredNorms()
+        self._first = found
 
     def end_forward(self, *, failed: bool) -> None:
         """Raises UnsupportedModelError if the forward did what only running it shows, and must not be."""
@@ -155,7 +159,7 @@ class Examination:
             )
         first.loss.stop()
         told = False
-        for run in range(first.RUNS if self._model.any_rank(first.can_show()) else 0):
+        for run in range(first.RUNS if self._model.any_rank(first.shows > 0) else 0):
             mask_B = torch.ones(first.rows, dtype=torch.bool)
             self._recorder.current = Microbatch(first.rows, mask_B, vouched=False, norms=MeasuredNorms())
             self._uncompiled.start()

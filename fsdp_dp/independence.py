@@ -5,7 +5,7 @@ Clipping bounds what a row adds only if no other row's term depends on it. Two q
 * the *loss*: it is recorded between the model's outputs and ``backward()``, and replayed with some rows'
   outputs and labels exchanged. The gradients of the other rows must not move (a mean over the batch's valid tokens
   moves them).
-* the *model*: forward and backward run once more, with some rows' inputs, and gradients of its outputs,
+* the *model*: forward and backward run twice more, first with some rows' inputs, and gradients of its outputs,
   exchanged. The per-sample norms of the other rows must not move (batch statistics move them, and so does a
   layer whose records do not line up with the rows). Gradients of their outputs are multiplied by powers of two, another
   one for each row, and exactly these must come back in their norms: so a layer that is given two of them in each other's
@@ -91,6 +91,8 @@ class FirstMicrobatch:
 
     The second is asked in `RUNS` reruns: ``run_exchanged(i)``, the caller's ``measured``, ``compare()``.
 
+    ``padding_only``: none of its rows is real.
+
     Ranks with an odd ``data_rank`` exchange the rows that the others keep. So a forward that couples row i of one
     rank with row i of another (context parallelism, statistics over ranks) shows as well.
     """
@@ -104,8 +106,9 @@ class FirstMicrobatch:
         device: torch.device,
         managed: frozenset[int],
         data_rank: int = 0,
+        padding_only: bool = False,
     ) -> None:
-        self._root, self.rows, self._data_rank = root, rows, data_rank
+        self._root, self.rows, self._data_rank, self._padding_only = root, rows, data_rank, padding_only
         self._norm_sq: list[dict[str, Tensor]] = []
         self._narrowest = torch.float64
         # Copies: the program may fill the same tensors with the next microbatch.
@@ -189,6 +192,11 @@ class FirstMicrobatch:
                     "are told apart by another microbatch size"
                 )
         return bool((total > 0).any()) and self.can_show()
+
+    @property
+    def shows(self) -> int:
+        """How much a rehearsal can show: 2, all; 1, rows in each other's place, of rows that are equal; 0, nothing."""
+        return 2 if self.can_show() else int(self.rows > 1 and not self._padding_only)
 
     def can_show(self) -> bool:
         """Whether exchanging rows changes the inputs."""

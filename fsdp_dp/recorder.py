@@ -8,7 +8,7 @@ Inputs that are the same for all rows, and bare parameters, are carried once a r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,7 @@ class Recorder:
         self.current = microbatch
         self.window.close()
         self._taps.of_forward.clear()
+        self._taps.running.clear()  # a layer in which a user interrupted the last forward has not left it
         self.in_forward = True
 
     def end_forward(self) -> None:
@@ -145,7 +146,7 @@ class Recorder:
                     "for its own. Use torch.nn.functional with that tensor, or freeze the layer's parameters"
                 )
 
-    def _expect(self, layer: str, parameters: Any) -> Microbatch:
+    def _expect(self, layer: str, parameters: Iterable[str]) -> Microbatch:
         """Every taker is told that these parameters get one more gradient."""
         if not self.in_forward or self.current is None:
             with self._batch.refusals_poison():

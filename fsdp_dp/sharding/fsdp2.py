@@ -67,6 +67,7 @@ class Fsdp2Model(TensorParallel):
             )
             for index, (name, p) in enumerate(parameters.items())
         ]
+        self._discarded = False
         self._check_local_shards()
         self._global_numel = sum(p.numel() for p in parameters.values())
         policies = [m._get_fsdp_state()._mp_policy for m in root.modules() if isinstance(m, FSDPModule)]
@@ -93,8 +94,6 @@ class Fsdp2Model(TensorParallel):
         super().after_backward()
         if self._discarded:
             self.prepare_forward()
-
-    _discarded = False
 
     def _check_local_shards(self) -> None:
         """What we think that this rank holds is what it holds."""

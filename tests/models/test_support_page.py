@@ -5,12 +5,18 @@ from pathlib import Path
 import pytest
 
 from scripts.make_support_matrix import PAGE, documented, page, peer_holes
+from tests.models.zoo import MODELS
 
 HOLES = {"Opacus": 16, "FastDP": 14, "FlashDP": 6}
 
 
 def test_the_page_is_current() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run python scripts/make_support_matrix.py"
+
+
+def test_the_readme_counts_as_many_models() -> None:
+    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"lists {len(MODELS)} unmodified Hugging Face models" in readme
 
 
 def test_every_hole_is_tested() -> None:

@@ -831,6 +831,41 @@ def test_the_watch_ends_with_a_first_forward_that_was_interrupted(recover: str) 
     assert_trains(subject)
 
 
+def test_a_layer_in_which_a_user_interrupted_is_not_taken_for_running() -> None:
+    """What the parent does with its weight later would be taken for the layer's own use of it. Seen to fail when only the
+    end of a forward forgets which layers run."""
+
+    class Scale(nn.Module):
+        interrupt = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(INPUTS, INPUTS, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.interrupt:
+                raise KeyboardInterrupt
+            return x @ self.weight
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = Scale()
+            self.out = nn.Linear(INPUTS, INPUTS, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.scale(x)) + x @ self.scale.weight
+
+    subject = private(Parent(), sampling="external_poisson")
+    with pytest.raises(KeyboardInterrupt):
+        subject.model(torch.randn(ROWS, INPUTS, dtype=torch.float64))
+    subject.engine.discard()
+    Scale.interrupt = False
+    with pytest.raises(UnsupportedModelError, match=r"scale\.weight"):
+        subject.model(torch.randn(ROWS, INPUTS, dtype=torch.float64)).square().mean(1).mean().backward()
+    subject.engine.discard()
+
+
 @pytest.mark.parametrize("where", ["forward", "start of backward", "backward"])
 def test_exception_then_another_microbatch_does_not_heal(where: str) -> None:
     subject = unreliable(sampling="external_poisson")
