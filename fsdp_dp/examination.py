@@ -1,8 +1,8 @@
 """What is looked at while the program trains, so that a model or a loss that couples rows is refused (rules 7 to 9).
 
 Every forward of a kind not seen before is watched (see `watch`), the first microbatch whose rows differ is run again,
-twice, with some of them exchanged, before anything is released (see `independence`), and losses over labels are looked at in every one
-(see `label_watch`).
+twice, with some of them exchanged, before anything is released (see `independence`), and losses over labels are looked
+at in every one (see `label_watch`).
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ Inputs that are the same for all rows, and bare parameters, are carried once a r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
