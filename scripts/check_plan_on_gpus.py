@@ -1,10 +1,11 @@
 """Predicted beside measured peak memory: `fsdp_dp.planning` against `torch.cuda.max_memory_allocated` on real GPUs.
 
     torchrun --standalone --nproc-per-node=2 scripts/check_plan_on_gpus.py [--models 1_3b:8 6_7b:1] [--sides plain flat]
-    torchrun --standalone --nproc-per-node=2 scripts/check_plan_on_gpus.py --largest
+    torchrun --standalone --nproc-per-node=2 scripts/check_plan_on_gpus.py --largest [--memory-gib 79.2]
 
 Needs torch and this package only. A model is a shape and the rows of a microbatch. With `--largest` it is the deepest model
-of the 6.7B width that is predicted to fit, for each side. Prints one JSON row a line: GiB of the largest rank; `first_step`
+of the 6.7B width that is predicted to fit, for each side, and `--memory-gib` lets torch have no more than that of a larger
+card. Prints one JSON row a line: GiB of the largest rank; `first_step`
 is the peak of the first step, which also runs the checks of the engine; `measured` that of later ones.
 """
 
@@ -54,6 +55,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["1_3b:8", "6_7b:1"] if CUDA else ["tiny:2"])
     parser.add_argument("--sides", nargs="+", default=["plain", "flat", "block", "layer"])
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in backward")
+    parser.add_argument("--microbatches", type=int, default=1, help="of a step")
+    parser.add_argument("--memory-gib", type=float, default=0.0, help="what torch may reserve on a card; 0: all")
     parser.add_argument("--largest", action="store_true", help="the most blocks of the first model that fit")
     parser.add_argument("--headroom", type=float, default=0.04, help="share of memory that --largest leaves free")
     parser.add_argument("--predict", help=argparse.SUPPRESS)
@@ -66,20 +69,29 @@ def main() -> None:
     if CUDA:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if CUDA else "gloo")
-    usable = int(torch.cuda.get_device_properties(device).total_memory * (1 - options.headroom)) if CUDA else 2**30
+    memory = torch.cuda.get_device_properties(device).total_memory if CUDA else 2**30
+    if CUDA and options.memory_gib:
+        torch.cuda.set_per_process_memory_fraction(options.memory_gib * GIB / memory, device)
+        memory = int(options.memory_gib * GIB)
+    usable = int(memory * (1 - options.headroom))
     for model in options.models:
         shape, rows = model.split(":")
         for side in options.sides:
             case = {"shape": shape, "rows": int(rows), "side": side, "world_size": dist.get_world_size()}
             case |= {"checkpointing": options.checkpointing, "usable": usable if options.largest else 0}
+            case |= {"microbatches": options.microbatches}
             row = case | from_rank_0(lambda case=case: predicted_apart(case))
-            row |= measured(make_step(**case, layers=row["layers"]), device) if row["layers"] else {}
+            row |= (
+                measured(make_step(**case, layers=row["layers"]), options.microbatches, device) if row["layers"] else {}
+            )
             if dist.get_rank() == 0:
                 print(json.dumps(row), flush=True)
     dist.destroy_process_group()
 
 
-def make_step(shape: str, rows: int, side: str, world_size: int, checkpointing: bool, usable: int, layers: int) -> Step:
+def make_step(
+    shape: str, rows: int, side: str, world_size: int, checkpointing: bool, usable: int, microbatches: int, layers: int
+) -> Step:
     model = GPTConfig(
         **SHAPES[shape], architecture="llama", block_size=TOKENS, vocabulary_size=32000 if CUDA else 96, norm="rms_norm"
     )
@@ -90,7 +102,12 @@ def make_step(shape: str, rows: int, side: str, world_size: int, checkpointing: 
         device="auto" if CUDA else "cpu",
     )
     return Step(
-        config=config, world_size=world_size, side=side, microbatch_size=rows, activation_checkpointing=checkpointing
+        config=config,
+        world_size=world_size,
+        side=side,
+        microbatch_size=rows,
+        accumulates=microbatches > 1,
+        activation_checkpointing=checkpointing,
     )
 
 
@@ -128,11 +145,11 @@ def from_rank_0(make) -> dict[str, object]:
     return box[0]  # type: ignore[return-value]
 
 
-def measured(step: Step, device: torch.device) -> dict[str, object]:
+def measured(step: Step, microbatches: int, device: torch.device) -> dict[str, object]:
     """Peaks of a few steps of the real thing; an out-of-memory error on any rank is a result too."""
     row: dict[str, object] = {}
     try:
-        row["first_step"], row["measured"], row["reserved"] = run(step, device)
+        row["first_step"], row["measured"], row["reserved"] = run(step, microbatches, device)
         if row["measured"]:
             row["ok"] = True
     except torch.OutOfMemoryError as error:
@@ -144,7 +161,7 @@ def measured(step: Step, device: torch.device) -> dict[str, object]:
     return row
 
 
-def run(step: Step, device: torch.device) -> tuple[float, float, float]:
+def run(step: Step, microbatches: int, device: torch.device) -> tuple[float, float, float]:
     world = describe_world(step.config, device, dist.HashStore())
     model = build(step, replace(world, device=torch.device("meta")))
     model.to_empty(device=device)
@@ -155,8 +172,15 @@ def run(step: Step, device: torch.device) -> tuple[float, float, float]:
         engine = make_private(model, mechanism(step, world), optimizer)
     shape = (step.microbatch_size, decoder(step.config).block_size)
     tokens = torch.randint(0, decoder(step.config).vocabulary_size, shape, device=device)
-    first = peak_of(lambda: one_step(model, optimizer, tokens), device)
-    later = max(peak_of(lambda: one_step(model, optimizer, tokens), device) for _ in range(STEPS - 1))
+
+    def one_step() -> None:
+        for _ in range(microbatches):
+            (row_losses(model(tokens), tokens).mean() / microbatches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    first = peak_of(one_step, device)
+    later = max(peak_of(one_step, device) for _ in range(STEPS - 1))
     reserved = torch.cuda.max_memory_reserved() / GIB if CUDA else 0.0
     if engine is not None:
         engine.detach()
@@ -181,12 +205,6 @@ def mechanism(step: Step, world: World) -> PrivacyConfig:
         sampling="external_poisson",
         clipping=step.side,
     )
-
-
-def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor) -> None:
-    row_losses(model(tokens), tokens).mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def peak_of(act, device: torch.device) -> float:

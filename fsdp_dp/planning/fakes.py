@@ -49,8 +49,8 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
         (ShardedModel, "any_rank", lambda self, flag: flag),
         (ShardedModel, "dedicate_groups", lambda self: None),
         (Recorder, "_has_equal_rows", lambda self, inputs: True),
-        # A storage that is set anew is not followed here: the sums stay where they are, in forward too.
-        (Unit, "give_away", lambda self: setattr(self, "fresh", True)),
+        (Unit, "give_away", _give_away),
+        (Unit, "make_room", _make_room),
         (engine, "privatize_all_", lambda segments, **_: Verdict()),
     ]
     if on_gpu:
@@ -67,6 +67,28 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
         for owner, name, value in replaced:
             stack.enter_context(patch.object(owner, name, value))
         yield
+
+
+def _give_away(unit: Unit) -> None:
+    unit.fresh = unit.given_away = True
+
+
+def _make_room(unit: Unit) -> None:
+    """In the storage that the sums had before: it cannot be set anew here."""
+    if unit.given_away and not unit.buffer.untyped_storage().nbytes():
+        unit.buffer.untyped_storage().resize_(unit.buffer.nbytes)
+    unit.given_away = False
+
+
+def drop_given_away(private: PrivacyEngine | None) -> None:
+    """The memory of sums that were given away goes with the gradients in it."""
+    for unit in private.model.units if private is not None else ():
+        if unit.given_away:
+            unit.buffer.untyped_storage().resize_(0)
+
+
+def sums_of(private: PrivacyEngine) -> Iterable[Tensor]:
+    return (unit.buffer for unit in private.model.units if not unit.given_away)
 
 
 def past_first_step(private: PrivacyEngine) -> None:

@@ -18,7 +18,14 @@ from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.engine import PrivacyEngine, make_private
 from fsdp_dp.models.build import build as build_model
 from fsdp_dp.models.objective import row_losses
-from fsdp_dp.planning.fakes import fake_ranks, fake_values, past_first_step, records_of
+from fsdp_dp.planning.fakes import (
+    drop_given_away,
+    fake_ranks,
+    fake_values,
+    past_first_step,
+    records_of,
+    sums_of,
+)
 from fsdp_dp.planning.options import decoder
 from fsdp_dp.planning.tracker import (
     ACTIVATIONS,
@@ -130,6 +137,7 @@ def run_step(step: Step, model: nn.Module, tokens: Tensor) -> Trace:
                 run_microbatch(model, tokens, tracker)
             if not step.accumulates:
                 run_optimizer(optimizer, tracker)
+                drop_given_away(private)
             tracker.count(state_of(optimizer), STATE)
             tracker.forget()
             run_microbatch(model, tokens, tracker)
@@ -200,6 +208,7 @@ def segments(model: nn.Module, private: PrivacyEngine | None, tracker: MemoryTra
     def move(phase: str, place: int, kind: str) -> None:
         if private is not None:
             tracker.count(records_of(private), RECORDS, instead_of=(ACTIVATIONS, SCRATCH))
+            tracker.count(sums_of(private), SUMS)
         else:
             tracker.count(gradients(model), GRADIENTS)
         tracker.move(phase, place, kind)
