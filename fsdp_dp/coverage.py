@@ -5,12 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 from fsdp_dp.attention import is_attention, projections, refusal_of_attention
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.layers import has_rule, refusal, unknown_parameters
-from fsdp_dp.sharding.base import ShardedModel, canonical_name
+from fsdp_dp.sharding.base import ManagedParameter, ShardedModel, canonical_name
 from fsdp_dp.taps import Bare
 
 
@@ -41,11 +42,27 @@ def tapped_layers(model: ShardedModel) -> tuple[dict[str, nn.Module], list[Bare]
         if reason is not None:
             owned = ", ".join(owners.get(module, [])) or "none trainable"
             problems.append(f"  '{name or type(module).__name__}' (parameters: {owned}): {reason}")
+    problems += [f"  '{p.name}': {reason}" for p in model.parameters for reason in [_unfit(p)] if reason]
     if problems:
         raise UnsupportedModelError("This model cannot be made private exactly:\n" + "\n".join(problems))
     if not model.parameters:
         raise UnsupportedModelError("The model has no trainable parameter (all have requires_grad=False)")
     return layers, bare
+
+
+_FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _unfit(parameter: ManagedParameter) -> str | None:
+    """Why no gradient of this parameter can be clipped, whatever its layer."""
+    if parameter.numel == 0:
+        return "it has no elements, so there is nothing to train; freeze it (requires_grad_(False))"
+    if parameter.parameter.dtype not in _FORMATS:
+        return (
+            f"it is {parameter.parameter.dtype}, expected one of {', '.join(map(str, _FORMATS))}; keep complex numbers as "
+            "pairs (torch.view_as_complex in forward), or freeze it"
+        )
+    return None
 
 
 def _projections(name: str, module: nn.Module, model: ShardedModel) -> dict[str, nn.Module]:

@@ -6,10 +6,10 @@ Clipping bounds what a row adds only if no other row's term depends on it. Two q
   outputs and labels exchanged. The gradients of the other rows must not move (a mean over the batch's valid tokens
   moves them).
 * the *model*: forward and backward run twice more, first with some rows' inputs, and gradients of its outputs,
-  exchanged. The per-sample norms of the other rows must not move (batch statistics move them, and so does a
-  layer whose records do not line up with the rows). Gradients of their outputs are multiplied by powers of two, another
-  one for each row, and exactly these must come back in their norms: so a layer that is given two of them in each other's
-  place shows as well. Then the same with the rows exchanged that stayed.
+  exchanged. The outputs and the per-sample norms of the other rows must not move (batch statistics move them, and so
+  does a layer whose records do not line up with the rows). Gradients of their outputs are multiplied by powers of two,
+  another one for each row, and exactly these must come back in their norms: so a layer that is given two of them in each
+  other's place shows as well. Then the same with the rows exchanged that stayed.
 
 Neither releases anything. The second costs two forwards and backwards, at the first step only.
 """
@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.label_watch import LOSSES, averaged_labels
 from fsdp_dp.modes import put_in, take_out
+from fsdp_dp.numerics import accumulate_dtype
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 _COARSE_TOLERANCE = 2e-3
@@ -118,6 +119,8 @@ class FirstMicrobatch:
         self._random_state = _random_state(device)
         self._autocast = torch.is_autocast_enabled(device.type)
         self._autocast_dtype = torch.get_autocast_dtype(device.type)
+        self._outputs: list[Tensor] = []
+        self._outputs_again: list[Tensor] = []
         self._output_grads: dict[int, Tensor] = {}
         self._choose(0)
         self.loss = LossRecording(rows, managed)
@@ -137,7 +140,9 @@ class FirstMicrobatch:
             self._scale_B[self._kept] = torch.exp2(-levels.double())
 
     def saw_outputs(self, outputs: Any) -> None:
-        self.loss.start([x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad])
+        tensors = _differentiable(outputs)
+        self._outputs = [_lengths(x) for x in tensors]
+        self.loss.start(tensors)
 
     def saw_output_grad(self, index: int, grad: Tensor) -> None:
         self._output_grads[index] = grad
@@ -149,7 +154,8 @@ class FirstMicrobatch:
         with _restored(self._random_state, self._device), _in_modes(self._modes), torch.enable_grad():
             with torch.autocast(self._device.type, dtype=self._autocast_dtype, enabled=self._autocast):
                 outputs = self._root(*tree_map(change, self._args), **tree_map(change, self._kwargs))
-            tensors = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
+            tensors = _differentiable(outputs)
+            self._outputs_again = [_lengths(x) for x in tensors]
             grads = {i: self._scale(change(grad)) for i, grad in self._output_grads.items() if i < len(tensors)}
             pairs = [(tensors[i], grad) for i, grad in grads.items()]
             torch.autograd.backward([x for x, _ in pairs], [grad for _, grad in pairs])
@@ -160,25 +166,28 @@ class FirstMicrobatch:
         self._narrowest = min(self._narrowest, narrowest, key=lambda dtype: dtype.itemsize)
 
     @property
+    def _tolerance(self) -> float:
+        return _TOLERANCE.get(torch.bfloat16 if self._autocast else self._narrowest, _COARSE_TOLERANCE)
+
+    @property
     def was_measured(self) -> bool:
         return bool(self._norm_sq)
 
     def compare(self) -> bool:
-        """Raises UnsupportedModelError if a norm of a row whose inputs stayed has moved, for any parameter.
+        """Raises UnsupportedModelError if a norm, or an output, of a row whose inputs stayed has moved.
 
         Returns whether it could have shown: some row was really exchanged, and another one has a gradient.
         """
         scale = self._scale_B[self._kept]
         before = {n: x[self._kept].sqrt() for n, x in self._norm_sq[0].items()}
         after = {n: x[self._kept].sqrt() / scale.to(x.dtype) for n, x in self._norm_sq[-1].items()}
-        tolerance = _TOLERANCE.get(torch.bfloat16 if self._autocast else self._narrowest, _COARSE_TOLERANCE)
         total = torch.stack([x.nan_to_num(0, 0, 0) for x in (*before.values(), *after.values())]).norm(dim=0)
         zeros = torch.zeros_like(total)
         for name in sorted(before.keys() | after.keys()) if self.rows > 1 else ():
             old, new = before.get(name, zeros), after.get(name, zeros)
             # A gradient that is zero but for rounding may well round to something else.
             size = torch.maximum(torch.maximum(old, new), _NEGLIGIBLE * total)
-            moved = ((old - new).abs() > tolerance * size) & old.isfinite() & new.isfinite()
+            moved = ((old - new).abs() > self._tolerance * size) & old.isfinite() & new.isfinite()
             if bool(moved.any()):
                 row = int(moved.nonzero()[0])
                 raise UnsupportedModelError(
@@ -191,7 +200,23 @@ class FirstMicrobatch:
                     "is not linear in the one that it is given. Windows with as many positions as the microbatch has rows "
                     "are told apart by another microbatch size"
                 )
+        self._compare_outputs()
         return bool((total > 0).any()) and self.can_show()
+
+    def _compare_outputs(self) -> None:
+        """Raises UnsupportedModelError if an output of a row whose inputs stayed has moved: the loss would couple rows."""
+        for i, (first, again) in enumerate(zip(self._outputs, self._outputs_again, strict=False)):
+            if self.rows == 1 or i not in self._output_grads or not self._is_by_row(again):
+                continue
+            old, new = (x[self._kept].reshape(len(self._kept), -1).double() for x in (first, again))
+            size = torch.maximum(old, new).clamp(min=_NEGLIGIBLE * float(old.max()))
+            moved = (((old - new).abs() > self._tolerance * size) & old.isfinite() & new.isfinite()).any(1)
+            if bool(moved.any()):
+                raise UnsupportedModelError(
+                    f"Row {self._kept[int(moved.nonzero()[0])]}'s output {i} changed when only other rows' inputs were "
+                    "exchanged, so its loss depends on them and clipping the row does not bound its influence. Look for "
+                    "statistics over the batch, detached ones too"
+                )
 
     @property
     def shows(self) -> int:
@@ -215,6 +240,16 @@ class FirstMicrobatch:
         return scale_rows(grad, self._scale_B) if bool((self._scale_B != 1).any()) else grad
 
 
+def _differentiable(outputs: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """Of the vectors along the last dimension: of logits ``[B, T, V]``, ``[B, T]``. Enough to see that a row has moved."""
+    here = (x.to_local() if isinstance(x, DTensor) else x).detach()
+    return torch.linalg.vector_norm(here, dim=-1, dtype=accumulate_dtype(here.dtype)) if here.ndim > 1 else here.abs()
+
+
 class LossRecording(TorchFunctionMode):
     """Records what happens between the model's outputs and ``loss.backward()``, then replays it with rows exchanged."""
 
@@ -223,6 +258,7 @@ class LossRecording(TorchFunctionMode):
         self._rows, self._managed = rows, managed
         self._choose(variant=0)
         self._outputs: list[Tensor] = []
+        self._outputs_again: list[Tensor] = []
         self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
         self._active = False
         self.averages_over_labels = False

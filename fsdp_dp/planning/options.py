@@ -9,7 +9,8 @@ from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.training.schema import TrainConfig
 
 SIDES = ("plain", "flat", "block", "layer", "parameter")
-STRATEGIES = ("full_shard", "shard_grad_op", "fully_shard", "tensor_parallel")
+FSDP1 = ("full_shard", "shard_grad_op", "hybrid_shard", "hybrid_shard_zero2")
+STRATEGIES = (*FSDP1, "fully_shard", "hybrid_shard_fsdp2", "tensor_parallel")
 SEARCHES = ("microbatch", "model", "none")
 
 

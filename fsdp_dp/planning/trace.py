@@ -115,7 +115,7 @@ def build(step: Step, world: World) -> nn.Module:
     if world.tensor_mesh is not None:
         split_linears(model, world)
     sharded = shard_fsdp2(model, step.config, world)
-    if strategy == "shard_grad_op":
+    if strategy in ("shard_grad_op", "hybrid_shard_zero2"):
         for module in sharded.modules():
             if isinstance(module, FSDPModule):
                 module.set_reshard_after_forward(False)

@@ -1,4 +1,4 @@
-"""Plans beside what torch's own profiler counts, and what two gloo ranks really send."""
+"""Plans beside what torch's own profiler counts, and what gloo ranks really send."""
 
 import gc
 from dataclasses import replace
@@ -29,33 +29,49 @@ MODEL = GPTConfig(
     vocabulary_size=128,
     norm="rms_norm",
 )
-CONFIG = TrainConfig(model=MODEL, sharding=ShardingConfig(strategy="fully_shard"), device="cpu")
+SHARDINGS = {
+    "fully_shard": ShardingConfig(strategy="fully_shard"),
+    "hybrid": ShardingConfig(strategy="hybrid_shard_fsdp2", replicate_size=2),
+    "tensor parallel": ShardingConfig(strategy="tensor_parallel", tensor_parallel_size=2),
+}
 SIDES = ("plain", "flat", "block", "layer")
 STEPS = 2
-TRIES = 8
-CASES = [(side, microbatches) for microbatches in (1, 2) for side in SIDES]
+TRIES = {2: 8, 4: 4}
+Case = tuple[str, str, int]
+CASES: dict[int, list[Case]] = {
+    2: [("fully_shard", side, microbatches) for microbatches in (1, 2) for side in SIDES],
+    4: [(sharding, side, 2) for sharding in ("hybrid", "tensor parallel") for side in ("plain", "flat", "block")],
+}
 
 
-def step(side: str, microbatches: int) -> Step:
-    return Step(config=CONFIG, world_size=2, side=side, microbatch_size=8, accumulates=microbatches > 1)
+def step(world_size: int, sharding: str, side: str, microbatches: int) -> Step:
+    return Step(
+        config=TrainConfig(model=MODEL, sharding=SHARDINGS[sharding], device="cpu"),
+        world_size=world_size,
+        side=side,
+        microbatch_size=8,
+        accumulates=microbatches > 1,
+    )
 
 
 def measure(rank: int, world_size: int) -> list[tuple[int, dict[str, int]]]:
     """The smallest peak of some tries: what gloo's threads still hold of a collective that is over comes on top."""
-    return [min((measured(*case) for _ in range(TRIES)), key=lambda found: found[0]) for case in CASES]
+    return [
+        min((measured(step(world_size, *case), case[-1]) for _ in range(TRIES[world_size])), key=lambda found: found[0])
+        for case in CASES[world_size]
+    ]
 
 
-def measured(side: str, microbatches: int) -> tuple[int, dict[str, int]]:
+def measured(one: Step, microbatches: int) -> tuple[int, dict[str, int]]:
     """The allocator's peak over two steps, and the collectives of its last microbatch."""
-    one = step(side, microbatches)
     gc.collect()  # what an earlier side has left would be freed, and subtracted, inside
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        world = describe_world(CONFIG, torch.device("cpu"), dist.HashStore())
+        world = describe_world(one.config, torch.device("cpu"), dist.HashStore())
         model = build(one, replace(world, device=torch.device("meta")))
         model.to_empty(device="cpu")
         for tensor in [*(p.to_local() for p in model.parameters()), *model.buffers()]:
             tensor.detach().normal_(std=0.02)
-        optimizer = build_optimizer(model, CONFIG.optimizer)
+        optimizer = build_optimizer(model, one.config.optimizer)
         private = attach(one, model, optimizer, MemoryTracker())
         if private is not None:
             past_first_step(private)
@@ -78,9 +94,11 @@ def allocator_peak(profiler: Any) -> int:
     return peak
 
 
-def test_a_plan_is_what_ranks_measure() -> None:
-    results = run(measure, 2, timeout=300.0)[0]
-    for case, (peak, counts) in zip(CASES, results, strict=True):
-        found = trace(step(*case))
+@pytest.mark.parametrize("world_size", CASES)
+def test_a_plan_is_what_ranks_measure(world_size: int) -> None:
+    """Seen to fail when the sums of the last step were held through the next forward."""
+    results = run(measure, world_size, timeout=300.0)[0]
+    for case, (peak, counts) in zip(CASES[world_size], results, strict=True):
+        found = trace(step(world_size, *case))
         assert found.peak.total() == pytest.approx(peak, rel=0.06), case
         assert {kind.replace("-", ""): n for kind, n in found.calls.items()} == counts, case

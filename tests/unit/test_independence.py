@@ -330,6 +330,30 @@ def test_a_layer_that_is_given_the_rows_in_another_order_is_refused(there: Any, 
         engine.privatize()
 
 
+def test_an_output_that_depends_on_other_rows_is_refused_though_no_gradient_goes_there() -> None:
+    """The loss of a row then depends on the others, and its gradient by way of the loss. Seen to fail when only norms were
+    compared, with gradients of the outputs that were kept."""
+
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return y - y.mean(0, keepdim=True).detach()
+
+    privacy = PrivacyConfig(
+        max_grad_norm=1.0, noise_multiplier=0.0, expected_batch_size=4, dataset_size=100, target_delta=1e-5,
+        sampling="external_poisson",
+    )  # fmt: skip
+    model = Centred()
+    engine = make_private(model, privacy)
+    model(torch.randn(4, 4)).square().mean(1).mean().backward()
+    with pytest.raises(UnsupportedModelError, match=r"Row \d's output 0 changed"):
+        engine.privatize()
+
+
 @pytest.mark.parametrize("then", ["nothing", "one row", "padding", "equal rows"])
 def test_rows_in_each_others_place_show_though_they_are_equal(then: str) -> None:
     """Inputs are, labels are not: a layer that is given row 0's gradient for row 1 adds it to the wrong norm. Seen to fail

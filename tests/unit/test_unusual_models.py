@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
-from fsdp_dp import UnsupportedModelError
+from fsdp_dp import PrivacyConfig, UnsupportedModelError, make_private
 from tests.unit.toys import ROWS, clipped_sum, flat, moved, private, row_gradients, values
 
 T, D = 4, 3
@@ -192,3 +192,20 @@ def test_refused(name: str) -> None:
         subject = private(Model(make, use), sampling="external_poisson")
         row_loss(subject.model, rows()).backward()
         subject.optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [(torch.zeros(0), "'p': it has no elements"), (torch.zeros(2, dtype=torch.complex64), "'p': it is torch.complex64")],
+)
+def test_parameters_that_cannot_be_clipped_are_named(parameter: Tensor, message: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.p = nn.Parameter(parameter)
+    privacy = PrivacyConfig(
+        max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=4, dataset_size=100, target_delta=1e-3,
+        sampling="external_poisson",
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match=message):
+        make_private(model, privacy)
+    model.p.requires_grad_(False)
+    make_private(model, privacy).detach()
