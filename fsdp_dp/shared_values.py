@@ -80,13 +80,13 @@ class Meetings:
         self.wants = self.wants and not learning
 
     def is_row_data(self, x: Tensor, place: tuple[Any, ...]) -> bool:
+        place = (*place, x.ndim)
+        if self.learning and layout_of([x.shape], self.rows) is not None:
+            self._known[place] = (x.requires_grad or is_marked(x)) and self._known.get(place, True)
         if x.requires_grad:
             return True
         if layout_of([x.shape], self.rows) is None:
             return False
-        place = (*place, x.ndim)
-        if self.learning:
-            self._known[place] = is_marked(x) and self._known.get(place, True)
         self.wants |= place not in self._known
         return self._known.get(place, False)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fsdp_dp import PrivacyConfig, make_private
 from fsdp_dp.errors import UnsupportedModelError
 from tests.unit.toys import ROWS, clipped_sum, flat, moved, private, row_gradients, values
 
@@ -142,3 +143,25 @@ def test_other_uses_are_refused_with_a_way_out(name: str) -> None:
     private(model, sampling="external_poisson")
     with pytest.raises(UnsupportedModelError, match=r"'p' (is used|meets).*wrap (that|the) use"):
         model(normal(ROWS, T, D, seed=3))
+
+
+def test_inputs_that_require_grad_are_rows_in_the_rehearsal_too() -> None:
+    """Its copies of them do not. Seen to fail when what requires grad was not remembered as row data."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out, self.table = nn.Linear(4, 4), nn.Parameter(torch.randn(3, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(x + self.table)
+
+    privacy = PrivacyConfig(
+        max_grad_norm=1.0, noise_multiplier=0.0, expected_batch_size=5, dataset_size=100, target_delta=1e-5,
+        sampling="external_poisson",
+    )  # fmt: skip
+    model = Positions()
+    engine = make_private(model, privacy)
+    model(torch.randn(5, 3, 4, requires_grad=True)).square().mean((1, 2)).mean().backward()
+    engine.privatize()
+    assert model.table.grad is not None
