@@ -26,14 +26,15 @@ Shape suffixes as in `gradients`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fsdp_dp.kernels.launching import Block, launch
 from fsdp_dp.kernels.tiles import Tiles
 from fsdp_dp.numerics import underflow, unit_roundoff
 
@@ -69,19 +70,22 @@ def add_ghost_norms_(terms_3B: Tensor, a_BTD: Tensor, gs: Sequence[Tensor], roun
     widths = [g.shape[2] for g in gs] + [0] * (MOST_LAYERS - layers)
     fields = _INPUT_FIELDS.value + layers * _LAYER_FIELDS.value
     sums = torch.empty(B, pairs, fields, dtype=torch.float32, device=a_BTD.device)
-    block = [1, tiles.rows, tiles.depth]
-    a, *of_layers = (TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in (a_BTD, *gs))
-    _sum_tiles[(B * pairs,)](
-        a, *of_layers, *of_layers[:1] * (MOST_LAYERS - layers), sums, pairs, D, *widths, LAYERS=layers,
-        CHUNKED=max(D, *widths) > CHUNK.value, TILE=tiles.rows, DEPTH=tiles.depth,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+    block = (1, tiles.rows, tiles.depth)
+    a, *of_layers = (Block(x, block) for x in (a_BTD, *gs))
+    launch(
+        _sum_tiles, (B * pairs, 1, 1),
+        (a, *of_layers, *of_layers[:1] * (MOST_LAYERS - layers), sums, pairs, D, *widths,
+         layers, max(D, *widths) > CHUNK.value, tiles.rows, tiles.depth),
+        warps=tiles.warps, stages=tiles.stages,
     )  # fmt: skip
-    _finish[(B,)](
-        sums, terms_3B, B, T, D, *widths, pairs, LAYERS=layers, TILE=tiles.rows, U=roundoff,
-        BLOCK=min(128, triton.next_power_of_2(pairs)), num_warps=1,
+    launch(
+        _finish, (B, 1, 1),
+        (sums, terms_3B, B, T, D, *widths, pairs, layers, tiles.rows, roundoff, min(128, triton.next_power_of_2(pairs))),
+        warps=1,
     )  # fmt: skip
 
 
+@functools.cache
 def _tiles(T: int, device: torch.device) -> Tiles:
     """Measured on an H100 (docs/performance.md)."""
     if device.type != "cuda":  # the interpreter

@@ -24,8 +24,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fsdp_dp.kernels.launching import Block, launch
 from fsdp_dp.kernels.tiles import Tiles, hand_scheduled, padded_tile
 
 GROUP = tl.constexpr(8)
@@ -45,19 +45,16 @@ def weighted_outer(a_BTD: Tensor, g_BTP: Tensor, weight_B: Tensor, out: Tensor) 
     tiles = _tiles(P, D, a_BTD.device)
     rows, (slice_stride, row_stride) = out.shape[-2], out.stride()[-3:-1] if out.ndim == 3 else (0, out.stride(0))
     arguments = (weight_B, out, B, T, P, D, rows, slice_stride, row_stride)
-    grid = (triton.cdiv(P, tiles.rows) * triton.cdiv(D, tiles.columns),)
+    grid = (triton.cdiv(P, tiles.rows) * triton.cdiv(D, tiles.columns), 1, 1)
     if hand_scheduled(a_BTD.device):
         from fsdp_dp.kernels import hopper
 
         hopper.launch_weighted_outer(grid, g_BTP, a_BTD, arguments, tiles)
     else:
-        g, a = (
-            TensorDescriptor(x, list(x.shape), list(x.stride()), [1, tiles.depth, width])
-            for x, width in ((g_BTP, tiles.rows), (a_BTD, tiles.columns))
-        )
-        _weighted_outer[grid](
-            g, a, *arguments, DEPTH=tiles.depth, ROWS=tiles.rows, COLUMNS=tiles.columns,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+        g, a = Block(g_BTP, (1, tiles.depth, tiles.rows)), Block(a_BTD, (1, tiles.depth, tiles.columns))
+        launch(
+            _weighted_outer, grid, (g, a, *arguments, tiles.depth, tiles.rows, tiles.columns),
+            warps=tiles.warps, stages=tiles.stages,
         )  # fmt: skip
     return out
 
