@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fsdp_dp import engine, gradients, kernels, numerics
+from fsdp_dp import clipping, engine, gradients, kernels, numerics
 from fsdp_dp.engine import PrivacyEngine
 from fsdp_dp.kernels import norm_rows, outer
 from fsdp_dp.kernels.release import Verdict
@@ -60,6 +60,7 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
             (outer, "_runs_on", lambda device: True),
             (outer, "weighted_outer", _weighted_outer),
             (outer, "GhostNorms", _GhostNorms),
+            (clipping, "_has_kernel", lambda mask_B, dtype: False),
             (norm_rows, "norm_rows", _norm_rows),
             (F, "rms_norm", _fused_rms_norm),
         ]
