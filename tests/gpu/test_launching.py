@@ -47,7 +47,7 @@ def test_weights_of_rows_are_those_of_the_cpu(clip_function: str) -> None:
                     stability=0.01,
                     totals=total,
                     **options,  # type: ignore[arg-type]
-                )  # fmt: skip
+                )
             )
     for mine, its in zip(found, expected, strict=True):
         assert torch.equal(mine.keep_B.cpu(), its.keep_B) and torch.equal(mine.weight_B.cpu(), its.weight_B)
