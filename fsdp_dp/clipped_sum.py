@@ -128,7 +128,8 @@ class ClippedSum:
             places = self._plan.model.places(unit) if alone else {}
             others = {name: gradient for name, gradient in of_unit.items() if name not in vectors}
             self._sums[unit] |= weighted_sums(others, rows.weight_B, rows.keep_B, places)
-            self._sums[unit] |= {name: sums_of_vectors.pop(name) for name in of_unit if name in vectors}
+            if vectors:
+                self._sums[unit] |= {name: sums_of_vectors.pop(name) for name in of_unit if name in vectors}
             self._unsummed[unit] -= len(names)
             self._reduce_ready_units()
 

@@ -550,12 +550,12 @@ def weighted_sums(
 ) -> dict[str, Tensor]:
     """``weighted_sum`` of each; small stored gradients together, in one product.
 
-    Sums that a kernel makes are written to their place ``into``, if there is one (see `fused.weighted_outer`).
+    ``weight_B`` is zero for rows that are not kept, as `clipping.RowWeights` has it: all that kernels ask about them. Sums
+    that a kernel makes are written to their place ``into``, if there is one (see `fused.weighted_outer`).
     """
     into = into or {}
-    effective_B = _kept(weight_B, keep_B)
     small = {n: g.value for n, g in gradients.items() if _is_small(g)}  # type: ignore[attr-defined]
-    sums = {n: _weighted_sum(g, effective_B, keep_B, into.get(n)) for n, g in gradients.items() if n not in small}
+    sums = {n: _weighted_sum(g, weight_B, keep_B, into.get(n)) for n, g in gradients.items() if n not in small}
     for part in _portions(small):
         joint = Materialized(_side_by_side(list(part.values()))).weighted_sum(weight_B, keep_B)
         pieces = joint.split([x.numel() // len(x) for x in part.values()])
@@ -582,8 +582,7 @@ def _side_by_side(values: Sequence[Tensor]) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
 
-def _weighted_sum(gradient: PerSampleGradient, effective_B: Tensor, keep_B: Tensor, place: Tensor | None) -> Tensor:
-    """``effective_B`` is zero for rows that are not kept, which is all that the kernel asks about them."""
+def _weighted_sum(gradient: PerSampleGradient, weight_B: Tensor, keep_B: Tensor, place: Tensor | None) -> Tensor:
     if isinstance(gradient, OuterProduct) and gradient.is_fused:
-        return fused.weighted_outer(gradient.a_BTD, gradient.g_BTP, effective_B, place)
-    return gradient.weighted_sum(effective_B, keep_B)
+        return fused.weighted_outer(gradient.a_BTD, gradient.g_BTP, weight_B, place)
+    return gradient.weighted_sum(weight_B, keep_B)
