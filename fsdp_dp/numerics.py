@@ -124,12 +124,12 @@ class exact_arithmetic:
 
     def __enter__(self) -> None:
         try:
-            backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-            precisions = [backend.fp32_precision for backend in backends]  # type: ignore[attr-defined]
+            backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+            precisions = [backend.fp32_precision for backend in backends]
             if any(before not in _IEEE for before in precisions):
                 for backend, before in zip(backends, precisions, strict=True):
                     if before != "ieee":
-                        backend.fp32_precision = "ieee"  # type: ignore[attr-defined]
+                        backend.fp32_precision = "ieee"
                         self._restore.append(functools.partial(_set_precision, backend, before))
             for context in self._contexts():
                 context.__enter__()
