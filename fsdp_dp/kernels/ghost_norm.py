@@ -82,13 +82,14 @@ class GhostNorms:
         fields = _INPUT_FIELDS.value + layers * _LAYER_FIELDS.value
         place = self._take(B * pairs * fields)
         block = (1, tiles.rows, tiles.depth)
-        a, *of_layers = (Block(x, block) for x in (a_BTD, *gs))
+        a, *of_layers = [Block(x, block) for x in (a_BTD, *gs)]
         absent = MOST_LAYERS - layers
         launch(
             _sum_tiles, (B * pairs, 1, 1),
             (a, *of_layers, *of_layers[:1] * absent, self._room, place, pairs, D, *widths, *(0,) * absent,
              layers, max(D, *widths) > CHUNK.value, tiles.rows, tiles.depth),
             warps=tiles.warps, stages=tiles.stages,
+            key=(place.bit_length() > 31, pairs, tiles.rows, D, *widths, a_BTD.dtype),
         )  # fmt: skip
         for layer, P in enumerate(widths):
             first = _INPUT_FIELDS.value + layer * _LAYER_FIELDS.value

@@ -14,29 +14,24 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from fsdp_dp.kernels.launching import Block, launch
 from fsdp_dp.kernels.tiles import Tiles
 
 _GROUP = gl.constexpr(8)
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def launch_weighted_outer(
-    grid: tuple[int, int, int], g_BTP: Tensor, a_BTD: Tensor, arguments: tuple[Any, ...], tiles: Tiles
-) -> None:
-    """``arguments`` are those of `weighted_outer._weighted_outer` between its descriptors and its constants."""
-    g, a = _blocks(g_BTP, tiles.depth, tiles.rows), _blocks(a_BTD, tiles.depth, tiles.columns)
-    constants = (_DTYPES[a_BTD.dtype], tiles.depth, tiles.rows, tiles.columns, tiles.stages, tiles.warps)
-    launch(_weighted_outer, grid, (g, a, *arguments, *constants), warps=tiles.warps)
-
-
-def _blocks(x: Tensor, depth: int, width: int) -> Block:
-    return Block(x, (1, depth, width), _layout(depth, width, x.dtype))
+def form_of_weighted_outer(dtype: torch.dtype, tiles: Tiles) -> tuple[Any, tuple[Any, ...], tuple[Any, Any]]:
+    """The kernel, its constants, and the layouts of its blocks of ``g`` and ``a``."""
+    constants = (_DTYPES[dtype], tiles.depth, tiles.rows, tiles.columns, tiles.stages, tiles.warps)
+    return (
+        _weighted_outer,
+        constants,
+        (_layout(tiles.depth, tiles.rows, dtype), _layout(tiles.depth, tiles.columns, dtype)),
+    )
 
 
 @functools.cache

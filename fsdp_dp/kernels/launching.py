@@ -50,17 +50,26 @@ class Block:
         return WithLayout(self.base, self.shape, self.strides, list(self.block_shape), self.layout)
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], *, warps: int, stages: int = 3) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    *,
+    warps: int,
+    stages: int = 3,
+    key: tuple[Any, ...] | None = None,
+) -> None:
     """Launch ``kernel`` on the current device and stream.
 
     Args:
         arguments: all that the kernel takes, in its order, constants included: tensors, numbers and `Block`s.
+        key: what decides all of their formats, alignments and numbers, where the caller knows something shorter.
     """
     if not _IS_TRIED or not isinstance(kernel, JITFunction) or knobs.runtime.launch_enter_hook.calls:
         _launch_by_triton(kernel, grid, arguments, warps, stages)
         return
     device = driver.active.get_current_device()
-    key = (id(kernel), device, warps, stages, *[_key(x) for x in arguments])
+    key = (id(kernel), device, warps, stages, *([_key(x) for x in arguments] if key is None else key))
     compiled = _kept.get(key)
     if compiled is None:
         if len(_kept) >= _MOST_KEPT:  # shapes that change from batch to batch
