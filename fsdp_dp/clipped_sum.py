@@ -73,6 +73,7 @@ class ClippedSum:
         self._whole = NormTally(rows, plan.model.device)
         self._split = NormTally(rows, plan.model.device) if plan.model.split_group is not None else None
         self._groups, self._units = list(plan.group_order), list(plan.unit_order)
+        self._begun = False
         self._unsummed = Counter(plan.parameters_of_unit)
         self._sums: dict[int, dict[str, Tensor]] = defaultdict(dict)
 
@@ -89,7 +90,7 @@ class ClippedSum:
         self._outstanding[group] -= 1
         self._of_part[unit] -= 1
         if self._plan.streams and self._outstanding[group] == 0:
-            self._clip_ready_groups()
+            self._clip_ready_groups(group)
         elif not self._plan.streams and self._of_part[unit] == 0:
             self._measure(self._plan.parts[group][unit], self._plan.side.beside)
 
@@ -104,9 +105,17 @@ class ClippedSum:
         """The per-sample gradients that are kept at this moment."""
         return [gradient for uses in self._uses.values() for gradient in uses] + list(self._gradients.values())
 
-    def _clip_ready_groups(self) -> None:
-        """Norms that ranks add up are taken in order; others as they come, so that records are freed at once."""
+    def _clip_ready_groups(self, latest: int) -> None:
+        """Norms that ranks add up are taken in order; others as they come, so that records are freed at once.
+
+        The first time, groups that nothing is expected of are ready as well; from then on only the ``latest`` can be.
+        """
         in_order = self._plan.model.split_group is not None
+        if self._begun and not in_order:
+            if latest in self._groups:
+                self._clip(latest)
+            return
+        self._begun = True
         for index in list(self._groups):
             if self._outstanding[index] == 0:
                 self._clip(index)
