@@ -12,7 +12,6 @@ A single group needs every norm, so it waits for the end of backward, where no c
 
 from __future__ import annotations
 
-import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import Tensor
 
 from fsdp_dp.clipping import RowWeights
-from fsdp_dp.gradients import NormTerms, PerSampleGradient, combine, total_norm_terms, weighted_sums
+from fsdp_dp.gradients import NormTally, NormTerms, PerSampleGradient, combine, is_small_vector, weighted_sums
 from fsdp_dp.groups import Group
 from fsdp_dp.methods import Measured
 from fsdp_dp.sharding import ShardedModel
@@ -71,8 +70,10 @@ class ClippedSum:
         self._uses: dict[str, list[PerSampleGradient]] = {}
         self._outstanding, self._of_part = Counter[int](), Counter[int]()
         self._gradients: dict[str, PerSampleGradient] = {}
-        self._terms: list[tuple[NormTerms, NormTerms]] = []
+        self._whole = NormTally(rows, plan.model.device)
+        self._split = NormTally(rows, plan.model.device) if plan.model.split_group is not None else None
         self._groups, self._units = list(plan.group_order), list(plan.unit_order)
+        self._begun = False
         self._unsummed = Counter(plan.parameters_of_unit)
         self._sums: dict[int, dict[str, Tensor]] = defaultdict(dict)
 
@@ -89,7 +90,7 @@ class ClippedSum:
         self._outstanding[group] -= 1
         self._of_part[unit] -= 1
         if self._plan.streams and self._outstanding[group] == 0:
-            self._clip_ready_groups()
+            self._clip_ready_groups(group)
         elif not self._plan.streams and self._of_part[unit] == 0:
             self._measure(self._plan.parts[group][unit], self._plan.side.beside)
 
@@ -104,9 +105,17 @@ class ClippedSum:
         """The per-sample gradients that are kept at this moment."""
         return [gradient for uses in self._uses.values() for gradient in uses] + list(self._gradients.values())
 
-    def _clip_ready_groups(self) -> None:
-        """Norms that ranks add up are taken in order; others as they come, so that records are freed at once."""
+    def _clip_ready_groups(self, latest: int) -> None:
+        """Norms that ranks add up are taken in order; others as they come, so that records are freed at once.
+
+        The first time, groups that nothing is expected of are ready as well; from then on only the ``latest`` can be.
+        """
         in_order = self._plan.model.split_group is not None
+        if self._begun and not in_order:
+            if latest in self._groups:
+                self._clip(latest)
+            return
+        self._begun = True
         for index in list(self._groups):
             if self._outstanding[index] == 0:
                 self._clip(index)
@@ -118,12 +127,18 @@ class ClippedSum:
         self._measure(self._plan.groups[index].parameters)
         self._plan.side.join()
         rows = self._weigh(index, self._norm_terms())
+        # A single group has the vectors of all units, which are summed together.
+        vectors = {} if self._plan.streams else {n: g for n, g in self._gradients.items() if is_small_vector(g)}
+        sums_of_vectors = weighted_sums(vectors, rows.weight_B, rows.keep_B)
         for unit, names in self._plan.parts[index].items():
             of_unit = {name: self._gradients.pop(name) for name in names if name in self._gradients}
             # A unit that is summed as a whole, and is the next to be reduced, needs no room besides its bucket.
             alone = self._units[:1] == [unit] and self._unsummed[unit] == len(names)
             places = self._plan.model.places(unit) if alone else {}
-            self._sums[unit] |= weighted_sums(of_unit, rows.weight_B, rows.keep_B, places)
+            others = {name: gradient for name, gradient in of_unit.items() if name not in vectors}
+            self._sums[unit] |= weighted_sums(others, rows.weight_B, rows.keep_B, places)
+            if vectors:
+                self._sums[unit] |= {name: sums_of_vectors.pop(name) for name in of_unit if name in vectors}
             self._unsummed[unit] -= len(names)
             self._reduce_ready_units()
 
@@ -136,20 +151,19 @@ class ClippedSum:
         gradients = {name: combine(self._uses.pop(name)) for name in names if name in self._uses}
         if not gradients:
             return
-        is_split, device = self._plan.is_split, self._plan.model.device
-        split, whole = ([g for name, g in gradients.items() if is_split[name] is side] for side in (True, False))
         self._gradients |= gradients
+        is_split, now = self._plan.is_split, self._plan.streams
         with where():
-            self._terms.append(
-                (total_norm_terms(split, self._rows, device), total_norm_terms(whole, self._rows, device))
-            )
+            if self._split is None:
+                self._whole.add(list(gradients.values()), all_wait=now)
+            else:
+                self._split.add([g for name, g in gradients.items() if is_split[name]], all_wait=now)
+                self._whole.add([g for name, g in gradients.items() if not is_split[name]], all_wait=now)
 
     def _norm_terms(self) -> NormTerms:
         """Squared norms over what was measured, and over all ranks that hold a part of a row's gradient."""
-        nothing = NormTerms.zeros(self._rows, self._plan.model.device)
-        split, whole = (functools.reduce(NormTerms.__add__, (t[i] for t in self._terms), nothing) for i in range(2))
-        self._terms.clear()
-        return self._plan.model.sum_split_norms(split, whole)
+        whole = self._whole.total()
+        return whole if self._split is None else self._plan.model.sum_split_norms(self._split.total(), whole)
 
     def _reduce_ready_units(self) -> None:
         while self._units and self._unsummed[self._units[0]] == 0:

@@ -10,6 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fsdp_dp import kernels
 from fsdp_dp.gradients import NormTerms
 
 
@@ -20,6 +21,23 @@ class RowWeights:
     weight_B: Tensor
     keep_B: Tensor
     norm_B: Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowTotals:
+    """Over clipping groups: ``norm_sq_B`` adds up reported norms, ``dropped_B`` says which rows took no part in some."""
+
+    norm_sq_B: Tensor
+    dropped_B: Tensor
+
+    @staticmethod
+    def zeros(mask_B: Tensor) -> RowTotals:
+        """For the rows of a mask."""
+        return RowTotals(norm_sq_B=torch.zeros_like(mask_B, dtype=torch.float64), dropped_B=torch.zeros_like(mask_B))
+
+    def add_(self, rows: RowWeights) -> None:
+        self.norm_sq_B.add_(rows.norm_B.square())
+        self.dropped_B.logical_or_(~rows.keep_B)
 
 
 def certified_norm(terms: NormTerms) -> Tensor:
@@ -102,6 +120,7 @@ def row_weights(
     dtype: torch.dtype,
     clip_function: str = "abadi",
     stability: float = 0.0,
+    totals: RowTotals | None = None,
 ) -> RowWeights:
     """Weights for the recorded gradients of one microbatch.
 
@@ -111,16 +130,54 @@ def row_weights(
         bound: sensitivity left for a row, in units of the row's own gradient.
         dtype: format of the weighted sum (float32 or float64).
         clip_function: "abadi", "automatic" (with ``stability``) or "normalized".
+        totals: what this group is added to.
 
     **Formal guarantee.** With ``numerics="certified"``, ``|weight_i * G_i| <= bound`` as summed, for every row.
     """
+    if _has_kernel(mask_B, dtype):
+        return _by_kernel(terms, mask_B, bound, loss_factor, numerics, clip_function, stability, totals)
     norm_B = NORMS[numerics](terms) * loss_factor
     # The reported norm is of the same order whatever `numerics` is; it decides what is kept, before any min or max.
     keep_B = torch.isfinite(norm_B) & (norm_B <= LONGEST_ROW[dtype] * bound) & mask_B
     weight_B = clip_weights(norm_B, bound, clip_function, stability).clamp(max=MAX_WEIGHT[dtype])
     weight_B = torch.where(keep_B, weight_B * loss_factor, 0.0)
-    return RowWeights(
+    rows = RowWeights(
         weight_B=round_down(weight_B, dtype),
         keep_B=keep_B,
         norm_B=nominal_norm(terms) * loss_factor,
     )
+    if totals is not None:
+        totals.add_(rows)
+    return rows
+
+
+def _has_kernel(mask_B: Tensor, dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and kernels.available(mask_B.device)
+
+
+def _by_kernel(
+    terms: NormTerms,
+    mask_B: Tensor,
+    bound: float,
+    loss_factor: float,
+    numerics: str,
+    clip_function: str,
+    stability: float,
+    totals: RowTotals | None,
+) -> RowWeights:
+    """The same in one launch."""
+    from fsdp_dp.kernels.row_weights import weigh
+
+    weight_B, keep_B, norm_B = weigh(
+        (terms.norm_sq.contiguous(), terms.error.contiguous(), terms.rounding_sq.contiguous()),
+        mask_B,
+        None if totals is None else (totals.norm_sq_B, totals.dropped_B),
+        bound=bound,
+        loss_factor=loss_factor,
+        certified=numerics == "certified",
+        clip_function=clip_function,
+        stability=stability,
+        most=MAX_WEIGHT[torch.float32],
+        longest=LONGEST_ROW[torch.float32],
+    )
+    return RowWeights(weight_B=weight_B, keep_B=keep_B, norm_B=norm_B)

@@ -11,6 +11,7 @@ from torch import nn
 from fsdp_dp.attention import is_attention, projections, refusal_of_attention
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.layers import has_rule, refusal, unknown_parameters
+from fsdp_dp.module_tree import modules_of
 from fsdp_dp.sharding.base import ManagedParameter, ShardedModel, canonical_name
 from fsdp_dp.taps import Bare
 
@@ -98,8 +99,10 @@ def refuse_training_batch_norm(batch_norms: Sequence[nn.Module]) -> None:
 def refuse_strangers(model: ShardedModel) -> None:
     """Parameters that became trainable, or joined the model, after the engine was attached would be trained as they are."""
     managed = {id(p.parameter) for p in model.parameters}
-    for name, parameter in model.root.named_parameters():
-        if parameter.requires_grad and id(parameter) not in managed:
+    present = (p for module in modules_of(model.root) for p in module._parameters.values() if p is not None)
+    if any(p.requires_grad and id(p) not in managed for p in present):
+        trainable = ((name, p) for name, p in model.root.named_parameters() if p.requires_grad)
+        for name in (name for name, p in trainable if id(p) not in managed):
             raise PrivacyError(
                 f"Parameter '{canonical_name(name)}' became trainable after the engine was attached, so its gradient "
                 "would not be private. Call state = engine.state_dict(), engine.detach(), make_private(...) and "

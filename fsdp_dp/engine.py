@@ -510,19 +510,16 @@ class PrivacyEngine:
             dtype=self.dtype,
             clip_function=self.privacy.clip_function,
             stability=self.privacy.clip_stability,
+            totals=microbatch.totals,
         )
         self._bounds.count(group, rows, microbatch.mask_B, bound)
-        dropped_B, norm_sq_B = ~rows.keep_B, rows.norm_B.square()
-        if microbatch.norm_sq_B is not None and microbatch.dropped_B is not None:
-            dropped_B, norm_sq_B = dropped_B | microbatch.dropped_B, norm_sq_B + microbatch.norm_sq_B
-        microbatch.dropped_B, microbatch.norm_sq_B = dropped_B, norm_sq_B
         return rows
 
     def _account_rows(self, microbatch: Microbatch) -> None:
         """What a finished microbatch leaves behind besides its sum."""
-        assert microbatch.norm_sq_B is not None and microbatch.dropped_B is not None
-        self._norm_B = microbatch.norm_sq_B.sqrt()
-        self.nonfinite_rows += (microbatch.mask_B & microbatch.dropped_B).sum()
+        totals = microbatch.totals
+        self._norm_B = totals.norm_sq_B.sqrt()
+        self.nonfinite_rows += (microbatch.mask_B & totals.dropped_B).sum()
         self._batch.pending += 1
         self.guard.count(microbatch.mask_B)
         self._vouched &= microbatch.vouched

@@ -18,6 +18,7 @@ from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.label_watch import LabelWatch
 from fsdp_dp.logical_batch import LogicalBatch, Microbatch
 from fsdp_dp.methods import Measured
+from fsdp_dp.module_tree import modules_of
 from fsdp_dp.recorder import Recorder
 from fsdp_dp.sharding.base import ShardedModel
 from fsdp_dp.taps import with_boundary
@@ -39,7 +40,7 @@ class Examination:
         self._first: FirstMicrobatch | None = None
         self._watch: FirstForward | None = None
         self._watched: set[tuple[bool, ...]] = set()
-        self._buffer_versions: dict[str, tuple[int, int]] = {}
+        self._buffer_versions: list[tuple[int, int]] = []
         self._uncompiled = Uncompiled()
         self._divisor = ConstantDivisor()
         self._labels, self._averages_over_labels = LabelWatch(model.device), False
@@ -186,7 +187,7 @@ class Examination:
 
     def _kind(self, rows: int) -> tuple[bool, ...]:
         """Of a forward: the modes of modules, and whether one row may be taken for what is the same for all."""
-        return rows == 1, *(module.training for module in self._model.root.modules())
+        return rows == 1, *(module.training for module in modules_of(self._model.root))
 
     def _buffers_moved(self) -> bool:
         """Whether a buffer was written since the last training forward began; the next one is then watched again."""

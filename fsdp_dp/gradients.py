@@ -125,8 +125,8 @@ def _norm_sq(*values: Tensor) -> tuple[Tensor, Tensor]:
     are positive, so `gamma` of a piece is the error of the whole.
     """
     flat = [x.flatten(1) for x in values if x.numel() > len(x) * SMALL]
-    small = [x.flatten(1) for x in values if x.numel() <= len(x) * SMALL]
-    flat += [torch.cat(small, 1)] if small else []
+    small = {str(number): x for number, x in enumerate(values) if x.numel() <= len(x) * SMALL}
+    flat += [_side_by_side(list(part.values())) for part in _portions(small)]
     pieces = torch.cat([norms for x in flat for norms in _norms_of_pieces(x)], 1)
     norm_sq = torch.linalg.vector_norm(pieces, dim=1, dtype=torch.float64).square()
     dtype, terms = flat[0].dtype, sum(x.shape[1] for x in flat)
@@ -253,13 +253,18 @@ def outer_norm_cost(T: int, D: int, P: int) -> float:
 
 def _fused_norm_terms(outers: Sequence[OuterProduct]) -> NormTerms:
     """The sum of their terms; layers that were given the same tensor share its Gram matrix."""
+    norms = fused.GhostNorms(len(outers[0].a_BTD), outers[0].a_BTD.device)
+    _add_sharing_inputs(norms, outers)
+    return NormTerms.unstack(norms.terms().sum(0))
+
+
+def _add_sharing_inputs(norms: fused.GhostNorms, outers: Sequence[OuterProduct]) -> None:
     groups: dict[tuple[int, ...], tuple[Tensor, list[Tensor]]] = {}
     for outer in outers:
         a = outer.a_BTD
         groups.setdefault((a.data_ptr(), *a.shape, *a.stride()), (a, []))[1].append(outer.g_BTP)
-    terms = NormTerms.zeros(len(outers[0].a_BTD), outers[0].a_BTD.device).stack()
-    fused.ghost_norm_terms(list(groups.values()), terms)
-    return NormTerms.unstack(terms)
+    for a, gs in groups.values():
+        norms.add(a, gs)
 
 
 def _token_norms(a_BTD: Tensor, g_BTP: Tensor) -> tuple[Tensor, Tensor]:
@@ -480,20 +485,61 @@ def combine(uses: Sequence[PerSampleGradient]) -> PerSampleGradient:
     return Materialized(functools.reduce(torch.add, (u.dense() for u in merged)))
 
 
+class NormTally:
+    """Norm terms of the parameters that are added, until `total`, in as few kernels as they can be measured in.
+
+    Stored gradients of vectors wait for `total`, and so does the end of what `fused.GhostNorms` measures.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._rows, self._device = rows, device
+        self._ghosts: fused.GhostNorms | None = None
+        self._terms: list[Tensor] = []
+        self._waiting: dict[torch.dtype, list[Tensor]] = {}
+
+    def add(self, gradients: Sequence[PerSampleGradient], *, all_wait: bool = False) -> None:
+        """With ``all_wait``, all stored gradients wait."""
+        outers, now = [], dict[torch.dtype, list[Tensor]]()
+        for gradient in gradients:
+            if isinstance(gradient, OuterProduct) and gradient.in_fused_gram:
+                outers.append(gradient)
+            elif isinstance(gradient, Materialized | IndexedRows):
+                value = gradient.value if isinstance(gradient, Materialized) else gradient.value_BTP
+                waits = self._waiting if all_wait or is_small_vector(gradient) else now
+                waits.setdefault(value.dtype, []).append(value)
+            else:
+                self._terms.append(gradient.norm_terms().stack())
+        if outers:
+            self._ghosts = self._ghosts or fused.GhostNorms(self._rows, self._device)
+            _add_sharing_inputs(self._ghosts, outers)
+        self._terms += [_stored_norm_terms(values).stack() for values in now.values()]
+
+    def total(self) -> NormTerms:
+        """Of all that was added since the last call."""
+        parts = [*self._terms, *(_stored_norm_terms(values).stack() for values in self._waiting.values())]
+        stacked = [torch.stack(parts)] if parts else []
+        stacked += [self._ghosts.terms()] if self._ghosts is not None else []
+        self._terms, self._waiting, self._ghosts = [], {}, None
+        if not stacked:
+            return NormTerms.zeros(self._rows, self._device)
+        terms = stacked[0] if len(stacked) == 1 else torch.cat(stacked)
+        return NormTerms.unstack(terms[0] if len(terms) == 1 else terms.sum(0))
+
+
 def total_norm_terms(gradients: Sequence[PerSampleGradient], rows: int, device: torch.device) -> NormTerms:
-    """The sum of the norm terms of several parameters; gradients that can be are measured together, in a few kernels."""
-    stored: dict[torch.dtype, list[Tensor]] = {}
-    outers = [gradient for gradient in gradients if isinstance(gradient, OuterProduct) and gradient.in_fused_gram]
-    total = _fused_norm_terms(outers) if outers else NormTerms.zeros(rows, device)
-    for gradient in gradients:
-        if any(gradient is outer for outer in outers):
-            continue
-        if isinstance(gradient, Materialized | IndexedRows):
-            value = gradient.value if isinstance(gradient, Materialized) else gradient.value_BTP
-            stored.setdefault(value.dtype, []).append(value)
-        else:
-            total += gradient.norm_terms()
-    return functools.reduce(NormTerms.__add__, map(_stored_norm_terms, stored.values()), total)
+    """The sum of the norm terms of several parameters."""
+    tally = NormTally(rows, device)
+    tally.add(gradients, all_wait=True)
+    return tally.total()
+
+
+def is_small_vector(gradient: PerSampleGradient) -> bool:
+    """Whether it is stored, of a bias or of a norm layer: even those of all layers together are few bytes."""
+    return _is_small(gradient) and gradient.value.ndim <= 2  # type: ignore[attr-defined]
+
+
+def _is_small(gradient: PerSampleGradient) -> bool:
+    return isinstance(gradient, Materialized) and gradient.value.numel() <= len(gradient.value) * SMALL
 
 
 def weighted_sums(
@@ -504,21 +550,39 @@ def weighted_sums(
 ) -> dict[str, Tensor]:
     """``weighted_sum`` of each; small stored gradients together, in one product.
 
-    Sums that a kernel makes are written to their place ``into``, if there is one (see `fused.weighted_outer`).
+    ``weight_B`` is zero for rows that are not kept, as `clipping.RowWeights` has it: all that kernels ask about them. Sums
+    that a kernel makes are written to their place ``into``, if there is one (see `fused.weighted_outer`).
     """
     into = into or {}
-    effective_B = _kept(weight_B, keep_B)
-    small = {n: g.value for n, g in gradients.items() if isinstance(g, Materialized) and g.value[0].numel() <= SMALL}
-    sums = {n: _weighted_sum(g, effective_B, keep_B, into.get(n)) for n, g in gradients.items() if n not in small}
-    if small:
-        joint = Materialized(torch.cat([x.flatten(1) for x in small.values()], 1)).weighted_sum(weight_B, keep_B)
-        pieces = joint.split([x[0].numel() for x in small.values()])
-        sums |= {n: piece.view(x.shape[1:]) for (n, x), piece in zip(small.items(), pieces, strict=True)}
+    small = {n: g.value for n, g in gradients.items() if _is_small(g)}  # type: ignore[attr-defined]
+    sums = {n: _weighted_sum(g, weight_B, keep_B, into.get(n)) for n, g in gradients.items() if n not in small}
+    for part in _portions(small):
+        joint = Materialized(_side_by_side(list(part.values()))).weighted_sum(weight_B, keep_B)
+        pieces = joint.split([x.numel() // len(x) for x in part.values()])
+        sums |= {n: piece.view(x.shape[1:]) for (n, x), piece in zip(part.items(), pieces, strict=True)}
     return sums
 
 
-def _weighted_sum(gradient: PerSampleGradient, effective_B: Tensor, keep_B: Tensor, place: Tensor | None) -> Tensor:
-    """``effective_B`` is zero for rows that are not kept, which is all that the kernel asks about them."""
+def _portions(values: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Such as fit the scratch side by side."""
+    portions: list[dict[str, Tensor]] = []
+    left = 0
+    for name, value in values.items():
+        if not portions or value.numel() > left:
+            portions.append({})
+            left = MAX_SCRATCH_ELEMENTS
+        portions[-1][name] = value
+        left -= value.numel()
+    return portions
+
+
+def _side_by_side(values: Sequence[Tensor]) -> Tensor:
+    """``[B, ...]`` each, as one ``[B, n]``."""
+    flat = [x if x.ndim == 2 else x.flatten(1) for x in values]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
+
+
+def _weighted_sum(gradient: PerSampleGradient, weight_B: Tensor, keep_B: Tensor, place: Tensor | None) -> Tensor:
     if isinstance(gradient, OuterProduct) and gradient.is_fused:
-        return fused.weighted_outer(gradient.a_BTD, gradient.g_BTP, effective_B, place)
-    return gradient.weighted_sum(effective_B, keep_B)
+        return fused.weighted_outer(gradient.a_BTD, gradient.g_BTP, weight_B, place)
+    return gradient.weighted_sum(weight_B, keep_B)

@@ -7,6 +7,7 @@ poisons it: it can only be discarded.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fsdp_dp.clipped_sum import ClippedSum, MeasuredNorms
+from fsdp_dp.clipping import RowTotals
 from fsdp_dp.errors import PrivacyError
 from fsdp_dp.intake import Intake
 
@@ -25,7 +27,7 @@ class Microbatch:
 
     ``sums`` is given the per-sample gradients, ``norms`` the norm of every parameter where that is asked for. A
     rehearsal (see `independence`) has the latter alone: it is measured and never summed. ``taps`` counts the calls of each
-    layer; ``norm_sq_B`` adds up over clipping groups, ``dropped_B`` says which rows had no finite norm in some group.
+    layer; ``totals`` are over the clipping groups that are finished.
     """
 
     rows: int
@@ -33,13 +35,15 @@ class Microbatch:
     vouched: bool
     sums: ClippedSum | None = None
     norms: MeasuredNorms | None = None
-    norm_sq_B: Tensor | None = None
-    dropped_B: Tensor | None = None
     narrowest: torch.dtype = torch.float64
     taps: Counter[str] = dataclasses.field(default_factory=Counter)
     entered: bool = False
     recording: bool = False
     done: bool = False
+
+    @functools.cached_property
+    def totals(self) -> RowTotals:
+        return RowTotals.zeros(self.mask_B)
 
     @property
     def rehearsal(self) -> bool:

@@ -106,6 +106,12 @@ def split_bfloat16(x: Tensor) -> tuple[Tensor, Tensor]:
     return high, torch.sub(x, high, out=torch.empty_like(high))
 
 
+_IEEE = (
+    "ieee",
+    "none",
+)  # "none": neither this flag nor those that it inherits from say anything, and products are IEEE
+
+
 class exact_arithmetic:
     """No autograd, no autocast, IEEE fp32 matrix products, whatever flags the user's program has set.
 
@@ -118,11 +124,13 @@ class exact_arithmetic:
 
     def __enter__(self) -> None:
         try:
-            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
-                before = backend.fp32_precision
-                if before != "ieee":
-                    backend.fp32_precision = "ieee"
-                    self._restore.append(functools.partial(_set_precision, backend, before))
+            backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+            precisions = [backend.fp32_precision for backend in backends]
+            if any(before not in _IEEE for before in precisions):
+                for backend, before in zip(backends, precisions, strict=True):
+                    if before != "ieee":
+                        backend.fp32_precision = "ieee"
+                        self._restore.append(functools.partial(_set_precision, backend, before))
             for context in self._contexts():
                 context.__enter__()
                 self._restore.append(functools.partial(context.__exit__, None, None, None))

@@ -67,6 +67,8 @@ class Recorder:
         for (module, attribute), name in model.names.items():
             if module in self._attributes:
                 self._attributes[module][attribute] = name
+        self._names = {layer: tuple(self._attributes[module].values()) for layer, module in layers.items()}
+        self._wanted = {layer: frozenset(self._attributes[module]) for layer, module in layers.items()}
         self.current: Microbatch | None = None
         self.in_forward = False
         self.layouts = RowLayouts()
@@ -131,7 +133,7 @@ class Recorder:
             return self._recomputed(microbatch, layer)
         if self.meetings.learning:
             self._refuse_replaced(layer, self._layers[layer])
-        microbatch = self._expect(layer, self._attributes[self._layers[layer]].values())
+        microbatch = self._expect(layer, self._names[layer])
         return lambda call, inputs, grads: self._record(microbatch, layer, Record(call, inputs, grads))
 
     def _refuse_replaced(self, layer: str, module: nn.Module) -> None:
@@ -154,8 +156,8 @@ class Recorder:
                     "with the rest of the row; call it inside model.forward, or under torch.no_grad()"
                 )
         self.current.taps[layer] += 1
-        for name in parameters:
-            for taker in self.current.takers:
+        for taker in self.current.takers:
+            for name in parameters:
                 taker.expect(name)
         return self.current
 
@@ -178,6 +180,8 @@ class Recorder:
         """
         if any(isinstance(x, SharedValue) for x in inputs):
             return self._sharing(layer)
+        if not (self.meetings.learning or layer in self._same_for_all_rows or layer in self._looks_at_shapes):
+            return None
         if any(isinstance(x, DTensor) for x in inputs):
             return None  # under tensor parallelism every input needs the batch, or its layout is refused
         if self.meetings.learning and not any(map(is_marked, inputs)) and not self._has_equal_rows(inputs):
@@ -240,12 +244,13 @@ class Recorder:
                 record, complete = self._model.localize(layer, module, record)
                 layout = self._layout(layer, record, microbatch.rows)
                 _note_dtypes(microbatch, record.grads)
-                gradients = per_sample_gradients(module, record.arranged(layout, microbatch.rows), frozenset(names))
+                arranged = record.arranged(layout, microbatch.rows)
+                gradients = per_sample_gradients(module, arranged, self._wanted[layer])
                 if layout == "merged":
                     gradients = {name: gradient.regroup(microbatch.rows) for name, gradient in gradients.items()}
                 gradients = {name: gradient.settle() for name, gradient in complete(gradients).items()}
-            for attribute, name in names.items():
-                for taker in microbatch.takers:
+            for taker in microbatch.takers:
+                for attribute, name in names.items():
                     taker.report(name, gradients.get(attribute))
 
     def _layout(self, layer: str, record: Record, rows: int) -> Layout:
@@ -291,5 +296,6 @@ class Recorder:
 
 
 def _note_dtypes(microbatch: Microbatch, grads: Sequence[Tensor | None]) -> None:
-    dtypes = [grad.dtype for grad in grads if grad is not None]
-    microbatch.narrowest = min(microbatch.narrowest, *dtypes, key=lambda dtype: dtype.itemsize)
+    for grad in grads:
+        if grad is not None and grad.dtype.itemsize < microbatch.narrowest.itemsize:
+            microbatch.narrowest = grad.dtype

@@ -81,7 +81,7 @@ class Record:
     def arranged(self, layout: Layout, rows: int) -> Record:
         """The same with rows (or entries of rows) in front, where a rule of the first input looks for them."""
         if layout != "second" or self.call.spec is not None:
-            return dataclasses.replace(self, layout=layout, rows=rows)
+            return Record(self.call, self.inputs, self.grads, rows, layout)
         return Record(self.call, (self.a.transpose(0, 1),), (self.g.transpose(0, 1),), rows)
 
 

@@ -49,6 +49,8 @@ class RowLayouts:
         if rows == 1:  # whatever it is, it is all of that row
             return layout_of(shapes, rows, allowed) or "merged"
         known = self.known.get(place, set())
+        if len(known) == 1 and fits(only := next(iter(known)), shapes, rows):
+            return only
         fitting = {layout for layout in known if fits(layout, shapes, rows)}
         if fitting == {"rows", "merged"}:  # one entry a row
             fitting = {"rows"}

@@ -194,14 +194,15 @@ class Taps:
     ) -> Any:
         """``output`` with a tap behind each of its floating-point tensors."""
         self._refuse_picked(name, inputs)
+        one_of_one = call.spec is None and type(output) is Tensor and type(inputs[0]) is Tensor
+        if one_of_one and output.is_floating_point() and self._share(name, inputs, [output]) is None:
+            return self.through(call, report, [output], inputs)[0]  # most calls, and they are many
         are_shared = [isinstance(x, SharedValue) for x in inputs]
         leaves, spec = ([output], None) if type(output) is Tensor else tree_flatten(output)
         tapped = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
         share = None
         if not any(are_shared) or any(isinstance(leaves[i], SharedValue) for i in tapped):
             share = self._share(name, inputs, [leaves[i] for i in tapped])
-        if share is None and not any(are_shared) and call.spec is None and type(output) is Tensor:
-            return self.through(call, report, [output], inputs)[0]  # most calls, and they are many
         if share is not None:
             are_shared = [True] * len(inputs)
             inputs = [x if isinstance(x, SharedValue) else share(x) for x in inputs]

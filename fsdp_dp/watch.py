@@ -23,6 +23,7 @@ from fsdp_dp.attention import Projection
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.label_watch import LOSSES, averaged_labels
 from fsdp_dp.marks import forget, mark, mark_rows, marks_of, reads_rows
+from fsdp_dp.module_tree import modules_of
 from fsdp_dp.shared_values import METADATA, SharedValue, function_name
 from fsdp_dp.taps import raw_attribute
 
@@ -190,9 +191,10 @@ class ConstantDivisor:
         self._seen = (items,)
 
 
-def buffer_versions(root: nn.Module) -> dict[str, tuple[int, int]]:
+def buffer_versions(root: nn.Module) -> list[tuple[int, int]]:
     """What changes when a buffer is written or replaced; reads no data."""
-    return {name: (id(buffer), buffer._version) for name, buffer in root.named_buffers()}
+    buffers = (buffer for module in modules_of(root) for buffer in module._buffers.values() if buffer is not None)
+    return [(id(buffer), buffer._version) for buffer in buffers]
 
 
 def _is(module: nn.Module, attribute: str, tensor: Tensor) -> bool:

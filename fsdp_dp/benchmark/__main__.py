@@ -1,7 +1,7 @@
 """``torchrun --nproc-per-node=2 -m fsdp_dp.benchmark CASE... --output rows.jsonl``: one JSON row a case, resumable.
 
-A case is ``MODEL[@ROWSxTOKENS]:SIDE,SIDE,...`` (see `cases` and `models`). Needs torch alone, and Opacus for its side.
-Rows that ``--output`` already holds for this commit and device are not measured again. The page of the results:
+A case is ``MODEL[/LAYERS][@ROWSxTOKENS]:SIDE,SIDE,...`` (see `cases` and `models`). Needs torch alone, and Opacus for its
+side. Rows that ``--output`` already holds for this commit and device are not measured again. The page of the results:
 
     python -m fsdp_dp.benchmark --output docs/benchmarks.jsonl --report docs/benchmarks.md
 """

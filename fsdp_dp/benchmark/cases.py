@@ -1,4 +1,4 @@
-"""What is measured: ``MODEL[@ROWSxTOKENS]:SIDE``, as given on the command line.
+"""What is measured: ``MODEL[/LAYERS][@ROWSxTOKENS]:SIDE``, as given on the command line.
 
 Sides: ``plain-fsdp1`` and ``plain-fsdp2``; ours on FSDP2 with ``flat``, ``block`` or ``layer`` clipping, on FSDP1 as
 ``flat-fsdp1``; ``opacus`` (ghost_fsdp, its own wrapper).
@@ -34,19 +34,22 @@ class Case:
 
 
 def parse(text: str, *, microbatches: int, checkpointing: bool) -> list[Case]:
-    """``llama-1.3b@8x2048:plain-fsdp2,flat`` as cases.
+    """``llama-13b/8@2x1024:plain-fsdp2,flat`` as cases: of the model's layers the first eight.
 
     Raises:
         ValueError: there is no such model or side.
     """
     name, _, sides = text.partition(":")
     model, _, size = name.partition("@")
-    if model not in MODELS:
-        raise ValueError(f"case '{text}': no model '{model}'; there are {', '.join(MODELS)}")
+    known, _, layers = model.partition("/")
+    if known not in MODELS:
+        raise ValueError(f"case '{text}': no model '{known}'; there are {', '.join(MODELS)}")
     unknown = [side for side in sides.split(",") if side not in SIDES]
     if unknown:
         raise ValueError(f"case '{text}': no side '{unknown[0]}'; there are {', '.join(SIDES)}")
-    shape = MODELS[model]
+    shape = MODELS[known]
+    if layers:
+        shape = dataclasses.replace(shape, layers=int(layers))
     if size:
         rows, tokens = map(int, size.split("x"))
         shape = dataclasses.replace(shape, rows=rows, tokens=tokens)

@@ -1,4 +1,4 @@
-"""The benchmark's models: one transformer that is Llama-like, GPT-2 or a vision transformer by its configuration.
+"""The benchmark's models: one transformer that is Llama-like, GPT-2, RoBERTa or a vision transformer by its configuration.
 
 Plain torch layers, so that every side runs the same modules. Rotary positions are left out of the Llama-like models:
 they cost the same on all sides and would only move the ratios towards one. `MODELS` names the shapes.
@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 class Shape:
     """A transformer and what it is trained on.
 
-    ``rows`` of ``tokens`` are a microbatch on one GPU. ``vocabulary`` counts the classes where rows are ``patches`` (numbers
-    of a patch) instead of token ids.
+    ``rows`` of ``tokens`` are a microbatch on one GPU. Rows are ids below ``vocabulary``, or ``patches`` (numbers of a
+    patch). With ``classes`` a row is told to be in one of these, from the mean over its positions; otherwise every position
+    predicts an id.
     """
 
     layers: int
@@ -31,6 +32,11 @@ class Shape:
     rows: int
     kind: str = "llama"
     patches: int = 0
+    classes: int = 0
+
+    @property
+    def outputs(self) -> int:
+        return self.classes or self.vocabulary
 
 
 def _gpt2(layers: int, heads: int, width: int, rows: int) -> Shape:
@@ -43,15 +49,33 @@ def _gpt2(layers: int, heads: int, width: int, rows: int) -> Shape:
 MODELS = {
     "llama-tiny": Shape(layers=2, heads=2, width=32, hidden=88, vocabulary=96, tokens=16, rows=3),
     "gpt2-tiny": Shape(layers=2, heads=2, width=32, hidden=64, vocabulary=96, tokens=16, rows=3, kind="gpt2"),
-    "vit-tiny": Shape(layers=2, heads=2, width=32, hidden=64, vocabulary=8, tokens=17, rows=3, kind="vit", patches=24),
+    "vit-tiny": Shape(
+        layers=2, heads=2, width=32, hidden=64, vocabulary=0, tokens=17, rows=3, kind="vit", patches=24, classes=8
+    ),
+    "roberta-tiny": Shape(
+        layers=2, heads=2, width=32, hidden=64, vocabulary=96, tokens=16, rows=3, kind="roberta", classes=2
+    ),
     "llama-350m": Shape(layers=24, heads=16, width=1024, hidden=2736, vocabulary=32000, tokens=1024, rows=16),
     "llama-1.3b": Shape(layers=24, heads=16, width=2048, hidden=5504, vocabulary=32000, tokens=1024, rows=16),
     "llama-6.7b": Shape(layers=32, heads=32, width=4096, hidden=11008, vocabulary=32000, tokens=1024, rows=2),
+    "llama-13b": Shape(layers=40, heads=40, width=5120, hidden=13824, vocabulary=32000, tokens=1024, rows=2),
     "gpt2-small": _gpt2(layers=12, heads=12, width=768, rows=100),
     "gpt2-medium": _gpt2(layers=24, heads=16, width=1024, rows=50),
     "gpt2-large": _gpt2(layers=36, heads=20, width=1280, rows=20),
     "vit-large": Shape(
-        layers=24, heads=16, width=1024, hidden=4096, vocabulary=1000, tokens=197, rows=32, kind="vit", patches=768
+        layers=24,
+        heads=16,
+        width=1024,
+        hidden=4096,
+        vocabulary=0,
+        tokens=197,
+        rows=32,
+        kind="vit",
+        patches=768,
+        classes=1000,
+    ),
+    "roberta-large": Shape(
+        layers=24, heads=16, width=1024, hidden=4096, vocabulary=50265, tokens=256, rows=20, kind="roberta", classes=2
     ),
 }
 
@@ -59,7 +83,7 @@ MODELS = {
 class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.heads, self.causal, bias = shape.heads, shape.kind != "vit", shape.kind != "llama"
+        self.heads, self.causal, bias = shape.heads, not shape.classes, shape.kind != "llama"
         self.query, self.key, self.value, self.output = (
             nn.Linear(shape.width, shape.width, bias=bias) for _ in range(4)
         )
@@ -119,7 +143,7 @@ class Transformer(nn.Module):
         self.positions = nn.Embedding(shape.tokens, shape.width) if shape.kind != "llama" else None
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = _norm(shape)
-        self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
+        self.head = nn.Linear(shape.width, shape.outputs, bias=False)
         if tied:
             self.head.weight = self.embedding.weight
 
@@ -131,7 +155,7 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x_BTD = checkpoint(block, x_BTD, use_reentrant=False) if self.checkpointing else block(x_BTD)
         x_BTD = self.norm(x_BTD)
-        logits = self.head(x_BTD.mean(1, keepdim=True) if self.shape.kind == "vit" else x_BTD)
+        logits = self.head(x_BTD.mean(1, keepdim=True) if self.shape.classes else x_BTD)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         return losses.view(targets.shape).mean(1)
 
@@ -147,18 +171,21 @@ def initialize(model: nn.Module) -> None:
 
 
 def batch(shape: Shape, rows: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Random inputs ``[B, T]`` (``[B, T, patches]``) and targets ``[B, T]`` (``[B, 1]``)."""
+    """Random inputs ``[B, T]`` (``[B, T, patches]``) and targets ``[B, T]`` (classes: ``[B, 1]``)."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(shape.vocabulary, (rows, shape.tokens + 1), generator=generator).to(device)
+    T = shape.tokens
+    targets = torch.randint(shape.outputs, (rows, 1 if shape.classes else T + 1), generator=generator).to(device)
+    if not shape.classes:
+        return targets[:, :-1].contiguous(), targets[:, 1:].contiguous()
     if not shape.patches:
-        return drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
-    return torch.randn(rows, shape.tokens, shape.patches, generator=generator).to(device), drawn[:, :1].contiguous()
+        return torch.randint(shape.vocabulary, (rows, T), generator=generator).to(device), targets
+    return torch.randn(rows, T, shape.patches, generator=generator).to(device), targets
 
 
 def flops(shape: Shape) -> float:
     """Floating-point operations of the model itself in one forward and backward of a row, recomputation left out."""
     attention, mlp = 4 * shape.width**2, (3 if shape.kind == "llama" else 2) * shape.width * shape.hidden
-    mixing = (1 if shape.kind == "vit" else 0.5) * 2 * shape.tokens * shape.width
+    mixing = (1 if shape.classes else 0.5) * 2 * shape.tokens * shape.width
     per_token = shape.layers * (attention + mlp + mixing) + shape.patches * shape.width
-    head = shape.width * shape.vocabulary * (1 if shape.kind == "vit" else shape.tokens)
+    head = shape.width * shape.outputs * (1 if shape.classes else shape.tokens)
     return 6.0 * (shape.tokens * per_token + head)

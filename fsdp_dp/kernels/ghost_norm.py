@@ -1,9 +1,9 @@
-"""Ghost norms of up to three Linears that share their input, with the bounds on their rounding, in two launches.
+"""Ghost norms of Linears, with the bounds on their rounding: a launch for up to three that share their input, one for all.
 
-In the step: `gradients.total_norm_terms` comes here for half-precision factors on a GPU; `gradients._gram_norms` is the
+In the step: `gradients.NormTally` comes here for half-precision factors on a GPU; `gradients._gram_norms` is the
 torch reference. ``|G|^2 = sum_{t,s} M_ts N_ts`` with ``M = a a^T`` and ``N = g g^T``, both symmetric. A program of the first
 launch makes one tile of M (``t >= s``), then the same tile of each layer's N, and leaves sums over the tile's entries; no
-Gram matrix reaches memory. The second launch turns these sums into the three terms of `NormTerms`.
+Gram matrix reaches memory. The last launch turns the sums of many layers into the three terms of `NormTerms`.
 
 [Note: the certificate]. With computed values M^ = M + E and N^ = N + F, where ``|E_ts| <= gamma(D) |a_t| |a_s| + mu(D)``
 and F likewise,
@@ -26,16 +26,18 @@ Shape suffixes as in `gradients`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fsdp_dp.kernels.launching import Block, launch
 from fsdp_dp.kernels.tiles import Tiles
 from fsdp_dp.numerics import underflow, unit_roundoff
+from fsdp_dp.side_stream import to_device
 
 MOST_LAYERS = 3
 """Layers of one launch: query, key and value."""
@@ -54,32 +56,93 @@ _U32 = tl.constexpr(unit_roundoff(torch.float32))
 _LONGEST_SQ = tl.constexpr(2.0**126)
 
 
-def add_ghost_norms_(terms_3B: Tensor, a_BTD: Tensor, gs: Sequence[Tensor], roundoff: float) -> None:
-    """Add the norm terms of layers that share ``a_BTD``, with output gradients ``gs`` ``[B, T, P_l]``, to ``terms_3B``.
+class GhostNorms:
+    """Collects layers, one launch for up to MOST_LAYERS that share their input, and measures all of them in a last one.
 
     Args:
-        terms_3B: float64 ``[3, B]``, as `NormTerms.stack`.
-        gs: one to MOST_LAYERS of them, all of the input's dtype and as `outer` hands them over.
+        rows: of every layer.
         roundoff: of one accumulation step of a product on this device (`numerics.tensor_core_roundoff`).
     """
-    B, T, D = a_BTD.shape
-    tiles = _tiles(T, a_BTD.device)
+
+    def __init__(self, rows: int, device: torch.device, roundoff: float) -> None:
+        self._rows, self._device, self._roundoff = rows, device, roundoff
+        self._room: Tensor | None = None
+        self._used = 0
+        self._layers: list[tuple[int, ...]] = []
+        self._measured: list[Tensor] = []
+
+    def add(self, a_BTD: Tensor, gs: Sequence[Tensor]) -> None:
+        """Layers that share ``a_BTD``, with output gradients ``gs`` ``[B, T, P_l]``.
+
+        One to MOST_LAYERS of them, all of the input's dtype and as `outer` hands them over.
+        """
+        B, T, D = a_BTD.shape
+        tiles, pairs, layers = *_tiles_and_pairs(T, a_BTD.device), len(gs)
+        widths = [g.shape[2] for g in gs]
+        fields = _INPUT_FIELDS.value + layers * _LAYER_FIELDS.value
+        place = self._take(B * pairs * fields)
+        block = (1, tiles.rows, tiles.depth)
+        a, *of_layers = [Block(x, block) for x in (a_BTD, *gs)]
+        absent = MOST_LAYERS - layers
+        launch(
+            _sum_tiles, (B * pairs, 1, 1),
+            (a, *of_layers, *of_layers[:1] * absent, self._room, place, pairs, D, *widths, *(0,) * absent,
+             layers, max(D, *widths) > CHUNK.value, tiles.rows, tiles.depth),
+            warps=tiles.warps, stages=tiles.stages,
+            key=(place.bit_length() > 31, pairs, tiles.rows, D, *widths, a_BTD.dtype),
+        )  # fmt: skip
+        for layer, P in enumerate(widths):
+            first = _INPUT_FIELDS.value + layer * _LAYER_FIELDS.value
+            self._layers.append((place, fields, first, pairs, tiles.rows, T, D, P))
+
+    def terms(self) -> Tensor:
+        """float64 ``[n, 3, B]``, each as `NormTerms.stack`; their sum is that of all layers since the last call."""
+        self._measure()
+        measured, self._measured = self._measured, []
+        return measured[0] if len(measured) == 1 else torch.cat(measured)
+
+    def _take(self, numel: int) -> int:
+        """The place of so many sums in ``_room``."""
+        if self._room is None or self._used + numel > self._room.numel():
+            self._measure()
+            self._room = torch.empty(max(numel, _ROOM), dtype=torch.float32, device=self._device)
+            self._used = 0
+        place, self._used = self._used, self._used + numel
+        return place
+
+    def _measure(self) -> None:
+        if not self._layers:
+            return
+        terms = torch.empty(len(self._layers), 3, self._rows, dtype=torch.float64, device=self._device)
+        table = _table(tuple(self._layers), self._device, _stream(self._device))
+        launch(
+            _finish, (self._rows, len(self._layers), 1),
+            (self._room, terms, table, self._rows, self._roundoff, 32), warps=1,
+        )  # fmt: skip
+        self._measured.append(terms)
+        self._layers, self._room = [], None
+
+
+_ROOM = 1 << 18
+"""Sums that wait for a last launch, if one layer does not have more."""
+
+
+@functools.lru_cache(maxsize=256)
+def _table(layers: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
+    """``[n, 8]`` on the device, of what a step asks for again and again; written and read on one stream."""
+    return to_device(torch.tensor(layers, dtype=torch.int64), device)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+@functools.cache
+def _tiles_and_pairs(T: int, device: torch.device) -> tuple[Tiles, int]:
+    """And the number of tiles in the lower triangle."""
+    tiles = _tiles(T, device)
     count = triton.cdiv(T, tiles.rows)
-    pairs, layers = count * (count + 1) // 2, len(gs)
-    widths = [g.shape[2] for g in gs] + [0] * (MOST_LAYERS - layers)
-    fields = _INPUT_FIELDS.value + layers * _LAYER_FIELDS.value
-    sums = torch.empty(B, pairs, fields, dtype=torch.float32, device=a_BTD.device)
-    block = [1, tiles.rows, tiles.depth]
-    a, *of_layers = (TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x in (a_BTD, *gs))
-    _sum_tiles[(B * pairs,)](
-        a, *of_layers, *of_layers[:1] * (MOST_LAYERS - layers), sums, pairs, D, *widths, LAYERS=layers,
-        CHUNKED=max(D, *widths) > CHUNK.value, TILE=tiles.rows, DEPTH=tiles.depth,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-    _finish[(B,)](
-        sums, terms_3B, B, T, D, *widths, pairs, LAYERS=layers, TILE=tiles.rows, U=roundoff,
-        BLOCK=min(128, triton.next_power_of_2(pairs)), num_warps=1,
-    )  # fmt: skip
+    return tiles, count * (count + 1) // 2
 
 
 def _tiles(T: int, device: torch.device) -> Tiles:
@@ -92,16 +155,16 @@ def _tiles(T: int, device: torch.device) -> Tiles:
     return Tiles(rows=128, columns=128, depth=64, warps=8, stages=6 if deep else 3)
 
 
-@triton.jit(do_not_specialize=["pairs", "D", "P0", "P1", "P2"])
+@triton.jit(do_not_specialize=["place", "pairs", "D", "P0", "P1", "P2"])
 def _sum_tiles(
-    a, g0, g1, g2, sums, pairs, D, P0, P1, P2,
+    a, g0, g1, g2, sums, place, pairs, D, P0, P1, P2,
     LAYERS: tl.constexpr, CHUNKED: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row, pair = program // pairs, program % pairs
     t, s = _tile_of_pair(pair)
     t, s = t * TILE, s * TILE
-    out = sums + program.to(tl.int64) * (_INPUT_FIELDS + LAYERS * _LAYER_FIELDS)
+    out = sums + place + program.to(tl.int64) * (_INPUT_FIELDS + LAYERS * _LAYER_FIELDS)
     on_diagonal = (t + tl.arange(0, TILE))[:, None] == (s + tl.arange(0, TILE))[None, :]
     times = tl.where(t == s, 1.0, 2.0)
     M = _gram_tile(a, row, t, s, D, CHUNKED, TILE, DEPTH)
@@ -167,49 +230,31 @@ def _total(x):
     return tl.sum(tl.sum(x, 1), 0)
 
 
-@triton.jit(do_not_specialize=["B", "T", "D", "P0", "P1", "P2", "pairs"])
-def _finish(
-    sums, terms, B, T, D, P0, P1, P2, pairs,
-    LAYERS: tl.constexpr, TILE: tl.constexpr, U: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """[Note: the certificate], for one row."""
-    row = tl.program_id(0)
-    sums += row.to(tl.int64) * pairs * (_INPUT_FIELDS + LAYERS * _LAYER_FIELDS)
-    FIELDS: tl.constexpr = _INPUT_FIELDS + LAYERS * _LAYER_FIELDS
-    norm_sq, error, rounding_sq = _terms_of_layer(sums, pairs, B, T, D, P0, 0, FIELDS, TILE, U, BLOCK)
-    if LAYERS > 1:
-        more = _terms_of_layer(sums, pairs, B, T, D, P1, 1, FIELDS, TILE, U, BLOCK)
-        norm_sq, error, rounding_sq = norm_sq + more[0], error + more[1], rounding_sq + more[2]
-    if LAYERS > 2:
-        more = _terms_of_layer(sums, pairs, B, T, D, P2, 2, FIELDS, TILE, U, BLOCK)
-        norm_sq, error, rounding_sq = norm_sq + more[0], error + more[1], rounding_sq + more[2]
-    tl.store(terms + row, tl.load(terms + row) + norm_sq)
-    tl.store(terms + B + row, tl.load(terms + B + row) + error)
-    tl.store(terms + 2 * B + row, tl.load(terms + 2 * B + row) + rounding_sq)
-
-
-@triton.jit
-def _terms_of_layer(
-    sums, pairs, B, T, D, P, layer: tl.constexpr,
-    FIELDS: tl.constexpr, TILE: tl.constexpr, U: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    own = sums + _INPUT_FIELDS + layer * _LAYER_FIELDS
+@triton.jit(do_not_specialize=["B"])
+def _finish(sums, terms, table, B, U: tl.constexpr, BLOCK: tl.constexpr):
+    """[Note: the certificate], for one row of one layer."""
+    row, entry = tl.program_id(0), tl.program_id(1)
+    layer = table + entry * 8
+    place, fields, first, pairs = tl.load(layer), tl.load(layer + 1), tl.load(layer + 2), tl.load(layer + 3)
+    TILE, T, D, P = tl.load(layer + 4), tl.load(layer + 5), tl.load(layer + 6), tl.load(layer + 7)
+    sums += place + row * pairs * fields
+    own = sums + first
     summed = 1 + 2 * _gamma(2 * TILE + 4, _U32)  # float32 sums over a tile, of terms that are not negative
     length = T.to(tl.float64)
     gamma_M, gamma_N = _gamma_of_width(D, U), _gamma_of_width(P, U)
     mu_M, mu_N = _TINY * D.to(tl.float64), _TINY * P.to(tl.float64)
 
     # Squared token norms, summed; a computed one may lack gamma of the true one.
-    a_sq = (_over_tiles(sums + _TRACE_M, pairs, FIELDS, BLOCK) * summed + length * mu_M) / (1 - gamma_M)
-    g_sq = (_over_tiles(own + _TRACE, pairs, FIELDS, BLOCK) * summed + length * mu_N) / (1 - gamma_N)
+    a_sq = (_over_tiles(sums + _TRACE_M, pairs, fields, BLOCK) * summed + length * mu_M) / (1 - gamma_M)
+    g_sq = (_over_tiles(own + _TRACE, pairs, fields, BLOCK) * summed + length * mu_N) / (1 - gamma_N)
     # Squares may be lost to underflow, and so may products of M and N.
     lost = length * length * _TINY
-    off_M = tl.sqrt(_over_tiles(sums + _OFF_M, pairs, FIELDS, BLOCK) * summed + lost)
-    off_N = tl.sqrt(_over_tiles(own + _OFF, pairs, FIELDS, BLOCK) * summed + lost)
-    diagonal = _over_tiles(own + _DIAGONAL, pairs, FIELDS, BLOCK) * summed + lost
-    inner = _over_tiles(own + _INNER, pairs, FIELDS, BLOCK)
+    off_M = tl.sqrt(_over_tiles(sums + _OFF_M, pairs, fields, BLOCK) * summed + lost)
+    off_N = tl.sqrt(_over_tiles(own + _OFF, pairs, fields, BLOCK) * summed + lost)
+    diagonal = _over_tiles(own + _DIAGONAL, pairs, fields, BLOCK) * summed + lost
+    inner = _over_tiles(own + _INNER, pairs, fields, BLOCK)
 
-    lengths = _over_tiles(own + _LENGTHS, pairs, FIELDS, BLOCK) * summed / tl.sqrt((1 - gamma_M) * (1 - gamma_N))
+    lengths = _over_tiles(own + _LENGTHS, pairs, fields, BLOCK) * summed / tl.sqrt((1 - gamma_M) * (1 - gamma_N))
     S = lengths + tl.sqrt(length * mu_M * g_sq) + tl.sqrt(length * mu_N * a_sq) + length * tl.sqrt(mu_M * mu_N) + lost
     on_M = gamma_M * (diagonal / (1 - gamma_M) + off_N * a_sq) + mu_M * (g_sq + length * off_N)
     on_N = gamma_N * (diagonal / (1 - gamma_N) + off_M * g_sq) + mu_N * (a_sq + length * off_M)
@@ -218,16 +263,18 @@ def _terms_of_layer(
     error = on_M + on_N + both + adding
     error = tl.where((a_sq <= _LONGEST_SQ) & (g_sq <= _LONGEST_SQ), error, float("inf"))
     rounding = (1.01 * _gamma(T + 4, U) + 1.01 * _gamma(2 * B + 4, _U32)) * S
-    # Selection, not maximum, which would drop NaN.
-    return tl.where(inner < 0, 0.0, inner), error, rounding * rounding
+    out = terms + entry.to(tl.int64) * 3 * B + row
+    tl.store(out, tl.where(inner < 0, 0.0, inner))  # selection, not maximum, which would drop NaN
+    tl.store(out + B, error)
+    tl.store(out + 2 * B, rounding * rounding)
 
 
 @triton.jit
-def _over_tiles(field, pairs, FIELDS: tl.constexpr, BLOCK: tl.constexpr):
+def _over_tiles(field, pairs, fields, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float64)
     for first in range(0, pairs, BLOCK):
         pair = first + tl.arange(0, BLOCK)
-        total += tl.load(field + pair * FIELDS, mask=pair < pairs, other=0.0).to(tl.float64)
+        total += tl.load(field + pair * fields, mask=pair < pairs, other=0.0).to(tl.float64)
     return tl.sum(total, 0)
 
 

@@ -14,11 +14,9 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fsdp_dp.kernels.tiles import Tiles
 
@@ -26,19 +24,14 @@ _GROUP = gl.constexpr(8)
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def launch_weighted_outer(
-    grid: tuple[int], g_BTP: Tensor, a_BTD: Tensor, arguments: tuple[Any, ...], tiles: Tiles
-) -> None:
-    """``arguments`` are those of `weighted_outer._weighted_outer` between its descriptors and its constants."""
-    g, a = _descriptor(g_BTP, tiles.depth, tiles.rows), _descriptor(a_BTD, tiles.depth, tiles.columns)
-    _weighted_outer[grid](
-        g, a, *arguments, DTYPE=_DTYPES[a_BTD.dtype], DEPTH=tiles.depth, ROWS=tiles.rows, COLUMNS=tiles.columns,
-        STAGES=tiles.stages, num_warps=tiles.warps,
-    )  # fmt: skip
-
-
-def _descriptor(x: Tensor, depth: int, width: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, depth, width], _layout(depth, width, x.dtype))
+def form_of_weighted_outer(dtype: torch.dtype, tiles: Tiles) -> tuple[Any, tuple[Any, ...], tuple[Any, Any]]:
+    """The kernel, its constants, and the layouts of its blocks of ``g`` and ``a``."""
+    constants = (_DTYPES[dtype], tiles.depth, tiles.rows, tiles.columns, tiles.stages, tiles.warps)
+    return (
+        _weighted_outer,
+        constants,
+        (_layout(tiles.depth, tiles.rows, dtype), _layout(tiles.depth, tiles.columns, dtype)),
+    )
 
 
 @functools.cache
@@ -50,7 +43,7 @@ def _layout(depth: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
 def _weighted_outer(
     g, a, weight, out, B, T, P, D, rows, slice_stride, row_stride,
     DTYPE: gl.constexpr, DEPTH: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
-    num_warps: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
     tiles_across = gl.cdiv(D, COLUMNS)
     group = gl.program_id(0) // (_GROUP * tiles_across)
@@ -70,7 +63,7 @@ def _weighted_outer(
     shared = (tiles_g, tiles_a, full, empty)
     gl.warp_specialize(
         [
-            (_multiply, (shared, weight, out, B, T, P, D, rows, slice_stride, row_stride, p, d, num_warps)),
+            (_multiply, (shared, weight, out, B, T, P, D, rows, slice_stride, row_stride, p, d, WARPS)),
             (_load, (shared, g, a, weight, B, T, p, d)),
         ],
         [1],

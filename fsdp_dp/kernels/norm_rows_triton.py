@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fsdp_dp.kernels.launching import launch
+
 _ELEMENTS = 8192
 """Of a program's tile: some positions, as wide as the layer."""
 
@@ -34,11 +36,13 @@ def norm_rows(
     parts = min(triton.cdiv(T, height), triton.cdiv(_PROGRAMS, B))
     scale = torch.empty(B, parts, C, dtype=torch.float32, device=a_BTC.device)
     shift = torch.empty_like(scale) if with_shift else scale
-    _norm_rows[(B, parts)](
-        a_BTC, g_BTC, scale, shift, T, C, triton.cdiv(T, parts), eps, CENTERED=centered, SHIFT=with_shift,
-        HEIGHT=height, COLUMNS=columns, num_warps=8,
+    launch(
+        _norm_rows, (B, parts, 1),
+        (a_BTC, g_BTC, scale, shift, T, C, triton.cdiv(T, parts), eps, centered, with_shift, height, columns),
+        warps=8,
     )  # fmt: skip
-    return scale.sum(1), shift.sum(1) if with_shift else None
+    scale_BC, *shift_BC = (x.sum(1) if parts > 1 else x[:, 0] for x in ((scale, shift) if with_shift else (scale,)))
+    return scale_BC, shift_BC[0] if shift_BC else None
 
 
 @triton.jit

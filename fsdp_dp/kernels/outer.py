@@ -20,7 +20,7 @@ _WIDTH_UNIT = 8
 
 
 def usable(a_BTD: Tensor, g_BTP: Tensor) -> bool:
-    """Whether `weighted_outer` and `ghost_norm_terms` take these factors; decided by type and shape alone."""
+    """Whether `weighted_outer` and `GhostNorms` take these factors; decided by type and shape alone."""
     return (
         a_BTD.dtype == g_BTP.dtype
         and a_BTD.dtype in _HALVES
@@ -47,15 +47,24 @@ def weighted_outer(a_BTD: Tensor, g_BTP: Tensor, weight_B: Tensor, out: Tensor |
     return implementation.weighted_outer(_readable(a_BTD), _readable(g_BTP), weight_B, out)
 
 
-def ghost_norm_terms(groups: Sequence[tuple[Tensor, Sequence[Tensor]]], terms_3B: Tensor) -> None:
-    """Add the norm terms of every ``(a, its layers' g)`` to ``terms_3B`` (see `ghost_norm`)."""
-    from fsdp_dp.kernels import ghost_norm
+class GhostNorms:
+    """Norm terms of layers ``[B, ...]`` that `usable` takes, whose measurement ends in one launch (see `ghost_norm`)."""
 
-    for a_BTD, gs in groups:
-        a, roundoff = _readable(a_BTD), tensor_core_roundoff(a_BTD.device)
-        for first in range(0, len(gs), ghost_norm.MOST_LAYERS):
-            of_launch = [_readable(g) for g in gs[first : first + ghost_norm.MOST_LAYERS]]
-            ghost_norm.add_ghost_norms_(terms_3B, a, of_launch, roundoff)
+    def __init__(self, rows: int, device: torch.device) -> None:
+        from fsdp_dp.kernels import ghost_norm
+
+        self._most = ghost_norm.MOST_LAYERS
+        self._norms = ghost_norm.GhostNorms(rows, device, tensor_core_roundoff(device))
+
+    def add(self, a_BTD: Tensor, gs: Sequence[Tensor]) -> None:
+        """Layers that were given the same input, by their output gradients."""
+        a = _readable(a_BTD)
+        for first in range(0, len(gs), self._most):
+            self._norms.add(a, [_readable(g) for g in gs[first : first + self._most]])
+
+    def terms(self) -> Tensor:
+        """float64 ``[n, 3, B]``, whose sum over n is that of all layers since the last call."""
+        return self._norms.terms()
 
 
 def _readable(x: Tensor) -> Tensor:

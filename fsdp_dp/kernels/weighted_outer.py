@@ -18,14 +18,16 @@ Shape suffixes as in `gradients`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fsdp_dp.kernels.launching import Block, launch
 from fsdp_dp.kernels.tiles import Tiles, hand_scheduled, padded_tile
 
 GROUP = tl.constexpr(8)
@@ -41,25 +43,68 @@ def weighted_outer(a_BTD: Tensor, g_BTP: Tensor, weight_B: Tensor, out: Tensor) 
         out: float32 ``[P, D]``, or ``[W, P / W, D]`` with any strides but a last one of 1 (slices of a bucket).
     """
     B, T, D = a_BTD.shape
-    P = g_BTP.shape[2]
-    tiles = _tiles(P, D, a_BTD.device)
-    rows, (slice_stride, row_stride) = out.shape[-2], out.stride()[-3:-1] if out.ndim == 3 else (0, out.stride(0))
-    arguments = (weight_B, out, B, T, P, D, rows, slice_stride, row_stride)
-    grid = (triton.cdiv(P, tiles.rows) * triton.cdiv(D, tiles.columns),)
-    if hand_scheduled(a_BTD.device):
+    P, dtype = g_BTP.shape[2], a_BTD.dtype
+    if out.ndim == 3:
+        (slice_stride, row_stride, _), rows = out.stride(), out.shape[1]
+    else:
+        slice_stride, row_stride, rows = 0, out.stride(0), out.shape[0]
+    form = _form(P, D, dtype, a_BTD.device, hand_scheduled(a_BTD.device))
+    tiles = form.tiles
+    launch(
+        form.kernel,
+        form.grid,
+        (
+            Block(g_BTP, form.block_of_g, form.layout_of_g),
+            Block(a_BTD, form.block_of_a, form.layout_of_a),
+            *(weight_B, out, B, T, P, D, rows, slice_stride, row_stride),
+            *form.constants,
+        ),
+        warps=tiles.warps,
+        stages=form.stages,
+        key=(
+            *(B, T, P, D, dtype, rows, slice_stride, row_stride),
+            *(weight_B.dtype, weight_B.data_ptr() % 16 == 0, out.dtype, out.data_ptr() % 16 == 0),
+        ),
+    )
+    return out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Form:
+    """What a launch takes from the shape of the sum alone."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    tiles: Tiles
+    stages: int
+    block_of_g: tuple[int, int, int]
+    block_of_a: tuple[int, int, int]
+    layout_of_g: Any
+    layout_of_a: Any
+    constants: tuple[Any, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def _form(P: int, D: int, dtype: torch.dtype, device: torch.device, by_hand: bool) -> _Form:
+    tiles = _tiles(P, D, device)
+    kernel, constants, layouts, stages = _weighted_outer, (tiles.depth, tiles.rows, tiles.columns), (None, None), 3
+    if by_hand:
         from fsdp_dp.kernels import hopper
 
-        hopper.launch_weighted_outer(grid, g_BTP, a_BTD, arguments, tiles)
+        kernel, constants, layouts = hopper.form_of_weighted_outer(dtype, tiles)
     else:
-        g, a = (
-            TensorDescriptor(x, list(x.shape), list(x.stride()), [1, tiles.depth, width])
-            for x, width in ((g_BTP, tiles.rows), (a_BTD, tiles.columns))
-        )
-        _weighted_outer[grid](
-            g, a, *arguments, DEPTH=tiles.depth, ROWS=tiles.rows, COLUMNS=tiles.columns,
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
-    return out
+        stages = tiles.stages
+    return _Form(
+        kernel=kernel,
+        grid=(triton.cdiv(P, tiles.rows) * triton.cdiv(D, tiles.columns), 1, 1),
+        tiles=tiles,
+        stages=stages,
+        block_of_g=(1, tiles.depth, tiles.rows),
+        block_of_a=(1, tiles.depth, tiles.columns),
+        layout_of_g=layouts[0],
+        layout_of_a=layouts[1],
+        constants=constants,
+    )
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from fsdp_dp.numerics import accumulate_dtype
 
 def positions(x: Tensor) -> Tensor:
     """``[B, ..., C]`` -> ``[B, T, C]`` with all middle dimensions merged (T = 1 for ``[B, C]``)."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    return x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 @layer_rule(nn.Linear)

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fsdp_dp import engine, gradients, kernels, numerics
+from fsdp_dp import clipping, engine, gradients, kernels, numerics
 from fsdp_dp.engine import PrivacyEngine
-from fsdp_dp.gradients import NormTerms, OuterProduct
 from fsdp_dp.kernels import norm_rows, outer
 from fsdp_dp.kernels.release import Verdict
 from fsdp_dp.recorder import Recorder
@@ -60,7 +59,8 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
             (kernels, "available", lambda device: True),
             (outer, "_runs_on", lambda device: True),
             (outer, "weighted_outer", _weighted_outer),
-            (gradients, "_fused_norm_terms", _fused_norm_terms),
+            (outer, "GhostNorms", _GhostNorms),
+            (clipping, "_has_kernel", lambda mask_B, dtype: False),
             (norm_rows, "norm_rows", _norm_rows),
             (F, "rms_norm", _fused_rms_norm),
         ]
@@ -122,10 +122,15 @@ def _weighted_outer(a_BTD: Tensor, g_BTP: Tensor, weight_B: Tensor, out: Tensor 
     return torch.empty(g_BTP.shape[2], a_BTD.shape[2], dtype=torch.float32) if out is None else out
 
 
-def _fused_norm_terms(outers: Sequence[OuterProduct]) -> NormTerms:
-    for one in outers:
-        _held_at_once = _readable(one.a_BTD), _readable(one.g_BTP)
-    return NormTerms.zeros(len(outers[0].a_BTD), outers[0].a_BTD.device)
+class _GhostNorms:
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._terms = torch.zeros(1, 3, rows, dtype=torch.float64, device=device)
+
+    def add(self, a_BTD: Tensor, gs: Sequence[Tensor]) -> None:
+        _held_at_once = [_readable(x) for x in (a_BTD, *gs)]
+
+    def terms(self) -> Tensor:
+        return self._terms
 
 
 def _norm_rows(a_BTC: Tensor, g_BTC: Tensor, eps: float, *, centered: bool, with_shift: bool) -> tuple[Tensor, Any]:

@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from fsdp_dp.module_tree import modules_of
 from fsdp_dp.numerics import accumulate_dtype
 from fsdp_dp.sharding.base import ManagedParameter, narrow_reduction, trainable_names
 from fsdp_dp.sharding.layout import Cut, box, region
@@ -80,7 +81,7 @@ class Fsdp2Model(TensorParallel):
 
     def prepare_forward(self) -> None:
         """An evaluation leaves units gathered, and with the ``requires_grad`` that they had then."""
-        for module in self.root.modules():
+        for module in modules_of(self.root):
             if isinstance(module, FSDPModule):
                 module.reshard()
 

@@ -26,13 +26,16 @@ def test_cases() -> None:
     plain, flat = cases.parse("llama-1.3b@2x8192:plain-fsdp1,flat", microbatches=4, checkpointing=True)
     assert (plain.shape.rows, plain.shape.tokens, plain.backend, flat.backend) == (2, 8192, "FSDP1", "FSDP2")
     assert plain.name == "llama-1.3b@2x8192 checkpointed 4 microbatch(es)"
+    (few,) = cases.parse("llama-13b/8@1x512:layer", microbatches=1, checkpointing=False)
+    assert (few.shape.layers, few.shape.width, few.shape.tokens) == (8, 5120, 512)
+    assert few.name == "llama-13b/8@1x512 1 microbatch(es)"
     with pytest.raises(ValueError, match="no model 'llama-2b'"):
         cases.parse("llama-2b:flat", microbatches=1, checkpointing=False)
     with pytest.raises(ValueError, match="no side 'fast'"):
         cases.parse("llama-1.3b:fast", microbatches=1, checkpointing=False)
 
 
-@pytest.mark.parametrize("model", ["llama-tiny", "gpt2-tiny", "vit-tiny"])
+@pytest.mark.parametrize("model", ["llama-tiny", "gpt2-tiny", "vit-tiny", "roberta-tiny"])
 def test_models_can_be_private(model: str) -> None:
     shape = models.MODELS[model]
     module = models.Transformer(shape, tied=shape.kind == "gpt2", checkpointing=False)
@@ -50,7 +53,15 @@ def test_models_can_be_private(model: str) -> None:
 
 
 def test_sizes_of_the_models() -> None:
-    for name, billions in [("llama-350m", 0.368), ("llama-1.3b", 1.345), ("llama-6.7b", 6.74), ("gpt2-large", 0.774)]:
+    for name, billions in [
+        ("llama-350m", 0.368),
+        ("llama-1.3b", 1.345),
+        ("llama-6.7b", 6.74),
+        ("gpt2-large", 0.774),
+        ("llama-13b", 13.0),
+        ("roberta-large", 0.355),
+        ("vit-large", 0.304),
+    ]:
         shape = models.MODELS[name]
         with torch.device("meta"):
             module = models.Transformer(shape, tied=shape.kind == "gpt2", checkpointing=False)

@@ -40,6 +40,7 @@ ORDER = (
         "adaptive_bounds",
         "marks",
         "methods",
+        "module_tree",
         "row_layouts",
         "shared_values",
     ),  # pure
