@@ -106,10 +106,8 @@ def split_bfloat16(x: Tensor) -> tuple[Tensor, Tensor]:
     return high, torch.sub(x, high, out=torch.empty_like(high))
 
 
-_IEEE = (
-    "ieee",
-    "none",
-)  # "none": neither this flag nor those that it inherits from say anything, and products are IEEE
+_IEEE = ("ieee", "none")
+"""What a flag reads where products are IEEE. "none": neither it nor those that it inherits from say anything."""
 
 
 class exact_arithmetic:
