@@ -32,10 +32,10 @@ def page(text: str, rows: Sequence[Row]) -> str:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """One table a case, plain FSDP2 first; then where the time of the profiled steps went."""
+    """One table a case and commit, whose sides are compared; then where the time of the profiled steps went."""
     sections = []
-    for case in dict.fromkeys(row["case"] for row in rows):
-        of_case = [row for row in rows if row["case"] == case]
+    for case, commit, device in dict.fromkeys((row["case"], row["commit"], row["device"]) for row in rows):
+        of_case = [r for r in rows if (r["case"], r["commit"], r["device"]) == (case, commit, device)]
         sections.append(
             "\n".join([f"## {case}", "", *_stamp(of_case), "", *_HEADER, *_lines(of_case), *_account(of_case)])
         )
