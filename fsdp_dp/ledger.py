@@ -80,6 +80,11 @@ class Chain(NamedTuple):
             raise LedgerError("the ledger holds no record")
         return standing
 
+    @property
+    def counted(self) -> int:
+        """Releases that count as spent, a line that was cut short included."""
+        return counted_at_resume(self.standing(), torn=bool(self.torn))
+
     def check(self, anchor: Anchor) -> None:
         """Raises LedgerError unless the chain goes through `anchor`."""
         length, head = anchor
@@ -102,12 +107,14 @@ def read(path: Path) -> Chain:
 
     Raises:
         LedgerError: a whole line does not continue the chain, so that the file was changed after it was written. A line
-            that was cut short at the end is no error: it comes back in `torn`.
+            that was cut short at the end is no error: it comes back in `torn`. Two that end in a newline are one: at most
+            the last was being written, so the first is no line that a crash cut.
     """
     records: list[dict[str, Any]] = []
     links: list[str] = []
     torn: list[bytes] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
         record = _parsed(line)
         if record is None:
             torn += [line] if line else []
@@ -121,6 +128,12 @@ def read(path: Path) -> Chain:
         records.append(record)
         links.append(expected)
         torn = []
+    ended = torn[:-1] if lines[-1] and torn else torn
+    if len(ended) > 1:
+        raise LedgerError(
+            f"{path}: its last {len(torn)} lines are no records, and a crash cuts one: they were changed after they were "
+            "written. Bring back an unchanged copy; without one, count the whole budget as spent"
+        )
     return Chain(records, links, b"\n".join(torn))
 
 
@@ -336,25 +349,26 @@ def anchor_in(checkpoint: Path) -> Anchor:
 
 def verdict(chain: Chain) -> str:
     """What `verify` says of a ledger that holds together."""
-    return f"ok: {len(chain.links)} records, unbroken; {chain.standing().counted} releases count as spent"
+    torn = ", a last line that was cut short and counts as one more lease" if chain.torn else ""
+    return f"ok: {len(chain.links)} records, unbroken{torn}; {chain.counted} releases count as spent"
 
 
 def describe(chain: Chain) -> Iterator[str]:
     """What a ledger says, line by line."""
     standing = chain.standing()
     budget = "no budget" if standing.budget is None else f"a budget of {standing.budget}"
-    yield f"run {standing.run}: {standing.counted} releases count as spent, of {budget}"
+    yield f"run {standing.run}: {chain.counted} releases count as spent, of {budget}"
     if standing.running:
         yield f"  no end was written (a process works, or crashed): {standing.released} are settled, the rest is its lease"
     if standing.lost:
         yield f"  {standing.lost} of them were lost: leases that crashes left, releases after the last checkpoint"
     if chain.torn:
-        yield "  the last line was cut short: when the run goes on it counts as one more lease"
+        yield "  the last line was cut short: it counts as one more lease"
     yield f"  {standing.sessions} start(s) of the run"
     for name, value in standing.mechanism.items():
         yield f"  {name} = {value}"
     delta = standing.options["target_delta"]
-    yield f"epsilon <= {standing.epsilon(standing.counted).upper:.6g} at delta = {delta:g} for what is counted"
+    yield f"epsilon <= {standing.epsilon(chain.counted).upper:.6g} at delta = {delta:g} for what is counted"
     if standing.budget is not None:
         yield f"epsilon <= {standing.epsilon(standing.budget).upper:.6g} for the whole budget: what a run reports"
     if standing.extended:
