@@ -167,6 +167,7 @@ class Ledger:
         self._lock = _hold(path)
         self._chain = read(path) if path.exists() else Chain([], [], b"")
         self.standing = self._chain.standing() if self._chain.records else None
+        self._size = _size(path)
         self._turn = threading.RLock()
         self._broken = False
 
@@ -208,6 +209,11 @@ class Ledger:
             raise LedgerError(
                 f"steps={privacy.steps} is less than the {self.standing.budget} releases that this run committed to; give at "
                 "least as many. A run may end early, but its epsilon stays that of its budget"
+            )
+        if privacy.steps is not None and privacy.steps < self.counted:
+            raise LedgerError(
+                f"steps={privacy.steps} is less than the {self.counted} releases of this run that count as spent; give at "
+                "least as many"
             )
         return self._append({"kind": "resume", "counted": self.counted} | common)
 
@@ -257,11 +263,26 @@ class Ledger:
             standing = opened(record) if self.standing is None else after(self.standing, record)
             record["chain"] = link(self.anchor.head, record)
             self._broken = True
+            self._check_only_writer()
             _write_through(self.path, json.dumps(record, sort_keys=True).encode())
+            self._size = _size(self.path)
             self._broken = False
             self._chain = Chain([*records, record], [*links, record["chain"]], b"")
             self.standing = standing
             return standing
+
+
+    def _check_only_writer(self) -> None:
+        """No lock keeps one process from opening a ledger twice, nor works on every network file system."""
+        if _size(self.path) != self._size:
+            raise LedgerError(
+                f"{self.path}: it has {_size(self.path)} bytes, where this writer left {self._size}: another one went on with "
+                "the run, or the file was changed. End this one; a ledger has one writer, and one Ledger in a process"
+            )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _check_mechanism(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -303,6 +303,33 @@ def test_the_second_writer_is_refused(path):
     assert holder.standing.counted == 0
 
 
+def test_a_second_writer_of_the_same_process_ends_the_first(path):
+    """The lock does not tell them apart. What the first may still release is counted by the second as spent.
+
+    Seen to fail without the check of the file's size: both went on, and each counted its own.
+    """
+    writers = [begin(path)]
+    writers[0].reserve(0)
+    writers.append(begin(path))
+    made = 0
+    with pytest.raises(LedgerError, match="another one went on with the run"):
+        for release in range(1, 101):
+            writers[0].hold(release)
+            made += 1
+    for release in range(writers[1].standing.session_start + 1, 101):
+        writers[1].hold(release)
+        made += 1
+    assert made <= 100 == read(path).standing().counted
+
+
+def test_a_first_budget_is_no_smaller_than_what_is_spent(path):
+    """Seen to fail when only an earlier budget is a floor: `show` then had an epsilon of 5 releases as the run's."""
+    begin(path, replace(PRIVACY, steps=None)).reserve(0)
+    with pytest.raises(LedgerError, match="steps=5 is less than the 12 releases of this run that count as spent"):
+        begin(path, replace(PRIVACY, steps=5))
+    assert begin(path, replace(PRIVACY, steps=12)).standing.budget == 12
+
+
 def test_verify_says_whether_ledger_and_checkpoints_agree(path, capsys):
     ledger = begin(path)
     ledger.reserve(0)
