@@ -271,13 +271,12 @@ class Ledger:
             self.standing = standing
             return standing
 
-
     def _check_only_writer(self) -> None:
         """No lock keeps one process from opening a ledger twice, nor works on every network file system."""
         if _size(self.path) != self._size:
             raise LedgerError(
-                f"{self.path}: it has {_size(self.path)} bytes, where this writer left {self._size}: another one went on with "
-                "the run, or the file was changed. End this one; a ledger has one writer, and one Ledger in a process"
+                f"{self.path}: it has {_size(self.path)} bytes, where this writer left {self._size}: another one went on "
+                "with the run, or the file was changed. End this one; a ledger has one writer, and one Ledger in a process"
             )
 
 
