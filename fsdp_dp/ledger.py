@@ -35,8 +35,9 @@ LEDGER_FILE = "ledger.jsonl"
 # The checkpoints in a run's folder, and what each says of itself, its anchor in the ledger included.
 CHECKPOINTS, STATE_FILE = "checkpoints/step-*", "state.json"
 UNDETECTED = (
-    "Not detected: an old copy of the whole run put in its place (ledger and checkpoints together), and two runs that went "
-    "on from copies of one folder, each with its own ledger. Those releases add up, and nobody here counts them."
+    "Not detected: an old copy of the whole run put in its place (ledger and checkpoints together), lines cut off after "
+    "the newest checkpoint, a chain computed anew, and two runs that went on from copies of one folder, each with its own "
+    "ledger. Those releases add up, and nobody here counts them."
 )
 EXTENDED = (
     "The budget was raised after releases had been made. The epsilon above is that of all releases as one run; it is a "
