@@ -35,8 +35,9 @@ LEDGER_FILE = "ledger.jsonl"
 # The checkpoints in a run's folder, and what each says of itself, its anchor in the ledger included.
 CHECKPOINTS, STATE_FILE = "checkpoints/step-*", "state.json"
 UNDETECTED = (
-    "Not detected: an old copy of the whole run put in its place (ledger and checkpoints together), and two runs that went "
-    "on from copies of one folder, each with its own ledger. Those releases add up, and nobody here counts them."
+    "Not detected: an old copy of the whole run put in its place (ledger and checkpoints together), lines cut off after "
+    "the newest checkpoint, a chain computed anew, and two runs that went on from copies of one folder, each with its own "
+    "ledger. Those releases add up, and nobody here counts them."
 )
 EXTENDED = (
     "The budget was raised after releases had been made. The epsilon above is that of all releases as one run; it is a "
@@ -80,6 +81,11 @@ class Chain(NamedTuple):
             raise LedgerError("the ledger holds no record")
         return standing
 
+    @property
+    def counted(self) -> int:
+        """Releases that count as spent, a line that was cut short included."""
+        return counted_at_resume(self.standing(), torn=bool(self.torn))
+
     def check(self, anchor: Anchor) -> None:
         """Raises LedgerError unless the chain goes through `anchor`."""
         length, head = anchor
@@ -102,12 +108,14 @@ def read(path: Path) -> Chain:
 
     Raises:
         LedgerError: a whole line does not continue the chain, so that the file was changed after it was written. A line
-            that was cut short at the end is no error: it comes back in `torn`.
+            that was cut short at the end is no error: it comes back in `torn`. Two that end in a newline are one: at most
+            the last was being written, so the first is no line that a crash cut.
     """
     records: list[dict[str, Any]] = []
     links: list[str] = []
     torn: list[bytes] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
         record = _parsed(line)
         if record is None:
             torn += [line] if line else []
@@ -121,6 +129,12 @@ def read(path: Path) -> Chain:
         records.append(record)
         links.append(expected)
         torn = []
+    ended = torn[:-1] if lines[-1] and torn else torn
+    if len(ended) > 1:
+        raise LedgerError(
+            f"{path}: its last {len(torn)} lines are no records, and a crash cuts one: they were changed after they were "
+            "written. Bring back an unchanged copy; without one, count the whole budget as spent"
+        )
     return Chain(records, links, b"\n".join(torn))
 
 
@@ -154,6 +168,7 @@ class Ledger:
         self._lock = _hold(path)
         self._chain = read(path) if path.exists() else Chain([], [], b"")
         self.standing = self._chain.standing() if self._chain.records else None
+        self._size = _size(path)
         self._turn = threading.RLock()
         self._broken = False
 
@@ -195,6 +210,11 @@ class Ledger:
             raise LedgerError(
                 f"steps={privacy.steps} is less than the {self.standing.budget} releases that this run committed to; give at "
                 "least as many. A run may end early, but its epsilon stays that of its budget"
+            )
+        if privacy.steps is not None and privacy.steps < self.counted:
+            raise LedgerError(
+                f"steps={privacy.steps} is less than the {self.counted} releases of this run that count as spent; give at "
+                "least as many"
             )
         return self._append({"kind": "resume", "counted": self.counted} | common)
 
@@ -244,11 +264,25 @@ class Ledger:
             standing = opened(record) if self.standing is None else after(self.standing, record)
             record["chain"] = link(self.anchor.head, record)
             self._broken = True
+            self._check_only_writer()
             _write_through(self.path, json.dumps(record, sort_keys=True).encode())
+            self._size = _size(self.path)
             self._broken = False
             self._chain = Chain([*records, record], [*links, record["chain"]], b"")
             self.standing = standing
             return standing
+
+    def _check_only_writer(self) -> None:
+        """No lock keeps one process from opening a ledger twice, nor works on every network file system."""
+        if _size(self.path) != self._size:
+            raise LedgerError(
+                f"{self.path}: it has {_size(self.path)} bytes, where this writer left {self._size}: another one went on "
+                "with the run, or the file was changed. End this one; a ledger has one writer, and one Ledger in a process"
+            )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _check_mechanism(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -336,25 +370,26 @@ def anchor_in(checkpoint: Path) -> Anchor:
 
 def verdict(chain: Chain) -> str:
     """What `verify` says of a ledger that holds together."""
-    return f"ok: {len(chain.links)} records, unbroken; {chain.standing().counted} releases count as spent"
+    torn = ", a last line that was cut short and counts as one more lease" if chain.torn else ""
+    return f"ok: {len(chain.links)} records, unbroken{torn}; {chain.counted} releases count as spent"
 
 
 def describe(chain: Chain) -> Iterator[str]:
     """What a ledger says, line by line."""
     standing = chain.standing()
     budget = "no budget" if standing.budget is None else f"a budget of {standing.budget}"
-    yield f"run {standing.run}: {standing.counted} releases count as spent, of {budget}"
+    yield f"run {standing.run}: {chain.counted} releases count as spent, of {budget}"
     if standing.running:
         yield f"  no end was written (a process works, or crashed): {standing.released} are settled, the rest is its lease"
     if standing.lost:
         yield f"  {standing.lost} of them were lost: leases that crashes left, releases after the last checkpoint"
     if chain.torn:
-        yield "  the last line was cut short: when the run goes on it counts as one more lease"
+        yield "  the last line was cut short: it counts as one more lease"
     yield f"  {standing.sessions} start(s) of the run"
     for name, value in standing.mechanism.items():
         yield f"  {name} = {value}"
     delta = standing.options["target_delta"]
-    yield f"epsilon <= {standing.epsilon(standing.counted).upper:.6g} at delta = {delta:g} for what is counted"
+    yield f"epsilon <= {standing.epsilon(chain.counted).upper:.6g} at delta = {delta:g} for what is counted"
     if standing.budget is not None:
         yield f"epsilon <= {standing.epsilon(standing.budget).upper:.6g} for the whole budget: what a run reports"
     if standing.extended:

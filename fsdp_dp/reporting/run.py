@@ -88,7 +88,7 @@ def with_ledger(run: Run, folder: Path) -> Run:
         return replace(run, verdict="none: plain training keeps no ledger")
     try:
         chain = check_run(folder)
-        standing = chain.standing()
+        standing = replace(chain.standing(), counted=chain.counted)
         releases = standing.counted if standing.budget is None else standing.budget
         bounds = standing.epsilon(releases)
     except (LedgerError, AccountingError, OSError) as error:
