@@ -81,6 +81,8 @@ class Step:
     accumulates: bool = False
     """A step has several microbatches, so that gradients are held in forward."""
     activation_checkpointing: bool = False
+    fused: bool = False
+    """The optimizer updates in one kernel, without the copies that torch's default (``foreach``) makes on a GPU."""
 
     @property
     def on_gpu(self) -> bool:
@@ -126,7 +128,7 @@ def run_step(step: Step, model: nn.Module, tokens: Tensor) -> Trace:
     """Trace one microbatch and the optimizer's step, after a microbatch (or a step) that has made what is kept."""
     optimizer = build_optimizer(model, step.config.optimizer)
     for group in optimizer.param_groups:
-        group["foreach"] = step.on_gpu
+        group["foreach"], group["fused"] = step.on_gpu and not step.fused, step.fused
     tracker = MemoryTracker()
     tracker.count([*model.parameters(), *model.buffers()], PARAMETERS)
     with tracker:
