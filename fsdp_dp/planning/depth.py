@@ -44,6 +44,7 @@ class Lines:
             },
             calls=_line(before.calls, after.calls, pairs),
             sent=_line(before.sent, after.sent, pairs),
+            sent_by_optimizer=_line(before.sent_by_optimizer, after.sent_by_optimizer, pairs),
         )
 
 

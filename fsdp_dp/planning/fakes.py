@@ -15,7 +15,8 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fsdp_dp import clipping, engine, gradients, kernels, numerics
@@ -68,6 +69,33 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
         for owner, name, value in replaced:
             stack.enter_context(patch.object(owner, name, value))
         yield
+
+
+def fake_reducer(model: nn.Module) -> None:
+    """Of DDP, where the model is in it: an all-reduce is over at once, and buckets stay as they were laid out."""
+    if isinstance(model, DistributedDataParallel):
+        model.register_comm_hook(None, lambda _, bucket: _all_reduced(bucket))  # torch reads annotations
+        model.reducer = _WithoutRebuilding(model.reducer)  # type: ignore[assignment]
+
+
+class _WithoutRebuilding:
+    """DDP's reducer, less what looks at values."""
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+
+def _all_reduced(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    dist.all_reduce(bucket.buffer())
+    over: torch.futures.Future[Tensor] = torch.futures.Future()
+    over.set_result(bucket.buffer())
+    return over
 
 
 def _give_away(unit: Unit) -> None:

@@ -10,7 +10,7 @@ from fsdp_dp.training.schema import TrainConfig
 
 SIDES = ("plain", "flat", "block", "layer", "parameter")
 FSDP1 = ("full_shard", "shard_grad_op", "hybrid_shard", "hybrid_shard_zero2")
-STRATEGIES = (*FSDP1, "fully_shard", "hybrid_shard_fsdp2", "tensor_parallel")
+STRATEGIES = (*FSDP1, "fully_shard", "hybrid_shard_fsdp2", "tensor_parallel", "ddp", "zero1")
 SEARCHES = ("microbatch", "model", "none")
 
 
@@ -60,7 +60,8 @@ class PlanConfig(TrainConfig):
         super().__post_init__()
         if self.sharding.strategy not in STRATEGIES:
             raise ValueError(
-                f"sharding={self.sharding.strategy} cannot be planned yet: choose {', '.join(STRATEGIES)} for the plan."
+                f"sharding={self.sharding.strategy} cannot be planned: choose {', '.join(STRATEGIES)} for the plan. In fp32, "
+                "no_shard holds what ddp does, less DDP's buckets, which are as large as the parameters."
             )
         if not isinstance(self.model, GPTConfig):
             raise ValueError(

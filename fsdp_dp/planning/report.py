@@ -63,7 +63,8 @@ def _collectives(traces: Sequence[Trace], sides: Sequence[str], config: PlanConf
         lines += [_row(f"  {kind}s", [str(t.calls[kind]) for t in traces])]
         lines += [_row("    GiB, unsharded", [_gib(t.sent[kind]) for t in traces])]
     microbatches = math.ceil(rows / config.microbatch_size)
-    lines += [_row("GiB of a step", [_gib(microbatches * t.sent.total()) for t in traces])]
+    of_a_step = [microbatches * t.sent.total() + t.sent_by_optimizer.total() for t in traces]
+    lines += [_row("GiB of a step", [_gib(nbytes) for nbytes in of_a_step])]
     return lines
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.engine import PrivacyEngine, make_private
@@ -21,6 +22,7 @@ from fsdp_dp.models.objective import row_losses
 from fsdp_dp.planning.fakes import (
     drop_given_away,
     fake_ranks,
+    fake_reducer,
     fake_values,
     past_first_step,
     records_of,
@@ -35,12 +37,13 @@ from fsdp_dp.planning.tracker import (
     SCRATCH,
     STATE,
     SUMS,
+    UNITS,
     MemoryTracker,
     Segment,
     local,
 )
 from fsdp_dp.training.building import build_optimizer, shard_fsdp2, split_linears
-from fsdp_dp.training.schema import TrainConfig
+from fsdp_dp.training.schema import REPLICATED, TrainConfig
 from fsdp_dp.training.world import World, describe_world
 
 EDGE = 2
@@ -54,11 +57,13 @@ class Trace:
     Attributes:
         peaks: of each segment of the step, bytes by kind.
         calls, sent: collectives of a microbatch, and their bytes, by kind.
+        sent_by_optimizer: bytes of the optimizer's own, once a step.
     """
 
     peaks: dict[Segment, Counter[str]]
     calls: Counter[str]
     sent: Counter[str]
+    sent_by_optimizer: Counter[str]
 
     @property
     def peak(self) -> Counter[str]:
@@ -81,6 +86,8 @@ class Step:
     accumulates: bool = False
     """A step has several microbatches, so that gradients are held in forward."""
     activation_checkpointing: bool = False
+    fused: bool = False
+    """The optimizer updates in one kernel, without the copies that torch's default (``foreach``) makes on a GPU."""
 
     @property
     def on_gpu(self) -> bool:
@@ -99,7 +106,7 @@ def trace(step: Step) -> Trace:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
             shape = (step.microbatch_size, decoder(step.config).block_size)
-            return run_step(step, model, torch.empty(shape, dtype=torch.int64))
+            return run_step(step, model, torch.empty(shape, dtype=torch.int64), world)
 
 
 def build(step: Step, world: World) -> nn.Module:
@@ -112,6 +119,8 @@ def build(step: Step, world: World) -> nn.Module:
         assert isinstance(blocks, nn.ModuleList)
         for i, block in enumerate(blocks):
             blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
+    if strategy in REPLICATED:
+        return model
     if world.tensor_mesh is not None:
         split_linears(model, world)
     sharded = shard_fsdp2(model, step.config, world)
@@ -122,14 +131,25 @@ def build(step: Step, world: World) -> nn.Module:
     return sharded
 
 
-def run_step(step: Step, model: nn.Module, tokens: Tensor) -> Trace:
+def replicate(step: Step, model: nn.Module, world: World, *, init_sync: bool = True) -> nn.Module:
+    """A model that is no longer on the meta device in DDP, where the strategy is one of DDP's; any other as it is."""
+    if step.config.sharding.strategy not in REPLICATED:
+        return model
+    return DistributedDataParallel(model, process_group=world.data_mesh.get_group(), init_sync=init_sync)
+
+
+def run_step(step: Step, model: nn.Module, tokens: Tensor, world: World) -> Trace:
     """Trace one microbatch and the optimizer's step, after a microbatch (or a step) that has made what is kept."""
-    optimizer = build_optimizer(model, step.config.optimizer)
+    strategy = step.config.sharding.strategy
+    optimizer = build_optimizer(model, step.config.optimizer, strategy)
     for group in optimizer.param_groups:
-        group["foreach"] = step.on_gpu
+        group["foreach"], group["fused"] = step.on_gpu and not step.fused, step.fused
     tracker = MemoryTracker()
     tracker.count([*model.parameters(), *model.buffers()], PARAMETERS)
     with tracker:
+        tracker.move("wrap", 0, UNITS)
+        model = replicate(step, model, world, init_sync=False)
+        fake_reducer(model)
         private = attach(step, model, optimizer, tracker)
         optimizer.register_step_pre_hook(lambda *_: tracker.count(gradients(model), GRADIENTS))  # after the engine's
         with segments(model, private, tracker):
@@ -143,8 +163,9 @@ def run_step(step: Step, model: nn.Module, tokens: Tensor) -> Trace:
             run_microbatch(model, tokens, tracker)
         calls, sent = Counter(tracker.calls), Counter(tracker.sent)
         run_optimizer(optimizer, tracker)
+        sent_by_optimizer = tracker.sent - sent
     missing = sum(local(x).nbytes for x in state_of(optimizer)) if step.accumulates else 0
-    return Trace(peaks=with_state(tracker.peaks, missing), calls=calls, sent=sent)
+    return Trace(peaks=with_state(tracker.peaks, missing), calls=calls, sent=sent, sent_by_optimizer=sent_by_optimizer)
 
 
 def run_microbatch(model: nn.Module, tokens: Tensor, tracker: MemoryTracker) -> None:
@@ -203,7 +224,8 @@ def attach(
 @contextmanager
 def segments(model: nn.Module, private: PrivacyEngine | None, tracker: MemoryTracker) -> Iterator[None]:
     """Tell the tracker where the step is: which block runs forward or backward, which unit's gradients are summed."""
-    blocks, handles = list(model.blocks), []  # type: ignore[arg-type]
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    blocks, handles = list(bare.blocks), []  # type: ignore[arg-type]
 
     def move(phase: str, place: int, kind: str) -> None:
         if private is not None:

@@ -26,7 +26,12 @@ UNITS, ACTIVATIONS, RECORDS, SCRATCH = "gathered units and buckets", "activation
 KINDS = (PARAMETERS, STATE, SUMS, GRADIENTS, UNITS, ACTIVATIONS, RECORDS, SCRATCH)
 """What memory is held for; scratch is whatever else backward and the optimizer make."""
 
-_COLLECTIVES = {"allgather": "all-gather", "reducescatter": "reduce-scatter", "allreduce": "all-reduce"}
+_COLLECTIVES = {
+    "allgather": "all-gather",
+    "reducescatter": "reduce-scatter",
+    "allreduce": "all-reduce",
+    "broadcast": "broadcast",
+}
 
 
 class MemoryTracker(TorchDispatchMode):

@@ -6,8 +6,9 @@ the same shard (the hybrid strategies); with NO_SHARD it is all-reduced whole.
 Private names used, checked by `_check_private_names` when a model is attached: ``FSDP.fsdp_modules``, ``_handle``,
 ``_inter_node_pg``, ``_handle.flat_param``, ``_handle._get_flat_param_offsets()``, ``_handle.process_group``,
 ``_handle.device``, ``_handle.uses_sharded_strategy``, ``_handle._use_sharded_views``, and on the flat parameter
-``_param_infos``, ``_shared_param_infos``, ``_shard_param_infos``, ``_is_padding_mask``, ``_sharded_size``, ``_params``. In
-torch 2.11 to 2.13.
+``_param_infos``, ``_shared_param_infos``, ``_shard_param_infos``, ``_is_padding_mask``, ``_sharded_size``, ``_params``; on a
+root ``training_state`` and ``_post_backward_callback_queued``; torch's
+``_post_backward_final_callback``. In torch 2.11 to 2.13.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._runtime_utils import _post_backward_final_callback
 
 from fsdp_dp.numerics import accumulate_dtype
 from fsdp_dp.sharding.base import ManagedParameter, Region, ShardedModel, canonical_name, narrow_reduction
@@ -75,10 +77,26 @@ class Fsdp1Model(ShardedModel):
         return any(memory == m._handle.flat_param.untyped_storage().data_ptr() for m in self._wrappers)
 
     def after_backward(self) -> None:
-        """Without weight gradients FSDP1 leaves the parameters of an unsharded unit unregistered: put them back."""
         super().after_backward()
+        self._register_whole()
+
+    def _register_whole(self) -> None:
+        """Without weight gradients FSDP1 leaves the parameters of an unsharded unit unregistered: put them back."""
         for handle in self._whole_handles:
             handle._use_sharded_views()
+
+    def zero_accumulators(self) -> None:
+        super().zero_accumulators()
+        self._end_failed_pass()
+
+    def _end_failed_pass(self) -> None:
+        """FSDP1 ends a backward in a callback, which one that fails never calls. The units that it had gathered would take
+        the next forward for a recomputation, and run it on the weights that they were gathered with, for ever."""
+        for unit in FullyShardedDataParallel.fsdp_modules(self.root, root_only=True):
+            queued = getattr(unit, "_post_backward_callback_queued", False)  # not there before the first forward
+            if queued or any(one.training_state.name != "IDLE" for one in FullyShardedDataParallel.fsdp_modules(unit)):
+                _post_backward_final_callback(unit, unit.module)
+                self._register_whole()
 
     def publish(self, parameter: ManagedParameter, gradient: Tensor) -> None:
         p = parameter.parameter

@@ -3,8 +3,10 @@
 One reduce-scatter per FSDP unit, in float32, as FSDP2 itself would issue: every parameter's gradient is cut along the
 dimension that FSDP shards into one piece a rank (padded), the pieces of a unit travel together.
 
-Private names used: a module's ``_get_fsdp_state()``, on it ``_fsdp_param_groups`` (torch 2.11: ``_fsdp_param_group``) and
-``_mp_policy``; of a group ``fsdp_params``, and of each of these ``_module_info``, ``mesh_info`` and ``fsdp_placement``.
+Private names used: a module's ``_get_fsdp_state()``, on it ``_fsdp_param_groups`` (torch 2.11: ``_fsdp_param_group``),
+``_mp_policy``, ``_training_state``, ``_comm_ctx.post_forward_order`` and ``_state_ctx`` (on that ``all_states``,
+``iter_forward_root`` and ``post_backward_final_callback_queued``); of a group ``fsdp_params``, ``_training_state`` and
+``finalize_backward()``; of each of the former ``_module_info``, ``mesh_info`` and ``fsdp_placement``.
 """
 
 from __future__ import annotations
@@ -68,7 +70,6 @@ class Fsdp2Model(TensorParallel):
             )
             for index, (name, p) in enumerate(parameters.items())
         ]
-        self._discarded = False
         self._check_local_shards()
         self._global_numel = sum(p.numel() for p in parameters.values())
         policies = [m._get_fsdp_state()._mp_policy for m in root.modules() if isinstance(m, FSDPModule)]
@@ -87,14 +88,21 @@ class Fsdp2Model(TensorParallel):
 
     def zero_accumulators(self) -> None:
         super().zero_accumulators()
-        self._discarded = True
+        self._end_failed_pass()
 
-    def after_backward(self) -> None:
-        """Once a backward has failed, FSDP2 no longer ends those after it: units would stay gathered, as they were before
-        the step, for whoever evaluates or saves the model."""
-        super().after_backward()
-        if self._discarded:
-            self.prepare_forward()
+    def _end_failed_pass(self) -> None:
+        """FSDP2 ends a backward in a callback, which one that fails never calls. Units would stay gathered, or on their way,
+        with the weights that they had then, and no backward after it would be ended either."""
+        root = self.root._get_fsdp_state()  # type: ignore[operator]
+        for state in root._state_ctx.all_states:
+            state._training_state = type(state._training_state).IDLE
+            for group in _groups(state):
+                group._training_state = type(group._training_state).IDLE
+                group.finalize_backward()  # drops what was prefetched
+        root._comm_ctx.post_forward_order.clear()
+        root._state_ctx.iter_forward_root = None
+        root._state_ctx.post_backward_final_callback_queued = False
+        self.prepare_forward()
 
     def _check_local_shards(self) -> None:
         """What we think that this rank holds is what it holds."""
@@ -117,13 +125,18 @@ class _Sharding:
     dim: int
 
 
+def _groups(state: Any) -> list[Any]:
+    """Of parameters; none where a unit has no parameters of its own."""
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return [group for group in groups if group is not None]
+
+
 def _held(root: nn.Module) -> Iterator[tuple[Any, Any, list[tuple[nn.Module, str]]]]:
     """Every parameter that FSDP2 shards, unit by unit: its group, it, and every (module, attribute) that it has."""
     states = dict.fromkeys(m._get_fsdp_state() for m in root.modules() if isinstance(m, FSDPModule))
     for state in states:
-        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-        for group in groups:
-            for p in () if group is None else group.fsdp_params:
+        for group in _groups(state):
+            for p in group.fsdp_params:
                 info = p._module_info
                 shared = zip(info.shared_modules, info.shared_param_names, strict=True)
                 yield group, p, [(info.module, info.param_name), *shared]

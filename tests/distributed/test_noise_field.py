@@ -95,13 +95,14 @@ TASKS: dict[int, tuple[Field | Trajectory, ...]] = {
     2: (
         *(Field(backend=b) for b in (*FSDP, "fsdp1 shard_grad_op", "fsdp1 root only", "fsdp2 root only", "tp 1x2")),
         *(Field(backend=b, dtype=torch.float32) for b in ("fsdp1", "fsdp2 bf16")),
-        *(Trajectory(backend=b) for b in (*FSDP, "fsdp1 shard_grad_op", "ddp", "tp alone")),
+        *(Trajectory(backend=b) for b in (*FSDP, "fsdp1 shard_grad_op", *UNSHARDED, "tp 1x2", "tp alone")),
     ),
     3: tuple(Field(backend=backend) for backend in FSDP),
     4: (
         *(Field(backend=backend) for backend in (*FSDP, "tp 2x2", *HYBRID, "ddp")),
         *(Field(backend=backend, even=True) for backend in ("sp 2x2", "fsdp2 by columns", "tp 2x2 by columns")),
         *(Trajectory(backend=b) for b in (*FSDP, "fsdp1 shard_grad_op", *UNSHARDED, *HYBRID, "tp 2x2")),
+        *(Trajectory(backend=b) for b in ("fsdp2 not resharded", "fsdp2 resharded to 2")),
         *WITH_ROWS,
     ),
 }

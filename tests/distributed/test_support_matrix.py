@@ -54,7 +54,6 @@ PAIRWISE = [
 """Every strategy in every group and in every format, every format in every group."""
 
 
-@pytest.mark.slow
 def test_every_pair_of_strategy_precision_and_group() -> None:
     fail_if_any(disagreements(played(4, PAIRWISE)))
 

@@ -1,13 +1,17 @@
 """The planner: exact arithmetic on small models, lines in depth, searches, and what it says about wrong options."""
 
 import functools
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
+from fsdp_dp.data.config import DataConfig
 from fsdp_dp.models.build import parameter_count
-from fsdp_dp.models.config import GPTConfig
+from fsdp_dp.models.config import GPTConfig, ResNetConfig
 from fsdp_dp.planning.depth import Lines
 from fsdp_dp.planning.options import PlanConfig, PlanOptions
 from fsdp_dp.planning.search import largest
@@ -72,6 +76,37 @@ def test_collectives_are_those_of_fsdp(side):
     found, root = traced(side), 2 * 64 * 16 + 16
     assert found.calls == {"all-gather": 5, "reduce-scatter": 3}
     assert found.sent == {"all-gather": 2 * (2 * WHOLE - root), "reduce-scatter": 4 * WHOLE}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1"])
+@pytest.mark.parametrize("side", ["plain", "flat"])
+def test_replicas_hold_all_but_what_zero1_shares_out(strategy, side):
+    """DDP's buckets are as large as its gradients. ZeRO-1 deals whole parameters to ranks, as evenly as their sizes allow."""
+    found = trace(step(side, config=PlanConfig(model=MODEL, sharding=ShardingConfig(strategy=strategy))))
+    optimizer, tables = at(found, "optimizer"), 2 * 2 * 4 * 8 * 4
+    assert optimizer[PARAMETERS] == 4 * WHOLE + tables
+    assert optimizer[GRADIENTS] == 4 * WHOLE <= optimizer[UNITS]
+    parts = RANKS if strategy == "zero1" else 1
+    assert optimizer[STATE] == pytest.approx(2 * 4 * WHOLE / parts, rel=0.15)
+    assert found.sent["all-reduce"] == 4 * WHOLE
+    assert found.sent_by_optimizer.total() == (4 * WHOLE if strategy == "zero1" else 0)
+
+
+def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(ValueError, match="sharding=no_shard cannot be planned: choose full_shard"):
+        PlanConfig(sharding=ShardingConfig(strategy="no_shard"))
+    with pytest.raises(ValueError, match=r"Plans are for model.architecture=gpt and llama.*found resnet"):
+        PlanConfig(model=ResNetConfig(), data=DataConfig(source="digits"))
+
+
+@pytest.mark.slow
+def test_a_hundred_billion_parameters_on_512_ranks_are_planned_in_two_minutes():
+    command = ["fsdp_dp.plan", "model=llama_100b", "precision=bf16", "sharding=fully_shard", "plan.world_size=512"]
+    options = ["microbatch_size=1", "batch_size=4096"]
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", *command, *options], capture_output=True, text=True, check=True)
+    assert time.monotonic() - start < 120
+    assert "100.69 billion parameters" in done.stdout
 
 
 def test_more_rows_need_more():
