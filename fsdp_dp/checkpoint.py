@@ -12,11 +12,14 @@ of it, nor are keys: whoever resumes draws new ones.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
+import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -287,10 +290,15 @@ class _Background:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        atexit.register(_say_unfinished, weakref.ref(self))
 
     @property
     def done(self) -> bool:
         return self._thread is not None and not self._thread.is_alive()
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def start(self, task: Callable[[], None]) -> None:
         self._thread = threading.Thread(target=self._run, args=(task,), name="checkpoint", daemon=True)
@@ -310,3 +318,15 @@ class _Background:
             task()
         except BaseException as failure:
             self._failure = failure
+
+
+def _say_unfinished(background: weakref.ref[_Background]) -> None:
+    """The thread ends with the process, somewhere inside a collective, and that says nothing of a checkpoint."""
+    found = background()
+    if found is not None and found.running:
+        print(
+            "fsdp_dp: the process ends while a checkpoint is being saved; that one is lost, the one before it is not. Call "
+            "checkpoints.wait() before the end of the program",
+            file=sys.stderr,
+            flush=True,
+        )

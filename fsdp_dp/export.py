@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fsdp_dp.checkpoint import alone_without_warning, newest
@@ -48,13 +49,18 @@ def find_checkpoint(run: Path) -> Path:
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Write a state dict as safetensors or, under any other ending, with torch.save (load it with weights_only=True)."""
+    """Write a state dict as safetensors or, under any other ending, with torch.save (load it with weights_only=True).
+
+    What is at ``path`` stays until the new file is whole.
+    """
+    unfinished = path.with_name(f".unfinished-{path.name}")
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file  # here: only this format needs the package
 
-        save_file(weights, path, metadata={"format": "pt"})
+        save_file(weights, unfinished, metadata={"format": "pt"})
     else:
-        torch.save(weights, path)
+        torch.save(weights, unfinished)
+    unfinished.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,6 +77,14 @@ def main(arguments: list[str] | None = None) -> int:
         save_weights(weights, asked.out)
     except (FileNotFoundError, ImportError) as error:
         print(f"fsdp_dp.export: {error}", file=sys.stderr)
+        return 1
+    except (Exception, CheckpointException) as error:  # of whatever reads or writes: pickle, zip, the file system
+        cause = str(error).strip().splitlines()[-1:] or [""]
+        print(
+            f"fsdp_dp.export: could not read {asked.run} or write {asked.out} ({type(error).__name__}: {cause[0]}). If the "
+            "checkpoint is damaged, name an older one of the run, checkpoints/step-*",
+            file=sys.stderr,
+        )
         return 1
     print(f"{asked.out}: {len(weights)} tensors of {checkpoint}")
     return 0

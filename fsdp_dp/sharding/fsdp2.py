@@ -94,6 +94,8 @@ class Fsdp2Model(TensorParallel):
         """FSDP2 ends a backward in a callback, which one that fails never calls. Units would stay gathered, or on their way,
         with the weights that they had then, and no backward after it would be ended either."""
         root = self.root._get_fsdp_state()  # type: ignore[operator]
+        if not hasattr(root._comm_ctx, "post_forward_order"):
+            return  # no forward was run yet
         for state in root._state_ctx.all_states:
             state._training_state = type(state._training_state).IDLE
             for group in _groups(state):

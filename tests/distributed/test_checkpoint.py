@@ -6,6 +6,8 @@ import contextlib
 import functools
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -273,6 +275,31 @@ def test_export_for_use_without_this_library(ending: str, folders: Any, initial:
 
 
 # One process
+
+
+def test_a_damaged_checkpoint_is_not_exported_over_what_is_there(
+    folders: Any, initial: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seen to fail when only missing files were caught, and when the file was written in its place."""
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "weights.pt"
+    shutil.copytree(finished(folders["split", "tied", "momentum"])[0], checkpoint)
+    assert export([str(checkpoint), str(out)]) == 0
+    before = out.read_bytes()
+    for part in checkpoint.glob("*.distcp"):
+        part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    assert export([str(checkpoint), str(out)]) == 1
+    assert "could not read" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+def test_an_exit_during_a_save_says_so() -> None:
+    """Seen to fail when nothing was said at exit: the process then aborts without a cause."""
+    program = (
+        "import time; from fsdp_dp.checkpoint import _Background; b = _Background(); b.start(lambda: time.sleep(60)); "
+        "raise SystemExit(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert "checkpoints.wait()" in done.stderr
 
 
 def plain_run(folder: Path, ledger: Ledger | None = None) -> Run:
