@@ -133,11 +133,14 @@ def test_rule_02_no_row_adds_more_than_the_bound(shape: str, form: str) -> None:
 
 @pytest.mark.parametrize(("form", "times"), [("float32", 1.5), ("autocast", 1.02), ("bfloat16", 1.02)])
 def test_rule_02_nominal_numerics_exceed_it_under_cancellation(form: str, times: float) -> None:
-    """Shows that the test above can fail: a Gram norm of cancelling terms comes out far too small, or negative."""
+    """Shows that the test above can fail: a Gram norm of cancelling terms comes out far too small, or negative.
+
+    By how much depends on how a CPU adds bfloat16 products up, hence the many seeds.
+    """
     found = [
         linear_contribution(1e3 * a, 1e3 * g, form, numerics="nominal")
         for tokens in (cancelling, opposite)
-        for a, g in (tokens(*SHAPES["gram"], seed) for seed in range(5))
+        for a, g in (tokens(*SHAPES["gram"], seed) for seed in range(40))
     ]
     assert max(found) > times
 
