@@ -121,6 +121,18 @@ class exact_arithmetic:
         self._restore: list[Callable[[], None]] = []
 
     def __enter__(self) -> None:
+        if not self._is_exact():
+            self._make_exact()
+
+    def _is_exact(self) -> bool:
+        return (
+            torch.backends.cuda.matmul.fp32_precision in _IEEE
+            and torch.backends.mkldnn.matmul.fp32_precision in _IEEE  # type: ignore[attr-defined]
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(self._device.type)
+        )
+
+    def _make_exact(self) -> None:
         try:
             backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
             precisions = [backend.fp32_precision for backend in backends]

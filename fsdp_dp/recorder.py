@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.gradients import Materialized, PerSampleGradient
+from fsdp_dp.habits import Form, Habit, form_of
 from fsdp_dp.layers import keeps, layouts, per_sample_gradients
 from fsdp_dp.logical_batch import LogicalBatch, Microbatch
 from fsdp_dp.numerics import accumulate_dtype, exact_arithmetic
@@ -76,6 +77,7 @@ class Recorder:
         self.window = FreezeWindow({p.name: p.parameter for p in model.parameters}, batch.refusals_poison)
         self._taps = Taps(layers, keeps, self._start_record, self._share_output, lambda: self.meetings.rows)
         self._shared_parameters = SharedParameters(bare, self._is_sharing, self._share_parameter)
+        self._habits: dict[str, Habit] = {}
         self._same_for_all_rows: set[str] = set()
         self._looks_at_shapes: set[str] = set()
 
@@ -134,7 +136,7 @@ class Recorder:
         if self.meetings.learning:
             self._refuse_replaced(layer, self._layers[layer])
         microbatch = self._expect(layer, self._names[layer])
-        return lambda call, inputs, grads: self._record(microbatch, layer, Record(call, inputs, grads))
+        return lambda call, inputs, grads: self._record(microbatch, layer, call, inputs, grads)
 
     def _refuse_replaced(self, layer: str, module: nn.Module) -> None:
         """A layer that is called with other parameters than its own would report gradients of its own."""
@@ -178,8 +180,9 @@ class Recorder:
         Found out in the first forward, where tensors that descend from the rows are marked. Ids that the program expanded
         to the batch itself have rows already.
         """
-        if any(isinstance(x, SharedValue) for x in inputs):
-            return self._sharing(layer)
+        for x in inputs:
+            if isinstance(x, SharedValue):
+                return self._sharing(layer)
         if not (self.meetings.learning or layer in self._same_for_all_rows or layer in self._looks_at_shapes):
             return None
         if any(isinstance(x, DTensor) for x in inputs):
@@ -234,24 +237,46 @@ class Recorder:
             for report in self._taps.unreached():  # or their groups would wait for the end, longer than on other ranks
                 report(NO_CALL, (), (None,))
 
-    def _record(self, microbatch: Microbatch, layer: str, record: Record) -> None:
+    def _record(
+        self,
+        microbatch: Microbatch,
+        layer: str,
+        call: Call,
+        inputs: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+    ) -> None:
         self._start_recording(microbatch)
-        module = self._layers[layer]
-        names = self._attributes[module]
         gradients: dict[str, PerSampleGradient] = {}
         with exact_arithmetic(self._model.device):
-            if any(grad is not None for grad in record.grads):
-                record, complete = self._model.localize(layer, module, record)
-                layout = self._layout(layer, record, microbatch.rows)
-                _note_dtypes(microbatch, record.grads)
-                arranged = record.arranged(layout, microbatch.rows)
-                gradients = per_sample_gradients(module, arranged, self._wanted[layer])
-                if layout == "merged":
-                    gradients = {name: gradient.regroup(microbatch.rows) for name, gradient in gradients.items()}
-                gradients = {name: gradient.settle() for name, gradient in complete(gradients).items()}
+            if any(grad is not None for grad in grads):
+                _note_dtypes(microbatch, grads)
+                form = form_of(call, inputs, grads, microbatch.rows)
+                known = self._habits.get(layer)
+                if known is not None and form == known.form and known.layouts is self.layouts.verified:
+                    gradients = known.gradients(inputs[0], grads[0])
+                else:
+                    gradients = self._examined(microbatch, layer, Record(call, inputs, grads), form)
+            names = self._attributes[self._layers[layer]]
             for taker in microbatch.takers:
                 for attribute, name in names.items():
                     taker.report(name, gradients.get(attribute))
+
+    def _examined(
+        self, microbatch: Microbatch, layer: str, record: Record, form: Form | None
+    ) -> dict[str, PerSampleGradient]:
+        """The per-sample gradients of a record that is not like the layer's last one."""
+        module, wanted = self._layers[layer], self._wanted[layer]
+        record, complete = self._model.localize(layer, module, record)
+        layout = self._layout(layer, record, microbatch.rows)
+        arranged = record.arranged(layout, microbatch.rows)
+        gradients = per_sample_gradients(module, arranged, wanted)
+        if layout == "merged":
+            gradients = {name: gradient.regroup(microbatch.rows) for name, gradient in gradients.items()}
+        settled = {name: gradient.settle() for name, gradient in complete(gradients).items()}
+        if form is not None and layout == "rows" and self.layouts.verified is not None:
+            settles = any(settled[name] is not gradient for name, gradient in gradients.items())
+            self._habits[layer] = Habit(form, module, wanted, self.layouts.verified, settles=settles)
+        return settled
 
     def _layout(self, layer: str, record: Record, rows: int) -> Layout:
         """Where the rows are in a record. Raises UnsupportedModelError if that cannot be relied on."""

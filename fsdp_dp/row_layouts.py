@@ -26,9 +26,14 @@ class RowLayouts:
         self.known: dict[Hashable, set[Layout]] = {}
         self.learning = True
 
+    @property
+    def verified(self) -> Mapping[Hashable, set[Layout]] | None:
+        """The layouts that are known now, another object as soon as others are; None while they are being learned."""
+        return None if self.learning else self.known
+
     def forget(self) -> None:
         """What was learned, since it is not going to be verified."""
-        self.known.clear()
+        self.known = {}
 
     def adopt(self, verified: Iterable[Mapping[Hashable, set[Layout]]]) -> None:
         """Know what was verified, here or on other ranks, and nothing else."""

@@ -42,6 +42,7 @@ ORDER = (
         "methods",
         "module_tree",
         "row_layouts",
+        "habits",
         "shared_values",
     ),  # pure
     ("modes", "label_watch", "taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),

@@ -1,0 +1,50 @@
+"""What a layer's records are like, microbatch after microbatch: what was found out of one need not be asked of the next.
+
+Where the rows are, which rule holds and whether a gradient is stored follow from shapes and formats alone, and from the
+layouts that the rehearsal verified. The host needs as long for these questions as for the launches that follow them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fsdp_dp.gradients import PerSampleGradient
+from fsdp_dp.layers import rule_for
+from fsdp_dp.records import NO_CALL, Call
+
+Form = tuple[Any, ...]
+
+
+def form_of(call: Call, inputs: Sequence[Tensor], grads: Sequence[Tensor | None], rows: int) -> Form | None:
+    """Shapes and formats of a record of one plain input and one plain output; None of any other record."""
+    if call is not NO_CALL or len(grads) != 1 or len(inputs) != 1:
+        return None
+    a, g = inputs[0], grads[0]
+    if g is None or type(a) is not Tensor or type(g) is not Tensor:
+        return None
+    return a.shape, g.shape, a.dtype, g.dtype, rows
+
+
+class Habit:
+    """What holds for the records of one layer that have this form, rows in front, as long as the layouts are the same.
+
+    Args:
+        layouts: those that were verified when this was found out.
+        settles: some of the gradients are kept in another form than the rule's (`PerSampleGradient.settle`).
+    """
+
+    __slots__ = ("_module", "_rule", "_settles", "_wanted", "form", "layouts")
+
+    def __init__(
+        self, form: Form, module: nn.Module, wanted: frozenset[str], layouts: Mapping[Any, Any], *, settles: bool
+    ) -> None:
+        self.form, self.layouts = form, layouts
+        self._module, self._rule, self._wanted, self._settles = module, rule_for(module), wanted, settles
+
+    def gradients(self, a: Tensor, g: Tensor | None) -> dict[str, PerSampleGradient]:
+        """``{parameter name: gradient of every row}``, as `layers.per_sample_gradients` gives them, settled."""
+        found: dict[str, PerSampleGradient] = self._rule(self._module, a, g, self._wanted)
+        return {name: gradient.settle() for name, gradient in found.items()} if self._settles else found
