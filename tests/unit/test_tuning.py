@@ -107,6 +107,27 @@ def test_what_has_no_known_divergence_is_refused():
             selection_epsilon(TRIAL, DELTA, eta=eta, gamma=gamma)
 
 
+@pytest.mark.parametrize("delta", [math.nan, 0.0, 1.0, 2.0, -1.0])
+def test_a_delta_that_is_none_is_refused(delta):
+    """Seen to fail: NaN and 2 gave epsilon 0, for min and max pass NaN by."""
+    other = Trial(Mechanism(1.5, 0.01), 10)
+    with pytest.raises(ValueError, match="delta must be"):
+        composed_epsilon([TRIAL, other], delta, "prv")
+    with pytest.raises(ValueError, match="delta must be"):
+        selection_epsilon(TRIAL, delta, eta=0.0, gamma=0.1)
+
+
+@pytest.mark.parametrize("noise_multiplier", [1e-200, 1e-160, 1e-3])
+@pytest.mark.parametrize("sample_rate", [0.01, 1.0])
+def test_noise_out_of_range_is_refused(noise_multiplier, sample_rate):
+    """Seen to fail: the square of 1e-200 is zero, every divergence NaN, and epsilon came out as 0."""
+    quiet = Trial(Mechanism(noise_multiplier, sample_rate), 10)
+    with pytest.raises(AccountingError, match="leaves the range"):
+        composed_epsilon([TRIAL, quiet], DELTA, "prv")
+    with pytest.raises(AccountingError, match="leaves the range"):
+        selection_epsilon(quiet, DELTA, eta=0.0, gamma=0.1)
+
+
 def epsilon_after(text: str, words: str) -> float:
     line = next(line for line in text.splitlines() if line.startswith(words))
     return float(line.split("epsilon <= ")[1].split()[0])
