@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from fsdp_dp.adaptive_bounds import split_noise
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.data.config import DataConfig
 from fsdp_dp.data.corpus import Corpus
@@ -18,6 +19,7 @@ from fsdp_dp.training.budget import Budget
 from fsdp_dp.training.schema import TrainConfig
 
 DIAGNOSTICS_OFF = "This run wrote down no loss, norm, throughput or held-out score (diagnostics=false)."
+NOMINAL = "nominal numerics: the rounding of the clipping is not bounded"
 MECHANISM = "DP-SGD: clipped gradients of rows are summed and noised, once a step"
 PACKAGES = ("fsdp-dp", "torch", "prv-accountant", "opacus", "dp-accounting", "cryptography", "hydra-core")
 
@@ -72,7 +74,12 @@ def claim(outcome: Outcome) -> str:
     bound = f"epsilon = {outcome.budget.cap:.4g} at delta = {outcome.privacy.target_delta:.3g}"
     if outcome.privacy.seed is not None:
         return f"NO PRIVACY GUARANTEE: seed fixed ({bound} would hold with a secret, random seed)"
-    return bound
+    return qualified(bound, outcome.privacy)
+
+
+def qualified(bound: str, privacy: PrivacyConfig) -> str:
+    """The bound, with what takes from it wherever it is quoted alone."""
+    return f"{bound} ({NOMINAL})" if privacy.numerics == "nominal" else bound
 
 
 def shown(value: float | None) -> str:
@@ -103,20 +110,23 @@ def headline(outcome: Outcome) -> str:
 def guarantee(outcome: Outcome) -> str:
     """The mechanism and its numbers; empty for plain training."""
     privacy, budget = outcome.privacy, outcome.budget
-    if privacy is None or budget is None:
+    if privacy is None or budget is None or outcome.noise_multiplier is None:
         return ""
     return "\n".join(
         [
             "## What is guaranteed",
             "",
             *table(
-                ("epsilon", f"{budget.cap:.6g} (upper bound, for the {privacy.steps} releases fixed at the start)"),
+                (
+                    "epsilon",
+                    f"{budget.cap:.6g} (upper bound, for the {privacy.steps} releases {settled(outcome.standing)})",
+                ),
                 ("delta", f"{privacy.target_delta:.6g}"),
                 ("unit of privacy", outcome.corpus.unit),
                 ("adjacency", adjacency_in_words(privacy)),
                 ("mechanism", MECHANISM),
                 ("clipping", privacy.clipping_in_words),
-                ("noise", f"Gaussian on a lattice, standard deviation σ · R, σ = {outcome.noise_multiplier:.6g}"),
+                ("noise", noise_in_words(privacy, outcome.noise_multiplier)),
                 ("divisor", f"the expected batch size, {privacy.expected_batch_size}"),
                 ("sampling", sampling_in_words(privacy)),
                 ("releases made", f"{outcome.steps} of {privacy.steps}{lost(outcome)}"),
@@ -127,6 +137,21 @@ def guarantee(outcome: Outcome) -> str:
             *extended(outcome),
         ]
     )
+
+
+def settled(standing: Standing | None) -> str:
+    """When the number of releases was fixed."""
+    raised = standing is not None and standing.extended
+    return "of a budget that was raised after releases had been made" if raised else "fixed at the start"
+
+
+def noise_in_words(privacy: PrivacyConfig, noise_multiplier: float) -> str:
+    """What is added to a sum; `noise_multiplier` is the one that is accounted."""
+    words = f"Gaussian on a lattice, standard deviation σ · R, σ = {noise_multiplier:.6g}"
+    if privacy.adaptive_bounds is None:
+        return words
+    of_sums, _ = split_noise(noise_multiplier, 1, privacy.adaptive_bounds)
+    return f"{words}; on the sums {of_sums:.6g}, which with the bounds' noised counts costs the same; R as it is then"
 
 
 def adjacency_in_words(privacy: PrivacyConfig) -> str:

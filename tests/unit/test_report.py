@@ -4,7 +4,10 @@ Docstrings say what was broken on purpose to see a test fail.
 """
 
 import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,18 +22,26 @@ from fsdp_dp.reporting.run import read_run
 from fsdp_dp.sweep import cost
 from fsdp_dp.training.app import privacy_config
 from fsdp_dp.training.run_folder import METRICS_FILE, write_config
-from fsdp_dp.training.schema import PrivacyOptions, TrainConfig
+from fsdp_dp.training.schema import ClippingOptions, PrivacyOptions, TrainConfig
 
 STEPS = 4
 
 
 def make_run(
-    folder: Path, *, private: bool = True, loss: float = 3.25, seed: int | None = None, block_size: int = 128,
+    folder: Path,
+    *,
+    private: bool = True,
+    loss: float = 3.25,
+    seed: int | None = None,
+    block_size: int = 128,
+    noise_multiplier: float = 1.0,
     **changes: Any,
 ) -> Path:
     """A folder as fsdp_dp.train leaves it, checkpoints apart; un-noised metrics depend on `loss`."""
     folder.mkdir(parents=True)
-    privacy_options = PrivacyOptions(noise_multiplier=1.0, seed=seed) if private else PrivacyOptions(mechanism="none")
+    privacy_options = (
+        PrivacyOptions(noise_multiplier=noise_multiplier, seed=seed) if private else PrivacyOptions(mechanism="none")
+    )
     options = {"model": GPTConfig(block_size=block_size), "privacy": privacy_options, "steps": STEPS, "batch_size": 10}
     config = TrainConfig(**options | changes)
     write_config(config, folder)
@@ -47,11 +58,18 @@ def make_run(
     if private:
         privacy = privacy_config(config, 1000)
         assert privacy is not None
-        ledger = Ledger(folder / LEDGER_FILE)
-        ledger.begin(privacy, 1.0, lease=5)
-        ledger.reserve(0)
-        ledger.close(STEPS)
+        with released(Ledger(folder / LEDGER_FILE)) as ledger:
+            ledger.begin(privacy, noise_multiplier, lease=5)
+            ledger.reserve(0)
+            ledger.close(STEPS)
     return folder
+
+
+@contextmanager
+def released(ledger: Ledger) -> Iterator[Ledger]:
+    """Let go of its lock at the end, as the process does that wrote it."""
+    yield ledger
+    os.close(ledger._lock)
 
 
 def written(folder: Path) -> tuple[str, str]:
@@ -112,6 +130,52 @@ def test_a_fixed_seed_is_no_guarantee(tmp_path):
     run = make_run(tmp_path / "run", seed=3)
     assert main([str(run), "--no-diagnostics"]) == 0
     assert "NO PRIVACY GUARANTEE: seed fixed" in written(run / "report")[0]
+
+
+def test_nominal_numerics_are_said_wherever_epsilon_is(tmp_path, capsys):
+    """Seen to fail: the claim, green, and the table of runs side by side gave the bare number."""
+    run = make_run(tmp_path / "run", privacy=PrivacyOptions(noise_multiplier=1.0, numerics="nominal"))
+    assert main([str(run), "--no-diagnostics"]) == 0
+    markdown, html = written(run / "report")
+    claims = [line for line in (*markdown.splitlines(), capsys.readouterr().out) if "epsilon = " in line]
+    assert len(claims) == 4 and all(
+        "nominal numerics: the rounding of the clipping is not bounded" in c for c in claims
+    )
+    assert 'class="banner note"' in html and 'class="banner good"' not in html
+
+
+def test_a_budget_that_was_raised_was_not_fixed_at_the_start(tmp_path):
+    """Seen to fail: the statement said so all the same, above the reservation that it was raised."""
+    run = make_run(tmp_path / "run")
+    privacy = privacy_config(TrainConfig(privacy=PrivacyOptions(noise_multiplier=1.0), steps=9, batch_size=10), 1000)
+    assert privacy is not None
+    with released(Ledger(run / LEDGER_FILE)) as ledger:
+        ledger.begin(privacy, 1.0, lease=5)
+        ledger.close(STEPS)
+    assert main([str(run), "--no-diagnostics"]) == 0
+    markdown, _ = written(run / "report")
+    assert "| 9, of a budget that was raised after releases had been made (4 are spent) |" in markdown
+    assert "fixed at the start" not in markdown and "privacy odometer" in markdown
+
+
+def test_adaptive_bounds_are_told_as_they_are(tmp_path):
+    """Seen to fail: a thousandth of the budget read "0%", R as if it were fixed, and σ as that of the sums."""
+    adaptive = ClippingOptions(groups="layer", adaptive={"budget_fraction": 0.001})
+    run = make_run(tmp_path / "run", clipping=adaptive)
+    assert main([str(run), "--no-diagnostics"]) == 0
+    markdown, _ = written(run / "report")
+    assert "at most R = 0.5 at the start; each layer to a bound of its own" in markdown
+    assert "for which 0.1 % of each release's privacy is spent" in markdown
+    assert "σ = 1; on the sums 1.0005" in markdown
+
+
+def test_there_is_nothing_to_sign_where_nothing_is_guaranteed(tmp_path):
+    """Seen to fail for a fixed seed and for no noise."""
+    for name, options in (("seeded", {"seed": 3}), ("silent", {"noise_multiplier": 0.0})):
+        run = make_run(tmp_path / name, **options)
+        assert main([str(run), "--no-diagnostics"]) == 0
+        markdown, html = written(run / "report")
+        assert "NO PRIVACY GUARANTEE" in markdown and "Signed" not in markdown and 'class="banner bad"' in html
 
 
 def test_runs_of_images_and_of_pretrained_weights(tmp_path):
