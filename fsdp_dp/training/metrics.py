@@ -89,9 +89,17 @@ class RunLog:
 
 def series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """(steps, values) of a metric, private or not, where it was recorded."""
-    flat = [(record["step"], {**record, **record[UNPROTECTED]}.get(name)) for record in records]
-    found = [(step, float(value)) for step, value in flat if value is not None]  # "nan", as JSON has it, too
-    return [step for step, _ in found], [value for _, value in found]
+    flat = [(record["step"], {**record, **(record.get(UNPROTECTED) or {})}.get(name)) for record in records]
+    found = [(step, number(value)) for step, value in flat]
+    return [step for step, value in found if value is not None], [value for _, value in found if value is not None]
+
+
+def number(value: Any) -> float | None:
+    """A metric as a number: "nan", as JSON has it, is one too; what a damaged file holds instead is none."""
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def as_line(record: dict[str, Any]) -> str:

@@ -40,9 +40,10 @@ def check_folder(config: TrainConfig) -> None:
             "Bring the ledger back; without it, count the whole budget as spent and choose another output_dir."
         )
     for option in FIXED:
-        if _at(before, option) != _at(now, option):
+        was, found = value_of(before, option), value_of(now, option)
+        if was != found:
             raise ValueError(
-                f"{option} was {_at(before, option)} when the run in {folder} began and is {_at(now, option)} now: a run "
+                f"{option} was {was} when the run in {folder} began and is {found} now: a run "
                 "keeps its model, data, batch and optimizer. Use the old value, or another output_dir."
             )
 
@@ -70,11 +71,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; a line that a crash cut short is left out."""
+    """The records of a file; a line that a crash cut short, or that is no record of a step, is left out."""
     records: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError):
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 
@@ -83,7 +86,8 @@ def last_step(folder: Path) -> int:
     return max((record["step"] for record in whole_lines(folder / METRICS_FILE)), default=0)
 
 
-def _at(options: dict[str, Any], path: str) -> Any:
+def value_of(options: dict[str, Any], path: str) -> Any:
+    """The value of an option as the command line names it: `optimizer.name`."""
     value: Any = options
     for name in path.split("."):
         value = value[name]

@@ -18,10 +18,11 @@ from fsdp_dp.data.config import DataConfig
 from fsdp_dp.ledger import LEDGER_FILE, Ledger
 from fsdp_dp.models.config import GPTConfig, HuggingFaceConfig, ResNetConfig
 from fsdp_dp.report import main
+from fsdp_dp.reporting.figures import EPSILON, figures, label
 from fsdp_dp.reporting.run import read_run
 from fsdp_dp.sweep import cost
 from fsdp_dp.training.app import privacy_config
-from fsdp_dp.training.run_folder import METRICS_FILE, write_config
+from fsdp_dp.training.run_folder import CONFIG_FILE, METRICS_FILE, write_config
 from fsdp_dp.training.schema import ClippingOptions, PrivacyOptions, TrainConfig
 
 STEPS = 4
@@ -194,6 +195,81 @@ def test_runs_of_images_and_of_pretrained_weights(tmp_path):
     ):  # fmt: skip
         assert stated in markdown
     assert any(line.startswith("together: epsilon <= ") for line in cost([read_run(run) for run in several], None))
+
+
+def test_a_report_without_diagnostics_leaves_no_picture_of_them_beside_it(tmp_path):
+    """Seen to fail: the folder to publish held the losses and norms of the report before."""
+    run = make_run(tmp_path / "run")
+    for options in ([], ["--no-diagnostics"]):
+        assert main([str(run), *options]) == 0
+    assert {path.name for path in (run / "report").iterdir()} == {"report.md", "report.html", "epsilon.png"}
+
+
+def test_words_of_a_configuration_are_shown_as_they_are(tmp_path):
+    """Seen to fail: the asterisks of a glob made the rest of a page bold, and a line's end made a heading of a path."""
+    path = "corpus/**/*.txt|<script>alert(1)</script>\n# Guaranteed `all` **of** it"
+    run = make_run(tmp_path / "run", data=DataConfig(source="text_files", path=path))
+    assert main([str(run), "--no-diagnostics"]) == 0
+    markdown, html = written(run / "report")
+    assert "`corpus/**/*.txt\\|<script>alert(1)</script> # Guaranteed 'all' **of** it`" in markdown
+    assert (
+        "<code>corpus/**/*.txt|&lt;script&gt;alert(1)&lt;/script&gt; # Guaranteed &#x27;all&#x27; **of** it</code>"
+        in html
+    )
+    assert "<script" not in html and "\n# Guaranteed" not in markdown
+
+
+@pytest.mark.parametrize("name", ["$\\frac{$", "_run", "<b>run", "a|b"])
+def test_any_name_of_a_folder(name, tmp_path):
+    """Seen to fail: dollars were read as a formula, and a legend leaves out what begins with an underscore."""
+    run = read_run(make_run(tmp_path / name))
+    (shown,) = figures([run], EPSILON)
+    assert shown.png and main([str(tmp_path / name)]) == 0
+    assert not label(run).startswith("_")
+    assert "<b>run" not in written(tmp_path / name / "report")[1]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["3", "null", "[1]", '{"a": 1}', '{"step": "x"}', '{"step": 1, "outside_the_guarantee": null}', "\0\0", '{"step": 2, "ep',
+     '{"step": 2, "epsilon": "abc", "outside_the_guarantee": {}}', '{"step": 2, "epsilon": [], "outside_the_guarantee": {}}'],
+)  # fmt: skip
+def test_a_damaged_line_of_metrics_is_left_out(line, tmp_path):
+    """Seen to fail with a traceback for all but the last few bytes of a line."""
+    run = make_run(tmp_path / "run")
+    with (run / METRICS_FILE).open("a") as file:
+        file.write(f"{line}\n")
+    assert main([str(run)]) == 0
+    assert "epsilon = 0.4939" in written(run / "report")[0]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (r"(?s).*", ""),
+        (r"(?s).*", "[]"),
+        ("model:", "modl:"),
+        ("data:", "data:\n  fancy: 1"),
+        (r"(?s)optimizer:.*", ""),
+    ],
+)
+def test_a_damaged_configuration_is_said(before, after, tmp_path, capsys):
+    """Seen to fail with a traceback."""
+    run = make_run(tmp_path / "run")
+    config = run / CONFIG_FILE
+    config.write_text(re.sub(before, after, config.read_text(), count=1))
+    assert main([str(run)]) == 1
+    assert "config.yaml is damaged, or of another version of fsdp_dp" in capsys.readouterr().err
+
+
+def test_metrics_that_are_ahead_of_a_ledger_leave_no_epsilon(tmp_path):
+    """Seen to fail: a ledger that was cut before a raise of its budget proved the smaller one."""
+    run = make_run(tmp_path / "run")
+    with (run / METRICS_FILE).open("a") as file:
+        file.write(json.dumps({"step": STEPS + 1, "epsilon": 0.5, "outside_the_guarantee": {}}) + "\n")
+    assert main([str(run)]) == 1
+    markdown, _ = written(run / "report")
+    assert "counts 4 releases, and metrics.jsonl beside it tells of step 5" in markdown and "epsilon =" not in markdown
 
 
 def test_what_is_no_run_is_said(tmp_path, capsys):
