@@ -18,7 +18,11 @@ from fsdp_dp.standing import Standing
 from fsdp_dp.training.budget import Budget
 from fsdp_dp.training.schema import TrainConfig
 
-DIAGNOSTICS_OFF = "This run wrote down no loss, norm, throughput or held-out score (diagnostics=false)."
+NOT_PRIVATE = "not private"
+DIAGNOSTICS_OFF = (
+    "This run wrote down no loss, norm, throughput, step time or held-out score (diagnostics=false). When its files were "
+    "written, the file system tells: publish copies, without those times."
+)
 NOMINAL = "nominal numerics: the rounding of the clipping is not bounded"
 MECHANISM = "DP-SGD: clipped gradients of rows are summed and noised, once a step"
 PACKAGES = ("fsdp-dp", "torch", "prv-accountant", "opacus", "dp-accounting", "cryptography", "hydra-core")
@@ -54,9 +58,12 @@ def summarize(outcome: Outcome, folder: Path) -> str:
     """The lines that end a run on the terminal."""
     score = outcome.corpus.score
     lines = [
-        f"{outcome.steps} steps in {outcome.seconds:.0f} s; {claim(outcome)}",
+        f"{outcome.steps} steps{took(outcome)}; {claim(outcome)}",
         *(
-            [f"held-out {score.title} {shown(outcome.held_out)} ({score.baseline}: {outcome.corpus.baseline:.3f})"]
+            [
+                f"held-out {score.title} {shown(outcome.held_out)} ({score.baseline}: {outcome.corpus.baseline:.3f}), "
+                f"{NOT_PRIVATE}"
+            ]
             if outcome.config.diagnostics
             else []
         ),
@@ -82,6 +89,11 @@ def qualified(bound: str, privacy: PrivacyConfig) -> str:
     return f"{bound} ({NOMINAL})" if privacy.numerics == "nominal" else bound
 
 
+def took(outcome: Outcome) -> str:
+    """How long all steps took, which tells how many rows they drew."""
+    return f" in {outcome.seconds:.0f} s" if outcome.config.diagnostics else ""
+
+
 def shown(value: float | None) -> str:
     return "not evaluated" if value is None else f"{value:.3f}"
 
@@ -90,7 +102,7 @@ def headline(outcome: Outcome) -> str:
     score = outcome.corpus.score
     scores = [
         "",
-        f"| | {score.title} |",
+        f"| | {score.title} ({NOT_PRIVATE}) |",
         "|---|---|",
         f"| held-out rows, trained model | {shown(outcome.held_out)} |",
         f"| held-out rows, {score.baseline} | {outcome.corpus.baseline:.3f} |",
@@ -284,7 +296,7 @@ def setup(outcome: Outcome) -> str:
                 ("sharding", f"{config.sharding.strategy} on {outcome.ranks} process(es), {outcome.device}"),
                 ("precision", config.precision.compute),
                 ("training", f"{outcome.steps} of {config.steps} steps"),
-                ("training and evaluation", f"{outcome.seconds:.0f} s"),
+                *([("training and evaluation", f"{outcome.seconds:.0f} s")] if config.diagnostics else []),
                 ("Python", platform.python_version()),
                 *((package, version(package)) for package in PACKAGES),
             ),

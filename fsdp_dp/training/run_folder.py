@@ -16,6 +16,8 @@ from fsdp_dp.ledger import LEDGER_FILE
 from fsdp_dp.training.schema import TrainConfig
 
 CONFIG_FILE, METRICS_FILE, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
+# Where a record of the metrics has what ε does not cover.
+UNPROTECTED = "outside_the_guarantee"
 # What makes a run the same run; the ledger looks after the options of privacy that do.
 FIXED = ("model", "data", "batch_size", "optimizer.name", "privacy.mechanism")
 
@@ -30,6 +32,12 @@ def check_folder(config: TrainConfig) -> None:
     if not config.resume:
         raise ValueError(
             f"output_dir={folder} already holds a run: go on with it by resume=true, or choose another, or remove it."
+        )
+    if not config.diagnostics and any(record.get(UNPROTECTED) for record in whole_lines(folder / METRICS_FILE)):
+        raise ValueError(
+            f"diagnostics=false: earlier starts of the run in {folder} wrote down what epsilon does not cover, in "
+            f"{METRICS_FILE} and tensorboard/ (and report.md and loss_epsilon.png, if one ended). Remove these, or go on "
+            "with diagnostics=true."
         )
     if not (folder / CONFIG_FILE).exists():
         return  # killed at its very start; what its ledger holds is checked there
