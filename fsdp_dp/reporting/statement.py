@@ -93,12 +93,19 @@ def guaranteed(run: Run) -> list[tuple[str, str]]:
         ("sampling", sampling_in_words(privacy)),
         ("releases that epsilon is of", committed(run)),
         ("delta", f"{privacy.target_delta:.6g}"),
-        ("epsilon, upper bound", f"{bounds.upper:.6g} (accountant {privacy.accountant})"),
+        ("epsilon, upper bound", f"{bounds.upper:.6g} ({accountant(run)})"),
         ("epsilon, lower bound", f"{bounds.lower:.6g}" if bounds.lower else f"not known to {privacy.accountant}"),
         ("second accountant", cross_check(privacy, run.noise_multiplier, run.releases)),
         ("numerics", NUMERICS[privacy.numerics]),
         ("ledger", f"{run.verdict}; run {standing.run}, {standing.sessions} start(s)"),
     ]
+
+
+def accountant(run: Run) -> str:
+    """Whose bound it is: where nothing is known from below, prv's may have been taken from pld."""
+    assert run.privacy is not None and run.bounds is not None
+    asked = f"accountant {run.privacy.accountant}"
+    return f"{asked}, or pld where that cannot bound it" if asked.endswith("prv") and not run.bounds.lower else asked
 
 
 def committed(run: Run) -> str:

@@ -179,6 +179,18 @@ def test_there_is_nothing_to_sign_where_nothing_is_guaranteed(tmp_path):
         assert "NO PRIVACY GUARANTEE" in markdown and "Signed" not in markdown and 'class="banner bad"' in html
 
 
+def test_who_bounds_epsilon_is_said(tmp_path):
+    """Seen to fail: of 4 releases with σ = 3000, prv bounds nothing and pld does, and the statement named prv."""
+    for name, sigma, words in (
+        ("usual", 1.0, "(accountant prv) |"),
+        ("small", 3000.0, "or pld where that cannot bound it"),
+    ):
+        run = make_run(tmp_path / name, noise_multiplier=sigma)
+        assert main([str(run), "--no-diagnostics"]) == 0
+        markdown, _ = written(run / "report")
+        assert words in markdown and ("'prv' cannot bound it" in markdown) == (name == "small")
+
+
 def test_runs_of_images_and_of_pretrained_weights(tmp_path):
     """Each unit is named, what comes from elsewhere too, and what runs on the same images cost together can be said."""
     images = {"model": ResNetConfig(), "data": DataConfig(source="digits")}
