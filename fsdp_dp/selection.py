@@ -31,8 +31,9 @@ TERMS = """It holds if:
 - the trials were drawn by `draw`, once, and their number stays secret: drawing again until it suits chooses it;
 - each trial was trained with the options that `draw` listed for it, and all others alike;
 - the best was chosen by its score on held-out data. Those data are not protected: not by this epsilon, nor by any other;
-- nothing of the other trials is seen by anybody: no weights, losses, curves, names or times. Delete their folders, and what
-  they printed."""
+- nothing of the other trials is seen by anybody: no weights, losses, curves, names or times. Delete their folders, what they
+  printed, and the list of the draw;
+- of the best, its weights and that score are released. Its training losses, norms and times are not covered, as ever."""
 
 
 class Drawn(NamedTuple):

@@ -37,16 +37,18 @@ class Picture(NamedTuple):
 
 
 def figures(runs: Sequence[Run], pictures: Sequence[Picture]) -> list[Figure]:
-    """Those of which some run recorded a metric."""
-    return [
-        figure(runs, picture)
-        for picture in pictures
-        if any(series(run.records, metric)[0] for run in runs for metric in picture.metrics)
-    ]
+    """Those of which some run has something to show."""
+    shown = [(picture, [has(run, picture) for run in runs]) for picture in pictures]
+    return [figure(runs, picture, some) for picture, some in shown if any(some)]
 
 
-def figure(runs: Sequence[Run], picture: Picture) -> Figure:
-    """A picture of all runs as a PNG."""
+def has(run: Run, picture: Picture) -> bool:
+    """Whether the run recorded a metric of it; ε is only shown where it is one, whatever was recorded."""
+    return (run.guaranteed or not picture.private) and any(series(run.records, metric)[0] for metric in picture.metrics)
+
+
+def figure(runs: Sequence[Run], picture: Picture, is_shown: Sequence[bool]) -> Figure:
+    """A picture as a PNG of those runs that are drawn, each in its own colour."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -54,8 +56,8 @@ def figure(runs: Sequence[Run], picture: Picture) -> Figure:
 
     with matplotlib.rc_context(STYLE):
         drawn, axes = pyplot.subplots(figsize=(5.2, 2.9))
-        for number, run in enumerate(runs):
-            if any(series(run.records, metric)[0] for metric in picture.metrics):
+        for number, (run, shown) in enumerate(zip(runs, is_shown, strict=True)):
+            if shown:
                 picture.draw(axes, run, COLOURS[number % len(COLOURS)])
         axes.set(xlabel="release (optimizer step)", ylabel=picture.axis, ylim=picture.limits)
         if not picture.private:

@@ -6,6 +6,7 @@ checkpoints leaves no ε to state.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +58,13 @@ class Run:
     @property
     def unit(self) -> str:
         return describe_unit(self.data, self.model)
+
+    @property
+    def guaranteed(self) -> bool:
+        """Whether there is an ε to state: a ledger that holds, noise, and no seed that somebody knows."""
+        if self.bounds is None or self.standing is None:
+            return False
+        return math.isfinite(self.bounds.upper) and not self.standing.seeded
 
     @property
     def releases(self) -> int:

@@ -51,17 +51,12 @@ def claim(run: Run) -> str:
 
 def verdict_banner(run: Run) -> Banner:
     """The claim, coloured by whether there is a guarantee, or one with a reservation."""
-    return Banner(f"**{claim(run)}**", tone(run) if is_guaranteed(run) else "bad")
+    return Banner(f"**{claim(run)}**", tone(run) if run.guaranteed else "bad")
 
 
 def tone(run: Run) -> str:
     assert run.privacy is not None
     return "note" if run.privacy.numerics == "nominal" else "good"
-
-
-def is_guaranteed(run: Run) -> bool:
-    """Whether there is an ε to sign for."""
-    return run.bounds is not None and claim(run).startswith("epsilon")
 
 
 def statement(run: Run) -> list[Block]:
@@ -76,7 +71,7 @@ def statement(run: Run) -> list[Block]:
         Bullets(tuple(assumed(run.privacy, run.unit, public_parts(run.model, run.data))) + tuple(reservations(run))),
         Paragraph("Outside the guarantee:"),
         Bullets(tuple(uncovered())),
-        *(SIGNATURE if is_guaranteed(run) else []),
+        *(SIGNATURE if run.guaranteed else []),
     ]
 
 

@@ -191,6 +191,19 @@ def test_who_bounds_epsilon_is_said(tmp_path):
         assert words in markdown and ("'prv' cannot bound it" in markdown) == (name == "small")
 
 
+def test_no_curve_of_epsilon_where_none_can_be_stated(tmp_path):
+    """Seen to fail: "ε so far, an upper bound" stood below the sentence that no ε can be stated."""
+    broken = make_run(tmp_path / "broken")
+    (broken / LEDGER_FILE).unlink()
+    sound = make_run(tmp_path / "sound")
+    runs = [make_run(tmp_path / "seeded", seed=3), make_run(tmp_path / "silent", noise_multiplier=0.0), broken]
+    for run in runs:
+        main([str(run), "--no-diagnostics"])
+        assert "epsilon.png" not in written(run / "report")[0] and not (run / "report" / "epsilon.png").exists()
+    pictures = [figures([read_run(run) for run in shown], EPSILON)[0].png for shown in ([sound], [sound, *runs])]
+    assert pictures[0] == pictures[1]
+
+
 def test_runs_of_images_and_of_pretrained_weights(tmp_path):
     """Each unit is named, what comes from elsewhere too, and what runs on the same images cost together can be said."""
     images = {"model": ResNetConfig(), "data": DataConfig(source="digits")}

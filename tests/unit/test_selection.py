@@ -58,6 +58,7 @@ def test_the_best_is_chosen_and_nothing_of_the_others_is_printed(
     assert "adding or removing one row" in out and "one packed row of 129 bytes" in out
     assert "bbbb" in out and not any(word in out for word in ("aaaa", "cccc", "dddd", "3.25", "4.5", " 4 trials"))
     assert "stays secret" in out and "nothing of the other trials is seen" in out
+    assert "Its training losses, norms and times are not covered" in out
 
 
 def test_accuracy_is_best_where_it_is_most(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
