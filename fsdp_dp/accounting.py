@@ -490,10 +490,22 @@ def _pld(mechanism: Mechanism, counts: Sequence[int], delta: float) -> list[Epsi
             "fsdp-dp[pld]), or choose accountant='prv' or accountant='rdp'"
         ) from failure
 
-    # The error grows like steps * interval^2 / epsilon; this keeps it near a thousandth of epsilon.
     scale = max(_renyi_bound(mechanism, counts[-1], delta), 1e-4)
-    interval = min(max(scale * math.sqrt(5e-4 / counts[-1]), 1e-6), max(1e-2, 1e-5 * scale))
-    release = _pld_release(mechanism, max(interval, _pld_range(mechanism) / LARGEST_RELEASE))
+    while True:
+        # The error grows like steps * interval^2 / epsilon; this keeps it near a thousandth of epsilon.
+        interval = min(max(scale * math.sqrt(5e-4 / counts[-1]), 1e-6), max(1e-2, 1e-5 * scale))
+        interval = max(interval, _pld_range(mechanism) / LARGEST_RELEASE)
+        bounds = _pld_at(mechanism, counts, delta, interval)
+        # Where epsilon is small beside its Renyi bound, that made the cells too wide.
+        finer = max(bounds[-1].upper, 1e-4)
+        if finer > scale / 2 or interval <= max(1e-6, _pld_range(mechanism) / LARGEST_RELEASE):
+            return bounds
+        scale = finer
+
+
+def _pld_at(mechanism: Mechanism, counts: Sequence[int], delta: float, interval: float) -> list[EpsilonBounds]:
+    """Its bounds from losses rounded to multiples of `interval`."""
+    release = _pld_release(mechanism, interval)
     bounds = []
     for count in counts:
         rounding = max(DELTA_ERROR_SHARE * delta, PLD_ROUNDING * count)

@@ -128,14 +128,15 @@ class PrivacyConfig:
     @property
     def clipping_in_words(self) -> str:
         """What one row's gradient is held to, for reports."""
-        words = f"norm of a row's gradient over all parameters at most R = {self.max_grad_norm:g}"
+        start = "" if self.adaptive_bounds is None else " at the start"
+        words = f"norm of a row's gradient over all parameters at most R = {self.max_grad_norm:g}{start}"
         if self.clipping != "flat":
             groups = self.clipping if isinstance(self.clipping, str) else "group of names"
             bounds = self.group_bounds if isinstance(self.group_bounds, str) else "given"
             words += f"; each {groups} to a bound of its own ({bounds}), squares adding up to R^2"
         if self.adaptive_bounds is not None:
             share = self.adaptive_bounds.budget_fraction
-            words += f"; bounds adapt privately, for which {share:.0%} of each release's privacy is spent"
+            words += f"; bounds adapt privately, for which {100 * share:g} % of each release's privacy is spent"
         return words if self.clip_function == "abadi" else f"{words}; {self.clip_function} clip function"
 
     def _check_choices(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from fsdp_dp.accounting import AccountingError
 from fsdp_dp.models.objective import SCORES
 from fsdp_dp.reporting.figures import DIAGNOSTICS, EPSILON, NOT_PRIVATE, figures
-from fsdp_dp.reporting.page import Banner, Block, Figures, Heading, Paragraph, Table, as_html, as_markdown
+from fsdp_dp.reporting.page import Banner, Block, Figures, Heading, Paragraph, Table, as_html, as_markdown, verbatim
 from fsdp_dp.reporting.run import Run, read_run
 from fsdp_dp.reporting.statement import claim, statement, verdict_banner
 from fsdp_dp.training.metrics import series
@@ -62,7 +62,7 @@ def overview(runs: Sequence[Run]) -> Table:
 
 def data_in_words(run: Run) -> str:
     data = run.data
-    where = " ".join(part for part in (data.name, data.subset, data.path) if part)
+    where = " ".join(verbatim(part) for part in (data.name, data.subset, data.path) if part)
     return f"{data.source}: {where}" if where else data.source
 
 
@@ -88,8 +88,10 @@ def named_apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def write(blocks: Sequence[Block], folder: Path) -> None:
-    """report.md with its pictures, and report.html, in `folder`."""
+    """report.md with its pictures, and report.html, in `folder`; pictures of an earlier report there are removed."""
     folder.mkdir(parents=True, exist_ok=True)
+    for picture in (*EPSILON, *DIAGNOSTICS):
+        (folder / f"{picture.name}.png").unlink(missing_ok=True)
     for block in blocks:
         if isinstance(block, Figures):
             for figure in block.figures:

@@ -2,13 +2,12 @@
 
 `cost RUN...` adds up runs whose results somebody sees, a grid for example: plain composition. `draw` and `winner` are the
 other way, that of arXiv 2110.03620: a secret random number of trials, drawn from one distribution, of which only the best
-is released, at a cost that hardly grows with their number. `draw` refuses choices for which that does not hold.
+is released, at a cost that hardly grows with their number (`fsdp_dp.selection`).
 """
 
 from __future__ import annotations
 
 import argparse
-import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,14 +20,11 @@ from fsdp_dp.reporting.run import Run, read_run
 from fsdp_dp.training.report import adjacency_in_words
 from fsdp_dp.tuning import Trial
 
-# What may differ from trial to trial: nothing here changes the noise multiplier, the draws, their number or the rows.
-VARIED = ("optimizer", "clipping", "precision", "sharding", "privacy.max_grad_norm", "microbatch_size", "seed", "model")
-NOT_VARIED = ("model", "model.block_size")  # the row, which is the unit; choosing a whole model changes it too
-TERMS = """It holds if:
-- the number of trials was drawn by `draw` with these numbers, was not changed afterwards, and stays secret;
-- all trials that `draw` listed, and no others, ran to their end, with the privacy options, rows, batch and steps of this one;
-- the best was chosen by its score on held-out data. Those data are not protected: not by this epsilon, nor by any other;
-- nothing of the other trials is seen by anybody: no weights, losses, curves or times. Delete their folders."""
+FORESEEN = (
+    "It holds if which runs were made, with what noise and for how many releases, was settled before the first of them. "
+    "Where what had been seen decided that, it is the reading of a privacy odometer: a filter (arXiv 2203.05481) would need "
+    "its limit fixed before the first release."
+)
 
 
 def trial_of(run: Run) -> Trial:
@@ -56,61 +52,14 @@ def cost(runs: Sequence[Run], delta: float | None) -> list[str]:
     accountant: AccountantName = accountants.pop() if len(accountants) == 1 else "prv"
     upper = tuning.composed_epsilon(trials, delta, accountant).upper
     return [
-        *(f"{run.name}: {releases(run)}, epsilon = {bound(run):.6g} alone" for run in runs),
+        *(f"{run.name}: {releases(run)}, epsilon = {bound(run):.6g} alone{at_delta(run, delta)}" for run in runs),
         f"together: epsilon <= {upper:.6g} at delta = {delta:.3g} ({adjacency_in_words(privacy(runs[0]))}; {runs[0].unit})",
         "This covers every release of these runs, all of them seen. It does not cover runs that are not named here, nor "
         "metrics: training losses, and held-out scores on private data.",
+        FORESEEN,
+        *(f"{run.name}: its budget was raised after releases had been made" for run in runs if extended(run)),
         *(f"{run.name}: nominal numerics, rounding is not bounded" for run in runs if nominal(run)),
     ]
-
-
-def winner(run: Run, *, eta: float, mean: float) -> list[str]:
-    """What it costs to release the best of the trials that `draw` listed, line by line.
-
-    Raises:
-        ValueError: the run has no guarantee, or no budget that was fixed before it began.
-    """
-    trial = trial_of(run)
-    assert run.standing is not None
-    if run.standing.budget is None or run.standing.extended:
-        raise ValueError(f"{run.name}: its number of releases was not fixed before it began, as theorem 2 needs")
-    delta = privacy(run).target_delta
-    upper = tuning.selection_epsilon(trial, delta, eta=eta, gamma=tuning.gamma_for(mean, eta=eta))
-    return [
-        f"{run.name}: {releases(run)}, epsilon = {bound(run):.6g} alone",
-        f"as the best of {mean:g} trials on average (eta = {eta:g}): epsilon <= {upper:.6g} at delta = {delta:.3g} "
-        "(arXiv 2110.03620, theorem 2)",
-        *([f"{run.name}: nominal numerics, rounding is not bounded"] if nominal(run) else []),
-        TERMS,
-    ]
-
-
-def draw(choices: Sequence[str], *, eta: float, mean: float, output: str) -> list[str]:
-    """Overrides of fsdp_dp.train, one line for each trial: a secret number of independent, uniform draws.
-
-    Raises:
-        ValueError: an option would change what a trial costs, or what a row is.
-    """
-    source = secrets.SystemRandom()
-    options = [choice_of(choice) for choice in choices]
-    number = tuning.draw_number(eta=eta, gamma=tuning.gamma_for(mean, eta=eta), source=source)
-    return [
-        " ".join([*(f"{name}={source.choice(values)}" for name, values in options), f"output_dir={output}/{trial}"])
-        for trial in range(number)
-    ]
-
-
-def choice_of(choice: str) -> tuple[str, list[str]]:
-    """`name=a,b,c` taken apart."""
-    name, _, values = choice.partition("=")
-    if name in NOT_VARIED or not (name in VARIED or name.split(".")[0] in VARIED):
-        raise ValueError(
-            f"{name} must not vary between trials: theorem 2 bounds trials of one cost, on one kind of row. Vary "
-            f"{', '.join(VARIED[:-1])} or model.<option> (not model.block_size), and give {name} to every trial alike"
-        )
-    if not values:
-        raise ValueError(f"a choice is written name=value,value,..., found {choice!r}")
-    return name, values.split(",")
 
 
 def require_same(what: str, found: Sequence[Any], runs: Sequence[Run]) -> Any:
@@ -137,6 +86,16 @@ def nominal(run: Run) -> bool:
     return bool(privacy(run).numerics == "nominal")
 
 
+def extended(run: Run) -> bool:
+    return run.standing is not None and run.standing.extended
+
+
+def at_delta(run: Run, delta: float) -> str:
+    """Which delta a run's own epsilon has, where it is not that of the sum."""
+    own = privacy(run).target_delta
+    return "" if own == delta else f" at its own delta = {own:.3g}"
+
+
 def bound(run: Run) -> float:
     assert run.bounds is not None
     return run.bounds.upper
@@ -148,12 +107,14 @@ def releases(run: Run) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """0, or 1 where no cost can be stated."""
+    from fsdp_dp import selection  # which reads runs as this module does
+
     asked = parser().parse_args(arguments)
     try:
         if asked.command == "draw":
-            lines = draw(asked.choices, eta=asked.eta, mean=asked.mean, output=asked.output)
+            lines = selection.draw(asked.choices, eta=asked.eta, mean=asked.mean, output=asked.output)
         elif asked.command == "winner":
-            lines = winner(read_run(asked.run), eta=asked.eta, mean=asked.mean)
+            lines = selection.winner(asked.folder)
         else:
             lines = cost([read_run(path) for path in asked.runs], asked.delta)
     except (ValueError, AccountingError) as error:
@@ -172,12 +133,13 @@ def parser() -> argparse.ArgumentParser:
     together.add_argument("--delta", type=float, help="default: the runs' own")
     drawn = commands.add_parser("draw", help="list a secret random number of trials, one line of overrides each")
     drawn.add_argument("choices", nargs="+", metavar="NAME=VALUE,VALUE", help="an option and its values")
-    drawn.add_argument("--output", default="outputs/sweep", help="the folder of the trials' folders")
+    drawn.add_argument(
+        "--output", type=Path, default=Path("outputs/sweep"), help="a new folder, for the trials' folders"
+    )
+    drawn.add_argument("--mean", type=float, required=True, help="trials on average")
+    drawn.add_argument("--eta", type=float, default=0.0, help="shape: 0 logarithmic, 1 geometric (default: 0)")
     best = commands.add_parser("winner", help="the best of the trials that `draw` listed, the others never seen")
-    best.add_argument("run", type=Path, metavar="RUN")
-    for command in (drawn, best):
-        command.add_argument("--mean", type=float, required=True, help="trials on average")
-        command.add_argument("--eta", type=float, default=0.0, help="shape: 0 logarithmic, 1 geometric (default: 0)")
+    best.add_argument("folder", type=Path, metavar="FOLDER", help="the --output of `draw`")
     return parser
 
 

@@ -36,8 +36,11 @@ def composed_epsilon(trials: Sequence[Trial], delta: float, accountant: Accounta
     **Formal guarantee**: that of `accounting.epsilon`, for the union of the releases.
 
     Raises:
-        AccountingError: mechanisms differ, and one cuts its draws (`max_batch_size`): no Renyi divergence is known of that.
+        ValueError: delta is not in (0, 1).
+        AccountingError: mechanisms differ, and one cuts its draws (`max_batch_size`): no Renyi divergence is known of that;
+            or one has next to no noise, which leaves the range of its arithmetic.
     """
+    _require_delta(delta)
     releases: Counter[Mechanism] = Counter()
     for mechanism, count in trials:
         require_integer("releases", count, at_least=0)
@@ -52,8 +55,8 @@ def composed_epsilon(trials: Sequence[Trial], delta: float, accountant: Accounta
             accountant=accountant,
             cap=mechanism.cap,
         )
-    upper = min(_converted(order, bound, delta) for order, bound in renyi_divergences(trials))
-    return EpsilonBounds(0.0, max(0.0, upper), max(0.0, upper))
+    upper = _least(renyi_divergences(trials), delta)
+    return EpsilonBounds(0.0, upper, upper)
 
 
 def selection_epsilon(trial: Trial, delta: float, *, eta: float, gamma: float) -> float:
@@ -64,14 +67,11 @@ def selection_epsilon(trial: Trial, delta: float, *, eta: float, gamma: float) -
     releases alone (its weights, scored on data that need no protection); and nothing else of any trial is seen.
 
     Raises:
-        ValueError: eta is not above -1, or gamma not in (0, 1).
-        AccountingError: draws are cut, or there is no noise: no Renyi divergence is known.
+        ValueError: eta is not above -1, gamma not in (0, 1), or delta not in (0, 1).
+        AccountingError: draws are cut, or there is next to no noise: no Renyi divergence is known.
     """
-    divergences = renyi_divergences([trial])
-    return max(
-        0.0,
-        min(_converted(order, bound, delta) for order, bound in selected(divergences, eta=eta, gamma=gamma)),
-    )
+    _require_delta(delta)
+    return _least(selected(renyi_divergences([trial]), eta=eta, gamma=gamma), delta)
 
 
 def selected(divergences: Sequence[tuple[float, float]], *, eta: float, gamma: float) -> list[tuple[float, float]]:
@@ -134,6 +134,11 @@ def renyi_divergences(trials: Sequence[Trial]) -> list[tuple[float, float]]:
                 "no Renyi divergence is known of draws that are cut (max_batch_size), nor without noise; runs of one "
                 "mechanism can be composed by accountant='pld', others only without max_batch_size"
             )
+        if mechanism.noise_multiplier < accounting.SMALLEST_NOISE:
+            raise AccountingError(
+                f"a noise multiplier of {mechanism.noise_multiplier:.3g} is below {accounting.SMALLEST_NOISE}, and leaves "
+                "the range of the arithmetic: no cost can be stated"
+            )
     moments = [accounting._log_moments(mechanism) for mechanism, _ in trials]
     common = set.intersection(*({order for order, _ in of_trial} for of_trial in moments))
     totals = dict.fromkeys(sorted(common), 0.0)
@@ -144,9 +149,18 @@ def renyi_divergences(trials: Sequence[Trial]) -> list[tuple[float, float]]:
     return list(totals.items())
 
 
+def _least(divergences: Sequence[tuple[float, float]], delta: float) -> float:
+    """The least epsilon at `delta` that any order gives."""
+    return max(0.0, min(_converted(order, bound, delta) for order, bound in divergences))
+
+
 def _converted(order: float, bound: float, delta: float) -> float:
     """From Renyi to (epsilon, delta): Balle et al. 2020 (arXiv 1905.09982), theorem 21."""
     return bound + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+
+
+def _require_delta(delta: float) -> None:
+    require_number("delta", delta, above=0.0, below=1.0)
 
 
 def _require_distribution(eta: float, gamma: float) -> None:

@@ -37,16 +37,18 @@ class Picture(NamedTuple):
 
 
 def figures(runs: Sequence[Run], pictures: Sequence[Picture]) -> list[Figure]:
-    """Those of which some run recorded a metric."""
-    return [
-        figure(runs, picture)
-        for picture in pictures
-        if any(series(run.records, metric)[0] for run in runs for metric in picture.metrics)
-    ]
+    """Those of which some run has something to show."""
+    shown = [(picture, [has(run, picture) for run in runs]) for picture in pictures]
+    return [figure(runs, picture, some) for picture, some in shown if any(some)]
 
 
-def figure(runs: Sequence[Run], picture: Picture) -> Figure:
-    """A picture of all runs as a PNG."""
+def has(run: Run, picture: Picture) -> bool:
+    """Whether the run recorded a metric of it; ε is only shown where it is one, whatever was recorded."""
+    return (run.guaranteed or not picture.private) and any(series(run.records, metric)[0] for metric in picture.metrics)
+
+
+def figure(runs: Sequence[Run], picture: Picture, is_shown: Sequence[bool]) -> Figure:
+    """A picture as a PNG of those runs that are drawn, each in its own colour."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -54,8 +56,8 @@ def figure(runs: Sequence[Run], picture: Picture) -> Figure:
 
     with matplotlib.rc_context(STYLE):
         drawn, axes = pyplot.subplots(figsize=(5.2, 2.9))
-        for number, run in enumerate(runs):
-            if any(series(run.records, metric)[0] for metric in picture.metrics):
+        for number, (run, shown) in enumerate(zip(runs, is_shown, strict=True)):
+            if shown:
                 picture.draw(axes, run, COLOURS[number % len(COLOURS)])
         axes.set(xlabel="release (optimizer step)", ylabel=picture.axis, ylim=picture.limits)
         if not picture.private:
@@ -73,12 +75,17 @@ def caption(picture: Picture) -> str:
     return picture.words if picture.private else f"{picture.words} ({NOT_PRIVATE})"
 
 
+def label(run: Run) -> str:
+    """A run in a legend, which would read a formula between dollars, and leaves out what begins with an underscore."""
+    return f"\u200b{run.name}".replace("$", r"\$")
+
+
 # ------------------------------------------------------------------------------------------------ how a run is drawn
 
 
 def line(metric: str) -> Callable[[Axes, Run, str], Any]:
     def draw(axes: Axes, run: Run, colour: str) -> None:
-        axes.plot(*series(run.records, metric), color=colour, label=run.name, linewidth=1.0)
+        axes.plot(*series(run.records, metric), color=colour, label=label(run), linewidth=1.0)
 
     return draw
 
@@ -86,7 +93,7 @@ def line(metric: str) -> Callable[[Axes, Run, str], Any]:
 def draw_epsilon(axes: Axes, run: Run, colour: str) -> None:
     """The bound by release, and that of the whole budget."""
     steps, values = series(run.records, "epsilon")
-    axes.plot(steps, values, color=colour, drawstyle="steps-post", label=run.name, linewidth=1.6)
+    axes.plot(steps, values, color=colour, drawstyle="steps-post", label=label(run), linewidth=1.6)
     if run.bounds is not None:
         axes.axhline(run.bounds.upper, color=colour, linestyle=":", linewidth=1)
 
@@ -95,7 +102,7 @@ def draw_score(score: Score) -> Callable[[Axes, Run, str], Any]:
     def draw(axes: Axes, run: Run, colour: str) -> None:
         steps, values = series(run.records, f"held_out_{score.name}")
         axes.plot(*series(run.records, f"training_{score.name}"), color=colour, linewidth=0.9, alpha=0.55)
-        axes.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=1.3, label=run.name)
+        axes.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=1.3, label=label(run))
 
     return draw
 
@@ -104,7 +111,7 @@ def draw_norms(axes: Axes, run: Run, colour: str) -> None:
     """The median, a band from the tenth to the ninetieth percentile, and the bound."""
     (steps, low), (_, middle), (_, high) = (series(run.records, f"norm_{level}") for level in (10, 50, 90))
     axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-    axes.plot(steps, middle, color=colour, label=run.name, linewidth=1.3)
+    axes.plot(steps, middle, color=colour, label=label(run), linewidth=1.3)
     axes.axhline(1.0, color="#555555", linestyle=":", linewidth=1)
     axes.set_yscale("log")
 

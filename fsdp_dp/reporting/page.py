@@ -31,6 +31,10 @@ li { margin: .25rem 0 } .sign { margin-top: 2.5rem; color: var(--quiet) }
 """
 
 
+# What Markdown or HTML may take for more than a letter.
+MARKS = frozenset("*_<>[]|#&\\")
+
+
 class Heading(NamedTuple):
     level: int
     text: str
@@ -89,9 +93,20 @@ def _markdown(block: Block) -> str:
             return "\n".join(f"- {point}" for point in points)
         case Table(head, rows):
             lines = [head, ("---",) * len(head), *rows]
-            return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+            return "\n".join(f"| {' | '.join(map(_markdown_cell, line))} |" for line in lines)
         case Figures(figures):
             return "\n\n".join(f"![{figure.caption}]({figure.name}.png)" for figure in figures)
+
+
+def verbatim(text: str) -> str:
+    """Words of a configuration, such as `corpus/**/*.txt`, in which no mark of Markdown's or HTML's means anything."""
+    plain = " ".join(text.replace("`", "'").split())
+    return f"`{plain}`" if MARKS & set(plain) else plain
+
+
+def _markdown_cell(text: str) -> str:
+    """On one line, in one cell."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def as_html(blocks: Sequence[Block], title: str) -> str:
@@ -130,9 +145,10 @@ def _html_figure(figure: Figure) -> str:
 
 def _inline(text: str) -> str:
     """Escaped text, in which Markdown's pairs of asterisks become bold, and those of backticks code."""
-    return _between(_between(escape(text), "**", "b"), "`", "code")
+    parts = escape(text).split("`")
+    return "".join(f"<code>{part}</code>" if number % 2 else _bold(part) for number, part in enumerate(parts))
 
 
-def _between(text: str, mark: str, tag: str) -> str:
-    parts = text.split(mark)
-    return "".join(f"<{tag}>{part}</{tag}>" if number % 2 else part for number, part in enumerate(parts))
+def _bold(text: str) -> str:
+    parts = text.split("**")
+    return "".join(f"<b>{part}</b>" if number % 2 else part for number, part in enumerate(parts))

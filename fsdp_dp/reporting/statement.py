@@ -11,12 +11,28 @@ from fsdp_dp.ledger import EXTENDED, UNDETECTED
 from fsdp_dp.reporting.page import Banner, Block, Bullets, Heading, Paragraph, Table
 from fsdp_dp.reporting.run import Run
 from fsdp_dp.second_opinion import cross_check
-from fsdp_dp.training.report import MECHANISM, adjacency_in_words, assumed, public_parts, sampling_in_words, uncovered
+from fsdp_dp.training.report import (
+    MECHANISM,
+    adjacency_in_words,
+    assumed,
+    noise_in_words,
+    public_parts,
+    qualified,
+    sampling_in_words,
+    settled,
+    uncovered,
+)
 
 NUMERICS = {
     "certified": "certified: the bound on a row's contribution holds for what is summed, as rounded (docs/numerics.md)",
     "nominal": "nominal: the rounding of the clipping is not bounded; a row may contribute more than the bound",
 }
+
+
+SIGNATURE = (
+    Paragraph("Name and function: ______________________________"),
+    Paragraph("Date: ______________  Signed: ______________________________"),
+)
 
 
 def claim(run: Run) -> str:
@@ -30,13 +46,17 @@ def claim(run: Run) -> str:
     bound = f"epsilon = {run.bounds.upper:.4g} at delta = {run.privacy.target_delta:.3g}"
     if run.standing.seeded:
         return f"NO PRIVACY GUARANTEE: seed fixed ({bound} would hold with a secret, random seed)"
-    return bound
+    return qualified(bound, run.privacy)
 
 
 def verdict_banner(run: Run) -> Banner:
-    """The claim, coloured by whether there is a guarantee."""
-    guaranteed = run.bounds is not None and claim(run).startswith("epsilon")
-    return Banner(f"**{claim(run)}**", "good" if guaranteed else "bad")
+    """The claim, coloured by whether there is a guarantee, or one with a reservation."""
+    return Banner(f"**{claim(run)}**", tone(run) if run.guaranteed else "bad")
+
+
+def tone(run: Run) -> str:
+    assert run.privacy is not None
+    return "note" if run.privacy.numerics == "nominal" else "good"
 
 
 def statement(run: Run) -> list[Block]:
@@ -51,8 +71,7 @@ def statement(run: Run) -> list[Block]:
         Bullets(tuple(assumed(run.privacy, run.unit, public_parts(run.model, run.data))) + tuple(reservations(run))),
         Paragraph("Outside the guarantee:"),
         Bullets(tuple(uncovered())),
-        Paragraph("Name and function: ______________________________"),
-        Paragraph("Date: ______________  Signed: ______________________________"),
+        *(SIGNATURE if run.guaranteed else []),
     ]
 
 
@@ -65,16 +84,23 @@ def guaranteed(run: Run) -> list[tuple[str, str]]:
         ("adjacency", f"{adjacency_in_words(privacy)} of {privacy.dataset_size}"),
         ("mechanism", MECHANISM),
         ("clipping", privacy.clipping_in_words),
-        ("noise", f"Gaussian on a lattice, standard deviation σ · R, σ = {run.noise_multiplier:.6g}"),
+        ("noise", noise_in_words(privacy, run.noise_multiplier)),
         ("sampling", sampling_in_words(privacy)),
         ("releases that epsilon is of", committed(run)),
         ("delta", f"{privacy.target_delta:.6g}"),
-        ("epsilon, upper bound", f"{bounds.upper:.6g} (accountant {privacy.accountant})"),
+        ("epsilon, upper bound", f"{bounds.upper:.6g} ({accountant(run)})"),
         ("epsilon, lower bound", f"{bounds.lower:.6g}" if bounds.lower else f"not known to {privacy.accountant}"),
         ("second accountant", cross_check(privacy, run.noise_multiplier, run.releases)),
         ("numerics", NUMERICS[privacy.numerics]),
         ("ledger", f"{run.verdict}; run {standing.run}, {standing.sessions} start(s)"),
     ]
+
+
+def accountant(run: Run) -> str:
+    """Whose bound it is: where nothing is known from below, prv's may have been taken from pld."""
+    assert run.privacy is not None and run.bounds is not None
+    asked = f"accountant {run.privacy.accountant}"
+    return f"{asked}, or pld where that cannot bound it" if asked.endswith("prv") and not run.bounds.lower else asked
 
 
 def committed(run: Run) -> str:
@@ -84,7 +110,8 @@ def committed(run: Run) -> str:
     if standing.budget is None:
         return f"{standing.counted}, all that count as spent; the run has no budget"
     lost = f", {standing.lost} of them lost to interruptions" if standing.lost else ""
-    return f"{standing.budget}, the budget fixed at the start ({standing.counted} are spent{lost})"
+    budget = settled(standing) if standing.extended else f"the budget {settled(standing)}"
+    return f"{standing.budget}, {budget} ({standing.counted} are spent{lost})"
 
 
 def reservations(run: Run) -> list[str]:

@@ -20,7 +20,7 @@ def draw(log: RunLog, baseline: float, path: Path) -> None:
         loss.plot(
             *log.series(f"training_{score.name}"), label="training (un-noised: outside the guarantee)", linewidth=1
         )
-        loss.plot(*log.series(f"held_out_{score.name}"), label="held-out", marker="o")
+        loss.plot(*log.series(f"held_out_{score.name}"), label="held-out (outside the guarantee)", marker="o")
         loss.axhline(baseline, label=f"held-out, {score.baseline}", color="gray", linestyle="--")
         loss.legend()
     else:

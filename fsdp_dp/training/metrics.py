@@ -15,11 +15,13 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from fsdp_dp.models.objective import BITS_PER_BYTE, Score
-from fsdp_dp.training.run_folder import METRICS_FILE, whole_lines, write_whole
+from fsdp_dp.training.run_folder import METRICS_FILE, UNPROTECTED, whole_lines, write_whole
 
-UNPROTECTED = "outside_the_guarantee"
 # A progress bar redraws itself often on a terminal and seldom in a log file.
 SECONDS_BETWEEN_LINES = 30
+# How long a step takes tells how many rows it drew: a bar without times, redrawn every so many steps.
+WITHOUT_TIMES = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+REDRAWN = 100
 
 
 class RunLog:
@@ -29,7 +31,7 @@ class RunLog:
     steps are releases, and each has its own.
 
     Metrics of the score are named after it: `training_bits_per_byte`, `held_out_accuracy`. Without `diagnostics`, nothing
-    of un-noised data is written or shown.
+    of un-noised data is written or shown, nor when a step was made: TensorBoard's clock then counts steps.
     """
 
     def __init__(
@@ -41,8 +43,7 @@ class RunLog:
         write_whole(path, "".join(map(as_line, self.records)))
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"))
-        interval = 0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
-        self._bar = tqdm(total=steps, initial=done, unit="step", mininterval=interval)
+        self._bar = progress_bar(steps, done, diagnostics)
         self._shown: dict[str, str] = {}
 
     def step(self, step: int, epsilon: float | None, learning_rate: float, found: dict[str, float]) -> None:
@@ -52,7 +53,10 @@ class RunLog:
         self._write(record | {UNPROTECTED: unprotected if self._diagnostics else {}})
         self._shown["ε"] = "none: not private" if epsilon is None else f"{epsilon:.3f}"
         if self._diagnostics:
-            self._shown |= {self.score.title: f"{found['score']:.3f}", "rows/s": f"{found['rows_per_second']:.0f}"}
+            self._shown |= {
+                f"not private: {self.score.title}": f"{found['score']:.3f}",
+                "rows/s": f"{found['rows_per_second']:.0f}",
+            }
         self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update()
 
@@ -83,15 +87,35 @@ class RunLog:
         self._file.flush()
         named = {f"{UNPROTECTED}/{name}": value for name, value in record[UNPROTECTED].items()}
         named |= {name: record[name] for name in ("epsilon", "learning_rate") if record.get(name) is not None}
+        clock = None if self._diagnostics else float(record["step"])
         for name, value in named.items():
-            self._board.add_scalar(name, value, record["step"])
+            self._board.add_scalar(name, value, record["step"], walltime=clock)
+
+
+def progress_bar(steps: int, done: int, times: bool) -> Any:
+    """On stderr; without `times`, what it shows and when does not depend on how long steps take."""
+    if not times:
+        return tqdm(
+            total=steps, initial=done, bar_format=WITHOUT_TIMES, mininterval=0.0, maxinterval=math.inf,
+            miniters=max(1, steps // REDRAWN),
+        )  # fmt: skip
+    interval = 0.5 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES
+    return tqdm(total=steps, initial=done, unit="step", mininterval=interval)
 
 
 def series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """(steps, values) of a metric, private or not, where it was recorded."""
-    flat = [(record["step"], {**record, **record[UNPROTECTED]}.get(name)) for record in records]
-    found = [(step, float(value)) for step, value in flat if value is not None]  # "nan", as JSON has it, too
-    return [step for step, _ in found], [value for _, value in found]
+    flat = [(record["step"], {**record, **(record.get(UNPROTECTED) or {})}.get(name)) for record in records]
+    found = [(step, number(value)) for step, value in flat]
+    return [step for step, value in found if value is not None], [value for _, value in found if value is not None]
+
+
+def number(value: Any) -> float | None:
+    """A metric as a number: "nan", as JSON has it, is one too; what a damaged file holds instead is none."""
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def as_line(record: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from fsdp_dp.ledger import LEDGER_FILE
 from fsdp_dp.training.run_folder import CONFIG_FILE
 
 
@@ -28,7 +29,7 @@ def summary(folder: Path) -> list[str]:
     from fsdp_dp.reporting.run import read_run
     from fsdp_dp.sweep import cost
 
-    runs = sorted((path.parent for path in folder.glob(f"*/{CONFIG_FILE}")), key=lambda run: (len(run.name), run.name))
+    runs = runs_in(folder)
     if not runs:
         return [f"no run is in {folder}: `python -m fsdp_dp.sweep cost RUN...` says what runs elsewhere cost together"]
     try:
@@ -36,3 +37,9 @@ def summary(folder: Path) -> list[str]:
     except (ValueError, AccountingError) as error:
         return [f"the {len(runs)} runs in {folder}: no cost of all together can be stated. {error}"]
     return [f"the {len(runs)} runs in {folder}, to choose among which is to see all of them:", *lines]
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """Every folder below that has a run's configuration or its ledger, at whatever depth `hydra.sweep.subdir` puts them."""
+    found = {path.parent for name in (CONFIG_FILE, LEDGER_FILE) for path in folder.rglob(name)}
+    return sorted(found, key=lambda run: (len(str(run)), str(run)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from fsdp_dp.adaptive_bounds import split_noise
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.data.config import DataConfig
 from fsdp_dp.data.corpus import Corpus
@@ -17,7 +18,12 @@ from fsdp_dp.standing import Standing
 from fsdp_dp.training.budget import Budget
 from fsdp_dp.training.schema import TrainConfig
 
-DIAGNOSTICS_OFF = "This run wrote down no loss, norm, throughput or held-out score (diagnostics=false)."
+NOT_PRIVATE = "not private"
+DIAGNOSTICS_OFF = (
+    "This run wrote down no loss, norm, throughput, step time or held-out score (diagnostics=false). When its files were "
+    "written, the file system tells: publish copies, without those times."
+)
+NOMINAL = "nominal numerics: the rounding of the clipping is not bounded"
 MECHANISM = "DP-SGD: clipped gradients of rows are summed and noised, once a step"
 PACKAGES = ("fsdp-dp", "torch", "prv-accountant", "opacus", "dp-accounting", "cryptography", "hydra-core")
 
@@ -52,9 +58,12 @@ def summarize(outcome: Outcome, folder: Path) -> str:
     """The lines that end a run on the terminal."""
     score = outcome.corpus.score
     lines = [
-        f"{outcome.steps} steps in {outcome.seconds:.0f} s; {claim(outcome)}",
+        f"{outcome.steps} steps{took(outcome)}; {claim(outcome)}",
         *(
-            [f"held-out {score.title} {shown(outcome.held_out)} ({score.baseline}: {outcome.corpus.baseline:.3f})"]
+            [
+                f"held-out {score.title} {shown(outcome.held_out)} ({score.baseline}: {outcome.corpus.baseline:.3f}), "
+                f"{NOT_PRIVATE}"
+            ]
             if outcome.config.diagnostics
             else []
         ),
@@ -72,7 +81,17 @@ def claim(outcome: Outcome) -> str:
     bound = f"epsilon = {outcome.budget.cap:.4g} at delta = {outcome.privacy.target_delta:.3g}"
     if outcome.privacy.seed is not None:
         return f"NO PRIVACY GUARANTEE: seed fixed ({bound} would hold with a secret, random seed)"
-    return bound
+    return qualified(bound, outcome.privacy)
+
+
+def qualified(bound: str, privacy: PrivacyConfig) -> str:
+    """The bound, with what takes from it wherever it is quoted alone."""
+    return f"{bound} ({NOMINAL})" if privacy.numerics == "nominal" else bound
+
+
+def took(outcome: Outcome) -> str:
+    """How long all steps took, which tells how many rows they drew."""
+    return f" in {outcome.seconds:.0f} s" if outcome.config.diagnostics else ""
 
 
 def shown(value: float | None) -> str:
@@ -83,7 +102,7 @@ def headline(outcome: Outcome) -> str:
     score = outcome.corpus.score
     scores = [
         "",
-        f"| | {score.title} |",
+        f"| | {score.title} ({NOT_PRIVATE}) |",
         "|---|---|",
         f"| held-out rows, trained model | {shown(outcome.held_out)} |",
         f"| held-out rows, {score.baseline} | {outcome.corpus.baseline:.3f} |",
@@ -103,20 +122,23 @@ def headline(outcome: Outcome) -> str:
 def guarantee(outcome: Outcome) -> str:
     """The mechanism and its numbers; empty for plain training."""
     privacy, budget = outcome.privacy, outcome.budget
-    if privacy is None or budget is None:
+    if privacy is None or budget is None or outcome.noise_multiplier is None:
         return ""
     return "\n".join(
         [
             "## What is guaranteed",
             "",
             *table(
-                ("epsilon", f"{budget.cap:.6g} (upper bound, for the {privacy.steps} releases fixed at the start)"),
+                (
+                    "epsilon",
+                    f"{budget.cap:.6g} (upper bound, for the {privacy.steps} releases {settled(outcome.standing)})",
+                ),
                 ("delta", f"{privacy.target_delta:.6g}"),
                 ("unit of privacy", outcome.corpus.unit),
                 ("adjacency", adjacency_in_words(privacy)),
                 ("mechanism", MECHANISM),
                 ("clipping", privacy.clipping_in_words),
-                ("noise", f"Gaussian on a lattice, standard deviation σ · R, σ = {outcome.noise_multiplier:.6g}"),
+                ("noise", noise_in_words(privacy, outcome.noise_multiplier)),
                 ("divisor", f"the expected batch size, {privacy.expected_batch_size}"),
                 ("sampling", sampling_in_words(privacy)),
                 ("releases made", f"{outcome.steps} of {privacy.steps}{lost(outcome)}"),
@@ -127,6 +149,21 @@ def guarantee(outcome: Outcome) -> str:
             *extended(outcome),
         ]
     )
+
+
+def settled(standing: Standing | None) -> str:
+    """When the number of releases was fixed."""
+    raised = standing is not None and standing.extended
+    return "of a budget that was raised after releases had been made" if raised else "fixed at the start"
+
+
+def noise_in_words(privacy: PrivacyConfig, noise_multiplier: float) -> str:
+    """What is added to a sum; `noise_multiplier` is the one that is accounted."""
+    words = f"Gaussian on a lattice, standard deviation σ · R, σ = {noise_multiplier:.6g}"
+    if privacy.adaptive_bounds is None:
+        return words
+    of_sums, _ = split_noise(noise_multiplier, 1, privacy.adaptive_bounds)
+    return f"{words}; on the sums {of_sums:.6g}, which with the bounds' noised counts costs the same; R as it is then"
 
 
 def adjacency_in_words(privacy: PrivacyConfig) -> str:
@@ -259,7 +296,7 @@ def setup(outcome: Outcome) -> str:
                 ("sharding", f"{config.sharding.strategy} on {outcome.ranks} process(es), {outcome.device}"),
                 ("precision", config.precision.compute),
                 ("training", f"{outcome.steps} of {config.steps} steps"),
-                ("training and evaluation", f"{outcome.seconds:.0f} s"),
+                *([("training and evaluation", f"{outcome.seconds:.0f} s")] if config.diagnostics else []),
                 ("Python", platform.python_version()),
                 *((package, version(package)) for package in PACKAGES),
             ),

@@ -16,6 +16,8 @@ from fsdp_dp.ledger import LEDGER_FILE
 from fsdp_dp.training.schema import TrainConfig
 
 CONFIG_FILE, METRICS_FILE, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
+# Where a record of the metrics has what ε does not cover.
+UNPROTECTED = "outside_the_guarantee"
 # What makes a run the same run; the ledger looks after the options of privacy that do.
 FIXED = ("model", "data", "batch_size", "optimizer.name", "privacy.mechanism")
 
@@ -31,6 +33,12 @@ def check_folder(config: TrainConfig) -> None:
         raise ValueError(
             f"output_dir={folder} already holds a run: go on with it by resume=true, or choose another, or remove it."
         )
+    if not config.diagnostics and any(record.get(UNPROTECTED) for record in whole_lines(folder / METRICS_FILE)):
+        raise ValueError(
+            f"diagnostics=false: earlier starts of the run in {folder} wrote down what epsilon does not cover, in "
+            f"{METRICS_FILE} and tensorboard/ (and report.md and loss_epsilon.png, if one ended). Remove these, or go on "
+            "with diagnostics=true."
+        )
     if not (folder / CONFIG_FILE).exists():
         return  # killed at its very start; what its ledger holds is checked there
     before, now = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")), asdict(config)
@@ -40,9 +48,10 @@ def check_folder(config: TrainConfig) -> None:
             "Bring the ledger back; without it, count the whole budget as spent and choose another output_dir."
         )
     for option in FIXED:
-        if _at(before, option) != _at(now, option):
+        was, found = value_of(before, option), value_of(now, option)
+        if was != found:
             raise ValueError(
-                f"{option} was {_at(before, option)} when the run in {folder} began and is {_at(now, option)} now: a run "
+                f"{option} was {was} when the run in {folder} began and is {found} now: a run "
                 "keeps its model, data, batch and optimizer. Use the old value, or another output_dir."
             )
 
@@ -70,11 +79,13 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file; a line that a crash cut short is left out."""
+    """The records of a file; a line that a crash cut short, or that is no record of a step, is left out."""
     records: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError):
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 
@@ -83,7 +94,8 @@ def last_step(folder: Path) -> int:
     return max((record["step"] for record in whole_lines(folder / METRICS_FILE)), default=0)
 
 
-def _at(options: dict[str, Any], path: str) -> Any:
+def value_of(options: dict[str, Any], path: str) -> Any:
+    """The value of an option as the command line names it: `optimizer.name`."""
     value: Any = options
     for name in path.split("."):
         value = value[name]

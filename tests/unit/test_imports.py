@@ -53,7 +53,20 @@ ORDER = (
     ("engine", "summary"),
     ("wrapper", "checkpoint", "export", "verdict"),
     (INDEX,),
-    ("models", "data", "training", "train", "launch", "benchmark", "check", "audit", "reporting", "report", "sweep"),
+    (
+        "models",
+        "data",
+        "training",
+        "train",
+        "launch",
+        "benchmark",
+        "check",
+        "audit",
+        "reporting",
+        "report",
+        "sweep",
+        "selection",
+    ),
     ("planning", "plan"),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}

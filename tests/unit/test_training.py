@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -25,7 +26,16 @@ from fsdp_dp.training.evaluate import evenly_spaced
 from fsdp_dp.training.fellows import Fellows
 from fsdp_dp.training.interrupt import stop_on_signals
 from fsdp_dp.training.metrics import RunLog, finite_or_text
-from fsdp_dp.training.report import Outcome, assumptions, claim, guarantee, unprotected
+from fsdp_dp.training.report import (
+    Outcome,
+    assumptions,
+    claim,
+    guarantee,
+    headline,
+    setup,
+    summarize,
+    unprotected,
+)
 from fsdp_dp.training.run_folder import check_folder, last_step, whole_lines, write_config
 from fsdp_dp.training.schedule import learning_rate
 from fsdp_dp.training.schema import OptimizerConfig, PrivacyOptions, TrainConfig
@@ -139,6 +149,59 @@ def test_metrics_of_an_interrupted_run_go_on(tmp_path):
     steps, shown = log.series("training_bits_per_byte")
     assert steps == [1, 2, 3] and all(map(math.isnan, shown))
     assert log.mean("useful_rows") == 0.5
+
+
+def test_without_diagnostics_no_clock_runs(tmp_path, capsys):
+    """Seen to fail: TensorBoard had the time of each step, the progress bar its speed; both tell how many rows were drawn."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pages = []
+    for number, seconds in enumerate((0.0, 0.02)):
+        (tmp_path / str(number)).mkdir()
+        log = RunLog(tmp_path / str(number), 5, diagnostics=False)
+        for step in range(1, 6):
+            time.sleep(seconds)
+            log.step(step, 0.1 * step, 0.01, {"score": 2.5 + seconds, "rows_per_second": 1.0, "useful_rows": 0.5})
+        log.close()
+        board = accumulator.EventAccumulator(str(tmp_path / str(number) / "tensorboard")).Reload()
+        assert board.Tags()["scalars"] == ["epsilon", "learning_rate"]
+        times = [[event.wall_time for event in board.Scalars(name)] for name in board.Tags()["scalars"]]
+        assert times == [[1.0, 2.0, 3.0, 4.0, 5.0]] * 2
+        pages.append((capsys.readouterr().err, (tmp_path / str(number) / "metrics.jsonl").read_text()))
+    assert pages[0] == pages[1] and "5/5" in pages[0][0] and "ε=0.500" in pages[0][0]
+
+
+def test_diagnostics_are_marked_where_they_are_shown(tmp_path, capsys):
+    """Seen to fail: on the terminal and at the head of report.md, scores stood beside epsilon as if it covered them."""
+    log = RunLog(tmp_path, 1)
+    log.step(1, 0.1, 0.01, {"score": 2.5, "rows_per_second": 1.0, "useful_rows": 0.5})
+    log.close()
+    assert "not private: bits per byte=2.500" in capsys.readouterr().err
+    assert "3.500" in headline(OUTCOME) and "bits per byte (not private)" in headline(OUTCOME)
+    lines = summarize(OUTCOME, tmp_path).splitlines()
+    assert [line.endswith("not private") for line in lines if "held-out" in line] == [True]
+
+
+def test_without_diagnostics_no_report_says_how_long_it_took(tmp_path):
+    """Seen to fail: the time of all steps tells how many rows they drew."""
+    for seconds in (60.0, 7000.0):
+        timed = replace(OUTCOME, seconds=seconds)
+        assert f"{seconds:.0f} s" in summarize(timed, tmp_path) and f"{seconds:.0f} s" in setup(timed)
+        silent = replace(timed, config=replace(timed.config, diagnostics=False))
+        assert f"{seconds:.0f} s" not in summarize(silent, tmp_path) + setup(silent) + headline(silent) + unprotected(
+            silent
+        )
+
+
+def test_diagnostics_that_are_written_are_not_called_off(tmp_path):
+    """Seen to fail: a run that went on with diagnostics=false kept the losses, and its report said it wrote down none."""
+    config = TrainConfig(output_dir=str(tmp_path), resume=True, privacy=PrivacyOptions(mechanism="none"))
+    write_config(config, tmp_path)
+    silent = replace(config, diagnostics=False)
+    for metrics, is_said in (('{"training_bits_per_byte": 2}', True), ("{}", False)):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "outside_the_guarantee": {metrics}}}\n')
+        check_folder(config)
+        with pytest.raises(ValueError, match="wrote down what epsilon does not cover") if is_said else nullcontext():
+            check_folder(silent)
 
 
 def test_the_first_failure_is_everybodys(monkeypatch):

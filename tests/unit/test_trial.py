@@ -12,8 +12,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from fsdp_dp import train
+from fsdp_dp.accounting import epsilon
 from fsdp_dp.training import launchers, trial
 from fsdp_dp.training.multirun import summary
+from fsdp_dp.training.run_folder import CONFIG_FILE
+from tests.unit.test_report import make_run
 
 ROOT = Path(__file__).resolve().parents[2]
 # A process with one of its own, as torchrun has ranks: that one ends when it is told.
@@ -90,6 +93,18 @@ def test_an_option_that_the_launcher_lacks() -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     said = refusal("hydra/launcher=submitit_slurm", "hydra.launcher.gpus=1")
     assert "hydra.launcher.gpus: no such option" in said and "--cfg hydra --package hydra.launcher" in said
+
+
+def test_a_sweep_counts_every_run_below_it(tmp_path: Path) -> None:
+    """Seen to fail: runs whose subdirs lie deeper were left out of the sum, and so was a ledger without a configuration."""
+    for name in ("0", "lr=1/2"):
+        make_run(tmp_path / name)
+    first, *lines = summary(tmp_path)
+    assert first.startswith("the 2 runs in")
+    expected = epsilon(noise_multiplier=1.0, sample_rate=0.01, steps=8, delta=1e-6).upper
+    assert any(line.startswith(f"together: epsilon <= {expected:.6g}") for line in lines)
+    (tmp_path / "lr=1" / "2" / CONFIG_FILE).unlink()
+    assert "no cost of all together can be stated" in summary(tmp_path)[0]
 
 
 def test_a_sweep_whose_runs_are_elsewhere_says_so(tmp_path: Path) -> None:
