@@ -73,3 +73,15 @@ def test_a_time_limit_a_lost_node_and_a_cancellation(cluster, text, tmp_path: Pa
     assert job.end() == "CANCELLED"
     slurm.verified_ledger(job.run)
     assert job.steps < FOREVER
+
+
+@pytest.mark.slow
+def test_a_job_that_is_cancelled_while_it_saves_itself_does_not_come_back(cluster, text, tmp_path: Path) -> None:
+    """Seen to fail (requeued and run again) when the job asks only whether it was told to stop."""
+    job = Job(cluster, tmp_path / "run", [f"steps={FOREVER}", *text])
+    job.wait_for_steps(3)
+    slurm.slurm(cluster, "scancel", "--signal=USR1", "--batch", job.number)
+    slurm.slurm(cluster, "scancel", job.number)
+    assert job.end() == "CANCELLED"
+    assert job.facts["Restarts"] == "0"
+    slurm.verified_ledger(job.run)
