@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fsdp_dp import tuning
+from fsdp_dp.composition import bound, nominal, privacy, releases, require_same, rows_of, trial_of
 from fsdp_dp.models.objective import ACCURACY, SCORES, Score
 from fsdp_dp.reporting.run import Run, read_run
-from fsdp_dp.sweep import bound, nominal, privacy, releases, require_same, rows_of, trial_of
 from fsdp_dp.training.metrics import series
 from fsdp_dp.training.report import adjacency_in_words
 from fsdp_dp.training.run_folder import CONFIG_FILE

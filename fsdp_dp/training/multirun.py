@@ -26,8 +26,8 @@ def summary(folder: Path) -> list[str]:
     """What the runs in a sweep's folder cost together, or why that cannot be said."""
     # Imported late: they take a second, and Hydra makes the callback for every command.
     from fsdp_dp.accounting import AccountingError
+    from fsdp_dp.composition import cost
     from fsdp_dp.reporting.run import read_run
-    from fsdp_dp.sweep import cost
 
     runs = runs_in(folder)
     if not runs:

@@ -64,8 +64,9 @@ ORDER = (
         "audit",
         "reporting",
         "report",
-        "sweep",
+        "composition",
         "selection",
+        "sweep",
     ),
     ("planning", "plan"),
 )

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
+from fsdp_dp.composition import cost
 from fsdp_dp.data.config import DataConfig
 from fsdp_dp.ledger import LEDGER_FILE, Ledger
 from fsdp_dp.models.config import GPTConfig, HuggingFaceConfig, ResNetConfig
 from fsdp_dp.report import main
 from fsdp_dp.reporting.figures import EPSILON, figures, label
 from fsdp_dp.reporting.run import read_run
-from fsdp_dp.sweep import cost
 from fsdp_dp.training.app import privacy_config
 from fsdp_dp.training.run_folder import CONFIG_FILE, METRICS_FILE, write_config
 from fsdp_dp.training.schema import ClippingOptions, PrivacyOptions, TrainConfig
