@@ -1,7 +1,8 @@
 """What a layer's records are like, microbatch after microbatch: what was found out of one need not be asked of the next.
 
 Where the rows are, which rule holds and whether a gradient is stored follow from shapes and formats alone, and from the
-layouts that the rehearsal verified. The host needs as long for these questions as for the launches that follow them.
+layouts that hold now: `RowLayouts` has another object as soon as others do. The host needs as long for these questions as
+for the launches that follow them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Habit:
     """What holds for the records of one layer that have this form, rows in front, as long as the layouts are the same.
 
     Args:
-        layouts: those that were verified when this was found out.
+        layouts: `RowLayouts.fixed` when this was found out.
         settles: some of the gradients are kept in another form than the rule's (`PerSampleGradient.settle`).
     """
 

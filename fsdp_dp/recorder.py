@@ -252,7 +252,7 @@ class Recorder:
                 _note_dtypes(microbatch, grads)
                 form = form_of(call, inputs, grads, microbatch.rows)
                 known = self._habits.get(layer)
-                if known is not None and form == known.form and known.layouts is self.layouts.verified:
+                if known is not None and form == known.form and known.layouts is self.layouts.fixed:
                     gradients = known.gradients(inputs[0], grads[0])
                 else:
                     gradients = self._examined(microbatch, layer, Record(call, inputs, grads), form)
@@ -273,9 +273,9 @@ class Recorder:
         if layout == "merged":
             gradients = {name: gradient.regroup(microbatch.rows) for name, gradient in gradients.items()}
         settled = {name: gradient.settle() for name, gradient in complete(gradients).items()}
-        if form is not None and layout == "rows" and self.layouts.verified is not None:
+        if form is not None and layout == "rows" and self.layouts.fixed is not None:
             settles = any(settled[name] is not gradient for name, gradient in gradients.items())
-            self._habits[layer] = Habit(form, module, wanted, self.layouts.verified, settles=settles)
+            self._habits[layer] = Habit(form, module, wanted, self.layouts.fixed, settles=settles)
         return settled
 
     def _layout(self, layer: str, record: Record, rows: int) -> Layout:

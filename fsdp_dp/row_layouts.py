@@ -27,7 +27,7 @@ class RowLayouts:
         self.learning = True
 
     @property
-    def verified(self) -> Mapping[Hashable, set[Layout]] | None:
+    def fixed(self) -> Mapping[Hashable, set[Layout]] | None:
         """The layouts that are known now, another object as soon as others are; None while they are being learned."""
         return None if self.learning else self.known
 
