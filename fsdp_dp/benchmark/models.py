@@ -55,6 +55,8 @@ MODELS = {
     "roberta-tiny": Shape(
         layers=2, heads=2, width=32, hidden=64, vocabulary=96, tokens=16, rows=3, kind="roberta", classes=2
     ),
+    # As many layers as 6.7B has, and next to no arithmetic: its step is the time of the host.
+    "llama-narrow": Shape(layers=32, heads=4, width=256, hidden=512, vocabulary=512, tokens=256, rows=2),
     "llama-350m": Shape(layers=24, heads=16, width=1024, hidden=2736, vocabulary=32000, tokens=1024, rows=16),
     "llama-1.3b": Shape(layers=24, heads=16, width=2048, hidden=5504, vocabulary=32000, tokens=1024, rows=16),
     "llama-6.7b": Shape(layers=32, heads=32, width=4096, hidden=11008, vocabulary=32000, tokens=1024, rows=2),
