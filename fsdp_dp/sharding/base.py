@@ -151,7 +151,7 @@ class ShardedModel(abc.ABC):
         """
         self._sums.start(self.units[unit], gradients)
 
-    def places(self, unit: int) -> dict[str, Tensor]:
+    def places(self, unit: int) -> Mapping[str, Tensor]:
         """Where the gradients of the unit that `start_accumulate` is called for next may be written at once.
 
         Name -> ``[P, D]``, or ``[W, P / W, D]`` where W shards lie apart.

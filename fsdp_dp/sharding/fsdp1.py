@@ -25,7 +25,7 @@ from torch.distributed.fsdp._runtime_utils import _post_backward_final_callback
 
 from fsdp_dp.numerics import accumulate_dtype
 from fsdp_dp.sharding.base import ManagedParameter, Region, ShardedModel, canonical_name, narrow_reduction
-from fsdp_dp.sharding.sums import Unit
+from fsdp_dp.sharding.sums import Bucket, Unit
 
 _HANDLE_NAMES = ("flat_param", "_get_flat_param_offsets", "process_group", "device", "uses_sharded_strategy",
                  "_use_sharded_views")  # fmt: skip
@@ -144,13 +144,13 @@ class _Unit(Unit):
             self.names.update(dict.fromkeys(sites, name))
             self.entries.append(_Entry(self, name, parameter, start, end - start + 1, info))
 
-    def fill(self, bucket: Tensor, gradients: Mapping[str, Tensor]) -> None:
-        pieces, end = [], 0
+    def fill(self, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
+        out, pieces, end = bucket.tensor, [], 0
         for entry in self.entries:  # in the order of the flat parameter; frozen ones and padding leave gaps
             if entry.name in gradients:
-                pieces += [bucket.new_zeros(entry.start - end), gradients[entry.name].flatten()]
+                pieces += [out.new_zeros(entry.start - end), gradients[entry.name].flatten()]
                 end = entry.start + entry.numel
-        torch.cat([*pieces, bucket.new_zeros(bucket.numel() - end)], out=bucket)
+        torch.cat([*pieces, out.new_zeros(out.numel() - end)], out=out)
 
 
 def _replicas(wrapper: Any) -> dist.ProcessGroup | None:

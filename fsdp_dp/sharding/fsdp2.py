@@ -12,7 +12,7 @@ Private names used: a module's ``_get_fsdp_state()``, on it ``_fsdp_param_groups
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from fsdp_dp.module_tree import modules_of
 from fsdp_dp.numerics import accumulate_dtype
 from fsdp_dp.sharding.base import ManagedParameter, narrow_reduction, trainable_names
 from fsdp_dp.sharding.layout import Cut, box, region
-from fsdp_dp.sharding.sums import Unit
+from fsdp_dp.sharding.sums import Bucket, Unit
 from fsdp_dp.sharding.tensor_parallel import TensorParallel, split_group, tensor_cut
 
 
@@ -217,53 +217,66 @@ class _Placed:
 
 
 class _Unit(Unit):
-    """The managed parameters of one FSDP unit, side by side in their bucket and in their accumulators."""
+    """The managed parameters of one FSDP unit, side by side in their bucket and in their accumulators.
+
+    First those in equal parts along dimension 0: their gradients reach the bucket without a detour, matrices from the
+    kernel that makes them.
+    """
 
     def __init__(self, placed: dict[str, _Placed], mesh: DeviceMesh) -> None:
-        self._placed = placed
-        local = [p.parameter.to_local() for p in placed.values()]
+        shards = mesh.size(mesh.ndim - 1)
+        even = {n: p for n, p in placed.items() if p.dim == 0 and p.shape and p.shape[0] % shards == 0}
+        self._uneven = {n: p for n, p in placed.items() if n not in even}
+        self._placed = even | self._uneven
+        local = [p.parameter.to_local() for p in self._placed.values()]
         dtype = max((accumulate_dtype(x.dtype) for x in local), key=lambda dtype: dtype.itemsize, default=torch.float32)
-        widths = [p.padded_shard_numel for p in placed.values()]
-        buffer = torch.zeros(sum(widths), dtype=dtype, device=local[0].device if local else "cpu")
+        self._widths = [p.padded_shard_numel for p in self._placed.values()]
+        buffer = torch.zeros(sum(self._widths), dtype=dtype, device=local[0].device if local else "cpu")
         super().__init__(buffer, mesh.get_group(mesh.ndim - 1), mesh.get_group(0) if mesh.ndim == 2 else None)
-        for name, x, piece in zip(placed, local, buffer.split(widths), strict=True):
+        for name, x, piece in zip(self._placed, local, buffer.split(self._widths), strict=True):
             self.accumulators[name] = piece[: x.numel()]
 
-    def places(self, bucket: Tensor) -> dict[str, Tensor]:
-        """Of matrices that are cut into equal parts along dimension 0."""
-        return {
-            name: part.unflatten(1, (-1, p.shape[1]))
-            for (name, p), part in zip(self._placed.items(), self._parts(bucket), strict=True)
-            if len(p.shape) == 2 and p.dim == 0 and p.shape[0] % self.shards == 0
-        }
+    def bucket(self, memory: Tensor) -> Bucket:
+        return _Bucket(memory, self._placed, self._uneven, self._widths, self.shards)
 
-    def fill(self, bucket: Tensor, gradients: Mapping[str, Tensor]) -> None:
-        inside = {
-            name
-            for name, x in gradients.items()
-            if x.untyped_storage()._cdata == bucket.untyped_storage()._cdata  # fake tensors have no address
-        }
-        if inside:
-            for (name, p), part in zip(self._placed.items(), self._parts(bucket), strict=True):
-                if name not in inside:
-                    self._chunk([self._whole(bucket, p, gradients.get(name))], part)
-        else:
-            self._chunk([self._whole(bucket, p, gradients.get(name)) for name, p in self._placed.items()], bucket)
+    def fill(self, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
+        in_place = {name for name, place in bucket.places.items() if gradients.get(name) is place}
+        if not isinstance(bucket, _Bucket) or not in_place:
+            self._chunk(self._placed, gradients, bucket.tensor)
+            return
+        left = {name: part for name, part in bucket.even.items() if name not in in_place}
+        moved = left.keys() & gradients.keys()
+        if moved:
+            torch._foreach_copy_([left[n] for n in moved], [gradients[n].reshape(left[n].shape) for n in moved])
+        for name in left.keys() - moved:
+            left[name].zero_()
+        if self._uneven:
+            self._chunk(self._uneven, gradients, bucket.uneven)
 
-    def _parts(self, bucket: Tensor) -> tuple[Tensor, ...]:
-        """``[shards, padded shard]`` of every parameter."""
-        return bucket.view(self.shards, -1).split([p.padded_shard_numel for p in self._placed.values()], dim=1)
-
-    def _whole(self, bucket: Tensor, p: _Placed, gradient: Tensor | None) -> Tensor:
-        return self._shards_first(p, bucket.new_zeros(p.shape) if gradient is None else gradient)
-
-    def _chunk(self, whole: list[Tensor], out: Tensor) -> None:
+    def _chunk(self, placed: Mapping[str, _Placed], gradients: Mapping[str, Tensor], out: Tensor) -> None:
         """As FSDP2 fills its own bucket: cut along dimension 0, padded with zeros, side by side, in one kernel."""
+        whole = [self._whole(p, gradients.get(name), out) for name, p in placed.items()]
         out = out.view(self.shards, -1)
         if out.is_contiguous():
             torch._chunk_cat(whole, dim=0, num_chunks=self.shards, out=out)
         else:
             out.copy_(torch._chunk_cat(whole, dim=0, num_chunks=self.shards))
 
-    def _shards_first(self, p: _Placed, gradient: Tensor) -> Tensor:
+    def _whole(self, p: _Placed, gradient: Tensor | None, like: Tensor) -> Tensor:
+        """A gradient with the dimension that FSDP cuts in front, shard after shard; zeros if there is none."""
+        if gradient is None:
+            gradient = like.new_zeros(p.shape)
         return gradient if p.dim == 0 else torch.cat(gradient.chunk(self.shards, p.dim))
+
+
+class _Bucket(Bucket):
+    """Views of a bucket: ``even`` by name, ``[shards, numel / shards]``, and all that is ``uneven`` together."""
+
+    def __init__(
+        self, memory: Tensor, placed: Mapping[str, _Placed], uneven: Collection[str], widths: Sequence[int], shards: int
+    ) -> None:
+        parts = dict(zip(placed, memory.view(shards, -1).split(widths, dim=1), strict=True))
+        self.even = {name: part for name, part in parts.items() if name not in uneven}
+        self.uneven = memory.view(shards, -1)[:, sum(part.shape[1] for part in self.even.values()) :]
+        matrices = {n: part for n, part in self.even.items() if len(placed[n].shape) == 2}
+        super().__init__(memory, {n: part.unflatten(1, (-1, placed[n].shape[1])) for n, part in matrices.items()})

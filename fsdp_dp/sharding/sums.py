@@ -20,6 +20,18 @@ from torch import Tensor
 MAX_UNDER_WAY = 2
 
 
+class Bucket:
+    """What a unit sends: shard after shard, each laid out as the unit's ``buffer``.
+
+    Attributes:
+        tensor: all of it, flat.
+        places: where whole gradients may be written at once: name -> ``[P, D]``, or ``[shards, P / shards, D]``.
+    """
+
+    def __init__(self, tensor: Tensor, places: Mapping[str, Tensor] | None = None) -> None:
+        self.tensor, self.places = tensor, places or {}
+
+
 class Unit(abc.ABC):
     """One FSDP unit (or what takes its place): the accumulators of its local shard, and the layout of its bucket.
 
@@ -44,15 +56,12 @@ class Unit(abc.ABC):
         return dist.get_world_size(self.shard_group) if self.shard_group is not None else 1
 
     @abc.abstractmethod
-    def fill(self, bucket: Tensor, gradients: Mapping[str, Tensor]) -> None:
-        """Write full gradients, and zeros for those that are missing, shard after shard, each laid out as ``buffer``."""
+    def fill(self, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
+        """Write full gradients, and zeros for those that are missing; those that are in their place already stay."""
 
-    def places(self, bucket: Tensor) -> dict[str, Tensor]:
-        """Where in a bucket whole gradients may be written at once: ``[P, D]``, or ``[shards, P / shards, D]``.
-
-        `fill` then finds them there.
-        """
-        return {}
+    def bucket(self, memory: Tensor) -> Bucket:
+        """A bucket in flat memory of its size, which this unit will use again and again."""
+        return Bucket(memory)
 
     def give_away(self) -> None:
         """What the accumulators hold is somebody else's from now on, or nobody's."""
@@ -106,11 +115,11 @@ class Sums:
         self._reserved = False
 
     @torch.no_grad()
-    def places(self, unit: Unit) -> dict[str, Tensor]:
-        """`Unit.places` in the bucket of the sum that `start` begins next, which is to be this unit's."""
+    def places(self, unit: Unit) -> Mapping[str, Tensor]:
+        """`Bucket.places` of the sum that `start` begins next, which is to be this unit's."""
         if unit.shard_group is None or not unit.accumulators:
             return {}
-        return unit.places(self._next_memory().bucket(unit))
+        return self._next_memory().bucket(unit).places
 
     @torch.no_grad()
     def start(self, unit: Unit, gradients: Mapping[str, Tensor]) -> None:
@@ -157,15 +166,21 @@ class _Memory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._tensors: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._buckets: dict[Unit, Bucket] = {}
 
     def take(self, role: str, numel: int, dtype: torch.dtype) -> Tensor:
         found = self._tensors.get((role, dtype))
         if found is None or found.numel() < numel:
             found = self._tensors[role, dtype] = torch.empty(numel, dtype=dtype, device=self.device)
+            self._buckets.clear()  # which may be views of the one before
         return found[:numel]
 
-    def bucket(self, unit: Unit) -> Tensor:
-        return self.take("bucket", unit.buffer.numel() * unit.shards, unit.buffer.dtype)
+    def bucket(self, unit: Unit) -> Bucket:
+        found = self._buckets.get(unit)
+        if found is None:
+            memory = self.take("bucket", unit.buffer.numel() * unit.shards, unit.buffer.dtype)
+            found = self._buckets[unit] = unit.bucket(memory)
+        return found
 
 
 class _Sum:
@@ -179,12 +194,12 @@ class _Sum:
         self._overwrites, unit.fresh = unit.fresh, False
         self._handed_on, self._work = unit.replicate_group is None, None
         if unit.shard_group is None:
-            unit.fill(self._shard, gradients)
+            unit.fill(Bucket(self._shard), gradients)
             self.hand_on()
         else:
             bucket = memory.bucket(unit)
             unit.fill(bucket, gradients)
-            self._work = start_reduce_scatter(self._shard, bucket, unit.shard_group)
+            self._work = start_reduce_scatter(self._shard, bucket.tensor, unit.shard_group)
 
     def hand_on(self) -> None:
         """From the reduce-scatter to the all-reduce, where there is one."""

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fsdp_dp.errors import PrivacyError
 from fsdp_dp.numerics import accumulate_dtype
 from fsdp_dp.sharding.base import ManagedParameter, Region, ShardedModel, trainable_names
-from fsdp_dp.sharding.sums import Unit
+from fsdp_dp.sharding.sums import Bucket, Unit
 
 
 class WholeUnit(Unit):
@@ -28,12 +28,12 @@ class WholeUnit(Unit):
         super().__init__(torch.zeros(sum(sizes), dtype=dtype, device=first.device), None, group)
         self.accumulators = dict(zip(parameters, self.buffer.split(sizes), strict=True))
 
-    def fill(self, bucket: Tensor, gradients: Mapping[str, Tensor]) -> None:
+    def fill(self, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
         pieces = [
             gradients[name].flatten() if name in gradients else torch.zeros_like(accumulator)
             for name, accumulator in self.accumulators.items()
         ]
-        torch.cat(pieces, out=bucket)
+        torch.cat(pieces, out=bucket.tensor)
 
 
 class WholeModel(ShardedModel):
