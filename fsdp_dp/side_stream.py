@@ -7,8 +7,7 @@ read beside must be kept until then.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,21 +18,36 @@ class SideStream:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._beside = nullcontext() if self._stream is None else _Beside(self._stream)
 
-    @contextmanager
-    def beside(self) -> Iterator[None]:
-        """What is launched inside runs after all that the current stream was given so far, and beside what it gets next."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            yield
+    def beside(self) -> AbstractContextManager[None]:
+        """What is launched inside runs after all that the current stream was given so far, and beside what it gets next.
+
+        Entered for every FSDP unit of every backward, one at a time.
+        """
+        return self._beside
 
     def join(self) -> None:
         """Let the current stream wait for all that was launched beside it."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
+class _Beside(AbstractContextManager[None]):
+    """As ``stream.wait_stream(current)`` and ``torch.cuda.stream(stream)``, with one event for all times."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream, self._event = stream, torch.cuda.Event()
+        self._main = stream
+
+    def __enter__(self) -> None:
+        self._main = torch.cuda.current_stream(self._stream.device)
+        self._event.record(self._main)
+        self._stream.wait_event(self._event)
+        torch.cuda.set_stream(self._stream)
+
+    def __exit__(self, *error: object) -> None:
+        torch.cuda.set_stream(self._main)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -9,6 +9,8 @@ through some positions of one row: ``x = (a - mean) / deviation`` in float32, ``
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -31,18 +33,25 @@ def norm_rows(
     ``centered`` tells LayerNorm from RMSNorm.
     """
     B, T, C = a_BTC.shape
-    columns = triton.next_power_of_2(C)
-    height = max(1, _ELEMENTS // columns)
-    parts = min(triton.cdiv(T, height), triton.cdiv(_PROGRAMS, B))
+    parts, positions, height, columns = _form(B, T, C)
     scale = torch.empty(B, parts, C, dtype=torch.float32, device=a_BTC.device)
     shift = torch.empty_like(scale) if with_shift else scale
     launch(
         _norm_rows, (B, parts, 1),
-        (a_BTC, g_BTC, scale, shift, T, C, triton.cdiv(T, parts), eps, centered, with_shift, height, columns),
+        (a_BTC, g_BTC, scale, shift, T, C, positions, eps, centered, with_shift, height, columns),
         warps=8,
     )  # fmt: skip
     scale_BC, *shift_BC = (x.sum(1) if parts > 1 else x[:, 0] for x in ((scale, shift) if with_shift else (scale,)))
     return scale_BC, shift_BC[0] if shift_BC else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _form(B: int, T: int, C: int) -> tuple[int, int, int, int]:
+    """In how many parts a row is cut, positions of a part, and a program's tile: positions and columns."""
+    columns = triton.next_power_of_2(C)
+    height = max(1, _ELEMENTS // columns)
+    parts = min(triton.cdiv(T, height), triton.cdiv(_PROGRAMS, B))
+    return parts, triton.cdiv(T, parts), height, columns
 
 
 @triton.jit
