@@ -201,6 +201,10 @@ class OuterProduct:
         narrower = min(a.element_size(), g.element_size())
         return planner.method(*a.shape[1:], g.shape[2], narrower, self.dtype.itemsize, fused=self.is_fused)
 
+    def adopt(self, alike: OuterProduct) -> None:
+        """Take over what shapes and formats decide from an outer product that has the same."""
+        vars(self).update(is_fused=alike.is_fused, method=alike.method)
+
     @property
     def uses_gram(self) -> bool:
         """Whether two T x T Gram matrices are cheaper than the P x D gradient of a row."""

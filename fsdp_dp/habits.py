@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fsdp_dp.gradients import PerSampleGradient
+from fsdp_dp.gradients import OuterProduct, PerSampleGradient
 from fsdp_dp.layers import rule_for
 from fsdp_dp.records import NO_CALL, Call
 
@@ -37,15 +38,25 @@ class Habit:
         settles: some of the gradients are kept in another form than the rule's (`PerSampleGradient.settle`).
     """
 
-    __slots__ = ("_module", "_rule", "_settles", "_wanted", "form", "layouts")
+    __slots__ = ("_alike", "_module", "_rule", "_settles", "_wanted", "form", "layouts")
 
     def __init__(
         self, form: Form, module: nn.Module, wanted: frozenset[str], layouts: Mapping[Any, Any], *, settles: bool
     ) -> None:
         self.form, self.layouts = form, layouts
         self._module, self._rule, self._wanted, self._settles = module, rule_for(module), wanted, settles
+        self._alike: dict[str, OuterProduct] = {}
 
     def gradients(self, a: Tensor, g: Tensor | None) -> dict[str, PerSampleGradient]:
         """``{parameter name: gradient of every row}``, as `layers.per_sample_gradients` gives them, settled."""
         found: dict[str, PerSampleGradient] = self._rule(self._module, a, g, self._wanted)
+        for name, gradient in found.items():
+            if type(gradient) is OuterProduct:
+                alike = self._alike.get(name)
+                if alike is None:
+                    nothing = torch.empty(0)
+                    alike = self._alike[name] = OuterProduct(nothing, nothing)
+                    alike.adopt(gradient)
+                else:
+                    gradient.adopt(alike)
         return {name: gradient.settle() for name, gradient in found.items()} if self._settles else found

@@ -106,6 +106,9 @@ def split_bfloat16(x: Tensor) -> tuple[Tensor, Tensor]:
     return high, torch.sub(x, high, out=torch.empty_like(high))
 
 
+_precision = torch._C._get_fp32_precision_getter
+"""What ``torch.backends.cuda.matmul.fp32_precision`` reads, and mkldnn's, without the modules in front of it."""
+
 _IEEE = ("ieee", "none")
 """What a flag reads where products are IEEE. "none": neither it nor those that it inherits from say anything."""
 
@@ -117,7 +120,7 @@ class exact_arithmetic:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._kind = device.type
         self._restore: list[Callable[[], None]] = []
 
     def __enter__(self) -> None:
@@ -126,10 +129,10 @@ class exact_arithmetic:
 
     def _is_exact(self) -> bool:
         return (
-            torch.backends.cuda.matmul.fp32_precision in _IEEE
-            and torch.backends.mkldnn.matmul.fp32_precision in _IEEE  # type: ignore[attr-defined]
+            _precision("cuda", "matmul") in _IEEE
+            and _precision("mkldnn", "matmul") in _IEEE
             and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(self._device.type)
+            and not torch.is_autocast_enabled(self._kind)
         )
 
     def _make_exact(self) -> None:
@@ -154,7 +157,7 @@ class exact_arithmetic:
 
     def _contexts(self) -> list[Any]:
         autograd = [torch.no_grad()] if torch.is_grad_enabled() else []
-        kind = self._device.type
+        kind = self._kind
         return autograd + ([torch.autocast(kind, enabled=False)] if torch.is_autocast_enabled(kind) else [])
 
 
