@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -64,6 +65,9 @@ def train(training: Training) -> int:
         started = time.perf_counter()
         made = train_step(training, batch, divisor)
         stopping = report_step(training, step, made, started)
+        if step == training.start + 2:
+            gc.collect()
+            gc.freeze()  # what has been made by now stays: without, the collector walks it again and again
         training.checkpoints.check()
         if stopping:
             break
