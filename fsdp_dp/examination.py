@@ -57,6 +57,7 @@ class Examination:
         self._end_watch()
         if self._kind(microbatch.rows) not in self._watched or self._buffers_moved() or recorder.meetings.wants:
             self._uncompiled.start()
+            recorder.follow_calls()
             self._watch = FirstForward(root, self._model.names, recorder.running, (args, kwargs), microbatch.rows)
             self._watch.__enter__()
         recorder.layouts.learning = microbatch.norms is not None or self._passed_over

@@ -20,14 +20,13 @@ from fsdp_dp.habits import Form, Habit, form_of
 from fsdp_dp.layers import keeps, layouts, per_sample_gradients
 from fsdp_dp.logical_batch import LogicalBatch, Microbatch
 from fsdp_dp.numerics import accumulate_dtype, exact_arithmetic
-from fsdp_dp.records import NO_CALL, Call, Layout, Record
+from fsdp_dp.records import NO_CALL, Call, Layout, Record, Report
 from fsdp_dp.row_layouts import RowLayouts
 from fsdp_dp.sharding.base import ShardedModel
 from fsdp_dp.shared_values import Meetings, SharedValue, is_marked
 from fsdp_dp.taps import (
     Bare,
     FreezeWindow,
-    Report,
     SharedParameters,
     Taps,
     at_end_of_backward,
@@ -75,7 +74,9 @@ class Recorder:
         self.layouts = RowLayouts()
         self.meetings = Meetings(self.layouts)
         self.window = FreezeWindow({p.name: p.parameter for p in model.parameters}, batch.refusals_poison)
-        self._taps = Taps(layers, keeps, self._start_record, self._share_output, lambda: self.meetings.rows)
+        self._taps = Taps(
+            layers, keeps, self._start_record, self._share_output, self._is_plain, lambda: self.meetings.rows
+        )
         self._shared_parameters = SharedParameters(bare, self._is_sharing, self._share_parameter)
         self._habits: dict[str, Habit] = {}
         self._same_for_all_rows: set[str] = set()
@@ -83,19 +84,23 @@ class Recorder:
 
     @property
     def running(self) -> list[nn.Module]:
-        """The stack of layers whose forward is running now."""
+        """The stack of layers whose forward is running now, in a forward whose calls are followed."""
         return self._taps.running
+
+    def follow_calls(self) -> None:
+        """Until the end of the forward that starts now."""
+        self._taps.follow(True)
 
     def start_forward(self, microbatch: Microbatch) -> None:
         self.current = microbatch
         self.window.close()
         self._taps.of_forward.clear()
-        self._taps.running.clear()  # a layer in which a user interrupted the last forward has not left it
+        self._taps.follow(False)  # no hook told of the end of a forward that a user interrupted
         self.in_forward = True
 
     def end_forward(self) -> None:
         self.in_forward = self.meetings.learning = False
-        self._taps.running.clear()
+        self._taps.follow(False)
         self.window.open()
 
     def enter_backward(self, microbatch: Microbatch) -> None:
@@ -119,6 +124,7 @@ class Recorder:
 
     def discard(self) -> None:
         self.window.open()
+        self._taps.of_forward.clear()
         self.current, self.in_forward = None, False
 
     def remove(self) -> None:
@@ -194,6 +200,16 @@ class Recorder:
         if layer in self._looks_at_shapes and any(x.ndim and x.shape[0] % self.meetings.rows for x in outputs):
             return self._sharing(layer)
         return self._sharing(layer) if layer in self._same_for_all_rows else None
+
+    def _is_plain(self, layer: str) -> bool:
+        """Whether `_share_output` would find nothing in tensors that are no shared values, nor picked from rows."""
+        known = self.meetings
+        return not (
+            known.learning
+            or layer in self._same_for_all_rows
+            or layer in self._looks_at_shapes
+            or layer in self._taps.picked
+        )
 
     def _has_equal_rows(self, inputs: Sequence[Tensor]) -> bool:
         rows = self.meetings.rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -51,6 +51,10 @@ class Call:
 
 
 _FIRST = NO_CALL = Call((), None, ())
+
+
+Report = Callable[[Call, tuple[Tensor, ...], tuple[Tensor | None, ...]], None]
+"""What a tap calls in backward: the call, the inputs that it kept, the gradient of each output (None: unused)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ Three mechanisms, each independent of what is recorded:
 
 * a *tap*: an identity in the graph behind a layer's output that keeps the layer's input through
   ``save_for_backward`` (so activation checkpointing and saved-tensor hooks apply to it) and reports both in backward;
+  or something cheaper, where that does the same (see `node_taps`);
 * the *freeze window*: trainable parameters do not require gradients from the root's forward to the end of backward,
   so FSDP neither computes nor reduces weight gradients;
 * a *boundary*: an identity on the root's outputs. Between it and the start of backward the window is open, so a
@@ -28,12 +29,12 @@ from torch.utils.hooks import RemovableHandle
 
 from fsdp_dp.attention import Attentions
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
+from fsdp_dp.layers import is_product
 from fsdp_dp.layers.leaf import is_proven
 from fsdp_dp.marks import PICKED_REFUSED, is_picked
-from fsdp_dp.records import Call
+from fsdp_dp.node_taps import NodeTap, node_of
+from fsdp_dp.records import Call, Report
 from fsdp_dp.shared_values import SharedValue, unwrapped
-
-Report = Callable[[Call, tuple[Tensor, ...], tuple[Tensor | None, ...]], None]
 
 
 class _Tap(torch.autograd.Function):
@@ -49,16 +50,16 @@ class _Tap(torch.autograd.Function):
         ctx.save_for_backward(*tensors[outputs:])
         ctx.set_materialize_grads(False)
         ctx.call, ctx.report = call, report
+        if outputs == 1:
+            return (tensors[0].detach(),)
         return tuple(x.detach() for x in tensors[:outputs])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        found = tuple(
-            None if g is None or not g.numel() else g for g in grads
-        )  # an expert may be given no token at all
-        ctx.report(ctx.call, tuple(x.detach() for x in inputs), found)
-        return None, None, None, None, *grads, *(None for _ in inputs)
+        inputs = [x.detach() for x in ctx.saved_tensors]
+        found = [None if g is None or not g.numel() else g for g in grads]  # an expert may be given no token at all
+        ctx.report(ctx.call, tuple(inputs), tuple(found))
+        return None, None, None, None, *grads, *([None] * len(inputs))
 
 
 class _Boundary(torch.autograd.Function):
@@ -73,6 +74,10 @@ class _Boundary(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         ctx.entered(ctx.index, grad_output)
         return grad_output, None, None
+
+
+_apply = super(torch.autograd.Function, _Tap).apply
+"""Without torch's Python in front of it, which looks for transforms of `torch.func`: a third of what a tap costs."""
 
 
 def with_boundary(outputs: Any, entered: Callable[[int, Tensor], None]) -> tuple[Any, bool]:
@@ -112,7 +117,12 @@ class Taps:
         start: called with the layer's name in forward; returns what to do in backward.
         share: called with the layer's name, inputs and outputs; a function that makes an output a `SharedValue`, for
             outputs that are the same for all rows, else None.
+        is_plain: whether the layer's calls are now known to be of rows alone, if its input looks like it.
         rows: how many the microbatch has.
+
+    Attributes:
+        running: the stack of layers whose forward is running now, while calls are followed.
+        picked: layers that were given entries which a program picked along the rows (see `marks`).
     """
 
     def __init__(
@@ -121,36 +131,61 @@ class Taps:
         keeps: Callable[[nn.Module], Literal["first", "all"]],
         start: Callable[[str], Report],
         share: Callable[[str, Sequence[Tensor], Sequence[Tensor]], Callable[[Tensor], SharedValue] | None],
+        is_plain: Callable[[str], bool],
         rows: Callable[[], int],
     ) -> None:
-        self._start, self._share, self._rows = start, share, rows
+        self._layers = layers
+        self._start, self._share, self._is_plain, self._rows = start, share, is_plain, rows
         self._versions: dict[nn.Module, list[int]] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self.running: list[nn.Module] = []
-        self.of_forward: list[tuple[weakref.ref[Any], Report]] = []
+        self.of_forward: list[tuple[Callable[[], Any], Report]] = []
         self._handles: list[RemovableHandle] = []
+        self._following: list[RemovableHandle] = []
         self._hook_ids: dict[str, int] = {}
         self._attentions = Attentions(layers)
-        self._picked: set[str] = set()
+        self.picked: set[str] = set()
+        self._products = {name for name, layer in layers.items() if is_product(layer)}
         for name, layer in layers.items():
             everything = keeps(layer) == "all"
-            enter, leave = self._enter_watched if everything else self._enter, self._leave(name, everything)
-            enter, leave = as_written(enter), as_written(leave)
-            self._handles.append(layer.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-            hook = layer.register_forward_hook(leave, prepend=True, with_kwargs=True, always_call=True)
-            self._handles.append(hook)
+            if everything:
+                enter = as_written(self._note_versions)
+                self._handles.append(layer.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+            leave = as_written(self._leave(name, everything))
+            hook = layer.register_forward_hook(leave, prepend=True, with_kwargs=True)
+            self._handles += [hook] if name else [hook, *self._follow(layer)]
             self._hook_ids[name] = hook.id
 
     def remove(self) -> None:
+        self.follow(False)
         self._attentions.remove()
         for handle in self._handles:
             handle.remove()
+
+    def follow(self, wanted: bool) -> None:
+        """Know from now on which layers are ``running``; or stop to, which spares every call of a layer two hooks."""
+        if wanted and not self._following:
+            for name, layer in self._layers.items():
+                if name:  # the root itself is always followed: its hooks run when this is asked for
+                    self._following += self._follow(layer)
+        elif not wanted:
+            for handle in self._following:
+                handle.remove()
+            self._following.clear()
+            self.running.clear()
+
+    def _follow(self, layer: nn.Module) -> list[RemovableHandle]:
+        return [
+            layer.register_forward_pre_hook(as_written(self._enter), prepend=True),
+            layer.register_forward_hook(as_written(self._failed), always_call=True),
+        ]
 
     def through(
         self, call: Call, report: Report, outputs: Sequence[Tensor], inputs: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """``outputs`` behind a tap that keeps ``inputs``."""
-        tapped: tuple[Tensor, ...] = _Tap.apply(self._anchor, call, report, len(outputs), *outputs, *inputs)
+        apply = _Tap.apply if torch._C._are_functorch_transforms_active() else _apply
+        tapped: tuple[Tensor, ...] = apply(self._anchor, call, report, len(outputs), *outputs, *inputs)
         if tapped and not recomputing():
             self.of_forward.append((weakref.ref(tapped[0].grad_fn), report))
         return tapped
@@ -160,17 +195,24 @@ class Taps:
         taps, self.of_forward = self.of_forward, []
         return [report for node, report in taps if not _is_reached(node())]
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.running.append(module)
 
-    def _enter_watched(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.running.append(module)
+    def _failed(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if output is None:
+            self._left(module)
+
+    def _left(self, module: nn.Module) -> None:
+        if self.running and self.running[-1] is module:
+            self.running.pop()
+
+    def _note_versions(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._versions[module] = _versions(args, kwargs)
 
     def _leave(self, name: str, everything: bool) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if self.running and self.running[-1] is module:
-                self.running.pop()
+            if self.running:  # before hooks of the user run
+                self._left(module)
             if output is None or not torch.is_grad_enabled():
                 return None
             if next(iter(module._forward_hooks)) != self._hook_ids[name]:
@@ -193,10 +235,10 @@ class Taps:
         self, name: str, module: nn.Module, call: Call, inputs: list[Tensor], report: Report, output: Any
     ) -> Any:
         """``output`` with a tap behind each of its floating-point tensors."""
-        self._refuse_picked(name, inputs)
         one_of_one = call.spec is None and type(output) is Tensor and type(inputs[0]) is Tensor
-        if one_of_one and output.is_floating_point() and self._share(name, inputs, [output]) is None:
-            return self.through(call, report, [output], inputs)[0]  # most calls, and they are many
+        if one_of_one and self._is_plain(name) and output.is_floating_point():
+            return self._on_one(name, call, report, output, inputs)  # most calls, and they are many
+        self._refuse_picked(name, inputs)
         are_shared = [isinstance(x, SharedValue) for x in inputs]
         leaves, spec = ([output], None) if type(output) is Tensor else tree_flatten(output)
         tapped = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.is_floating_point()]
@@ -212,16 +254,28 @@ class Taps:
             call = dataclasses.replace(call, shared=tuple(are_shared), gives_shared=share is not None)
             if not is_proven(module, call, inputs, self._rows()):
                 call = dataclasses.replace(call, outputs=tuple(x.detach().clone() for x in outputs))
+        if one_of_one and share is None and len(outputs) == 1:
+            return self._on_one(name, call, report, output, inputs)
         through = self.through(call, report, outputs, inputs)
         for i, x in zip(tapped, through, strict=True):
             leaf = leaves[i]
             leaves[i] = leaf.with_rows(x) if isinstance(leaf, SharedValue) else x
         return leaves[0] if spec is None else tree_unflatten(leaves, spec)
 
+    def _on_one(self, name: str, call: Call, report: Report, output: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """One output that belongs to rows, of one input that does."""
+        found = None if recomputing() else node_of(output, name in self._products)
+        if found is None:
+            return self.through(call, report, [output], inputs)[0]
+        node, made = found
+        node.register_prehook(NodeTap(name, inputs[0], report, output.shape, made.output_nr))
+        self.of_forward.append((lambda: node, report))
+        return output
+
     def _refuse_picked(self, name: str, inputs: Sequence[Tensor]) -> None:
         if any(map(is_picked, inputs)):
-            self._picked.add(name)
-        if name in self._picked and self._rows() > 1:
+            self.picked.add(name)
+        if name in self.picked and self._rows() > 1:
             raise UnsupportedModelError(f"Layer '{name}' {PICKED_REFUSED}")
 
 

@@ -5,6 +5,7 @@ works while FSDP has them resharded. Adding a layer is one file: write the rule,
 """
 
 from fsdp_dp.layers import convolution, embedding, leaf, linear, normalization
+from fsdp_dp.layers.linear import is_product
 from fsdp_dp.layers.registry import (
     Rule,
     has_rule,
@@ -24,6 +25,7 @@ __all__ = [
     "convolution",
     "embedding",
     "has_rule",
+    "is_product",
     "keeps",
     "layer_rule",
     "layouts",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fsdp_dp.gradients import Materialized, OuterProduct, PerSampleGradient
-from fsdp_dp.layers.registry import layer_rule
+from fsdp_dp.layers.registry import layer_rule, rule_for
 from fsdp_dp.numerics import accumulate_dtype
 
 
@@ -36,3 +36,8 @@ def transposed_linear(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset
     if "weight" in out:
         out["weight"] = OuterProduct(positions(g), positions(a))
     return out
+
+
+def is_product(module: nn.Module) -> bool:
+    """Whether a layer's forward is one product, of which its output is all."""
+    return rule_for(module) in (linear, transposed_linear)
