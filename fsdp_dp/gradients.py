@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -201,9 +201,14 @@ class OuterProduct:
         narrower = min(a.element_size(), g.element_size())
         return planner.method(*a.shape[1:], g.shape[2], narrower, self.dtype.itemsize, fused=self.is_fused)
 
-    def adopt(self, alike: OuterProduct) -> None:
-        """Take over what shapes and formats decide from an outer product that has the same."""
-        vars(self).update(is_fused=alike.is_fused, method=alike.method)
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What shapes and formats decide."""
+        return {"is_fused": self.is_fused, "method": self.method}
+
+    def adopt(self, plan: Mapping[str, Any]) -> None:
+        """Take over the plan of an outer product that has the same shapes and formats."""
+        vars(self).update(plan)
 
     @property
     def uses_gram(self) -> bool:
@@ -267,8 +272,7 @@ def _add_sharing_inputs(norms: fused.GhostNorms, outers: Sequence[OuterProduct])
     for outer in outers:
         a = outer.a_BTD
         groups.setdefault((a.data_ptr(), *a.shape, *a.stride()), (a, []))[1].append(outer.g_BTP)
-    for a, gs in groups.values():
-        norms.add(a, gs)
+    norms.add(list(groups.values()))
 
 
 def _token_norms(a_BTD: Tensor, g_BTP: Tensor) -> tuple[Tensor, Tensor]:
@@ -555,11 +559,16 @@ def weighted_sums(
     """``weighted_sum`` of each; small stored gradients together, in one product.
 
     ``weight_B`` is zero for rows that are not kept, as `clipping.RowWeights` has it: all that kernels ask about them. Sums
-    that a kernel makes are written to their place ``into``, if there is one (see `fused.weighted_outer`).
+    that kernels make are written to their place ``into``, if there is one (see `fused.weighted_outers`).
     """
     into = into or {}
-    small = {n: g.value for n, g in gradients.items() if _is_small(g)}  # type: ignore[attr-defined]
-    sums = {n: _weighted_sum(g, weight_B, keep_B, into.get(n)) for n, g in gradients.items() if n not in small}
+    together = {n: g for n, g in gradients.items() if isinstance(g, OuterProduct) and g.is_fused}
+    small = {n: g.value for n, g in gradients.items() if n not in together and _is_small(g)}  # type: ignore[attr-defined]
+    others = {n: g for n, g in gradients.items() if n not in together and n not in small}
+    sums = {n: g.weighted_sum(weight_B, keep_B) for n, g in others.items()}
+    if together:
+        found = fused.weighted_outers([(g.a_BTD, g.g_BTP, into.get(n)) for n, g in together.items()], weight_B)
+        sums |= dict(zip(together, found, strict=True))
     for part in _portions(small):
         joint = Materialized(_side_by_side(list(part.values()))).weighted_sum(weight_B, keep_B)
         pieces = joint.split([x.numel() // len(x) for x in part.values()])
@@ -584,9 +593,3 @@ def _side_by_side(values: Sequence[Tensor]) -> Tensor:
     """``[B, ...]`` each, as one ``[B, n]``."""
     flat = [x if x.ndim == 2 else x.flatten(1) for x in values]
     return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
-
-
-def _weighted_sum(gradient: PerSampleGradient, weight_B: Tensor, keep_B: Tensor, place: Tensor | None) -> Tensor:
-    if isinstance(gradient, OuterProduct) and gradient.is_fused:
-        return fused.weighted_outer(gradient.a_BTD, gradient.g_BTP, weight_B, place)
-    return gradient.weighted_sum(weight_B, keep_B)

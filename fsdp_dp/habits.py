@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fsdp_dp.gradients import OuterProduct, PerSampleGradient
@@ -38,25 +37,23 @@ class Habit:
         settles: some of the gradients are kept in another form than the rule's (`PerSampleGradient.settle`).
     """
 
-    __slots__ = ("_alike", "_module", "_rule", "_settles", "_wanted", "form", "layouts")
+    __slots__ = ("_module", "_plans", "_rule", "_settles", "_wanted", "form", "layouts")
 
     def __init__(
         self, form: Form, module: nn.Module, wanted: frozenset[str], layouts: Mapping[Any, Any], *, settles: bool
     ) -> None:
         self.form, self.layouts = form, layouts
         self._module, self._rule, self._wanted, self._settles = module, rule_for(module), wanted, settles
-        self._alike: dict[str, OuterProduct] = {}
+        self._plans: dict[str, dict[str, Any]] = {}
 
     def gradients(self, a: Tensor, g: Tensor | None) -> dict[str, PerSampleGradient]:
         """``{parameter name: gradient of every row}``, as `layers.per_sample_gradients` gives them, settled."""
         found: dict[str, PerSampleGradient] = self._rule(self._module, a, g, self._wanted)
         for name, gradient in found.items():
             if type(gradient) is OuterProduct:
-                alike = self._alike.get(name)
-                if alike is None:
-                    nothing = torch.empty(0)
-                    alike = self._alike[name] = OuterProduct(nothing, nothing)
-                    alike.adopt(gradient)
+                plan = self._plans.get(name)
+                if plan is None:
+                    self._plans[name] = gradient.plan
                 else:
-                    gradient.adopt(alike)
+                    gradient.adopt(plan)
         return {name: gradient.settle() for name, gradient in found.items()} if self._settles else found

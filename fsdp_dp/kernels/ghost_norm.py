@@ -1,4 +1,4 @@
-"""Ghost norms of Linears, with the bounds on their rounding: a launch for up to three that share their input, one for all.
+"""Ghost norms of Linears, with the bounds on their rounding: a launch for those of a block, and a last one for all.
 
 In the step: `gradients.NormTally` comes here for half-precision factors on a GPU; `gradients._gram_norms` is the
 torch reference. ``|G|^2 = sum_{t,s} M_ts N_ts`` with ``M = a a^T`` and ``N = g g^T``, both symmetric. A program of the first
@@ -26,8 +26,9 @@ Shape suffixes as in `gradients`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -35,12 +36,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fsdp_dp.kernels.launching import Block, launch
+from fsdp_dp.kernels.tables import table
 from fsdp_dp.kernels.tiles import Tiles
 from fsdp_dp.numerics import underflow, unit_roundoff
-from fsdp_dp.side_stream import to_device
 
-MOST_LAYERS = 3
-"""Layers of one launch: query, key and value."""
+MOST_INPUTS, MOST_LAYERS = 4, 8
+"""Of one launch: those of a block of a transformer."""
 
 CHUNK = tl.constexpr(4096)
 """Width contracted in one accumulator; wider Gram matrices are sums of several, or their bound would grow with the width."""
@@ -51,13 +52,20 @@ _INPUT_FIELDS = tl.constexpr(2)
 _INNER, _OFF, _DIAGONAL, _LENGTHS, _TRACE = (tl.constexpr(i) for i in range(5))
 _LAYER_FIELDS = tl.constexpr(5)
 
+_TABLE_FIELDS = tl.constexpr(6)
+"""Of an input: its first program and its first sum (of a row), tiles, D, its first layer and how many it has."""
+
 _TINY = tl.constexpr(underflow(1, torch.float32))
 _U32 = tl.constexpr(unit_roundoff(torch.float32))
 _LONGEST_SQ = tl.constexpr(2.0**126)
 
 
+Inputs = Sequence[tuple[Tensor, Sequence[Tensor]]]
+"""``(a_BTD, gs)``: an input, and the output gradients ``[B, T, P_l]`` of the layers that were given it."""
+
+
 class GhostNorms:
-    """Collects layers, one launch for up to MOST_LAYERS that share their input, and measures all of them in a last one.
+    """Collects layers, in one launch for those that are added together, and measures all of them in a last one.
 
     Args:
         rows: of every layer.
@@ -71,29 +79,28 @@ class GhostNorms:
         self._layers: list[tuple[int, ...]] = []
         self._measured: list[Tensor] = []
 
-    def add(self, a_BTD: Tensor, gs: Sequence[Tensor]) -> None:
-        """Layers that share ``a_BTD``, with output gradients ``gs`` ``[B, T, P_l]``.
+    def add(self, inputs: Inputs) -> None:
+        """All tensors of a launch have one dtype, and are as `outer` hands them over."""
+        for part in _launches(inputs):
+            self._add(part)
 
-        One to MOST_LAYERS of them, all of the input's dtype and as `outer` hands them over.
-        """
-        B, T, D = a_BTD.shape
-        tiles, pairs, layers = *_tiles_and_pairs(T, a_BTD.device), len(gs)
-        widths = [g.shape[2] for g in gs]
-        fields = _INPUT_FIELDS.value + layers * _LAYER_FIELDS.value
-        place = self._take(B * pairs * fields)
-        block = (1, tiles.rows, tiles.depth)
-        a, *of_layers = [Block(x, block) for x in (a_BTD, *gs)]
-        absent = MOST_LAYERS - layers
+    def _add(self, inputs: Inputs) -> None:
+        B = self._rows
+        form = _form(tuple((a.shape[1], a.shape[2], *(g.shape[2] for g in gs)) for a, gs in inputs), self._device)
+        place = self._take(B * form.room)
+        block = (1, form.tiles.rows, form.tiles.depth)
+        blocks_of_a = [Block(a, block) for a, _ in inputs]
+        blocks_of_g = [Block(g, block) for _, gs in inputs for g in gs]
         launch(
-            _sum_tiles, (B * pairs, 1, 1),
-            (a, *of_layers, *of_layers[:1] * absent, self._room, place, pairs, D, *widths, *(0,) * absent,
-             layers, max(D, *widths) > CHUNK.value, tiles.rows, tiles.depth),
-            warps=tiles.warps, stages=tiles.stages,
-            key=(place.bit_length() > 31, pairs, tiles.rows, D, *widths, a_BTD.dtype),
+            _sum_tiles, (B * form.programs, 1, 1),
+            (*blocks_of_a, *blocks_of_a[:1] * (MOST_INPUTS - len(blocks_of_a)),
+             *blocks_of_g, *blocks_of_g[:1] * (MOST_LAYERS - len(blocks_of_g)),
+             self._room, place, table(form.numbers, self._device), len(inputs), B,
+             form.chunked, form.tiles.rows, form.tiles.depth),
+            warps=form.tiles.warps, stages=form.tiles.stages,
+            key=(place.bit_length() > 31, form.chunked, form.tiles.rows, inputs[0][0].dtype),
         )  # fmt: skip
-        for layer, P in enumerate(widths):
-            first = _INPUT_FIELDS.value + layer * _LAYER_FIELDS.value
-            self._layers.append((place, fields, first, pairs, tiles.rows, T, D, P))
+        self._layers += [(place + B * before, *rest) for before, *rest in form.layers]
 
     def terms(self) -> Tensor:
         """float64 ``[n, 3, B]``, each as `NormTerms.stack`; their sum is that of all layers since the last call."""
@@ -114,57 +121,111 @@ class GhostNorms:
         if not self._layers:
             return
         terms = torch.empty(len(self._layers), 3, self._rows, dtype=torch.float64, device=self._device)
-        table = _table(tuple(self._layers), self._device, _stream(self._device))
         launch(
             _finish, (self._rows, len(self._layers), 1),
-            (self._room, terms, table, self._rows, self._roundoff, 32), warps=1,
+            (self._room, terms, table(tuple(self._layers), self._device), self._rows, self._roundoff, 32), warps=1,
         )  # fmt: skip
         self._measured.append(terms)
         self._layers, self._room = [], None
 
 
+_SHORT = 64
+"""Positions for which smaller tiles do."""
+
 _ROOM = 1 << 18
 """Sums that wait for a last launch, if one layer does not have more."""
 
 
-@functools.lru_cache(maxsize=256)
-def _table(layers: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
-    """``[n, 8]`` on the device, of what a step asks for again and again; written and read on one stream."""
-    return to_device(torch.tensor(layers, dtype=torch.int64), device)
+def _launches(inputs: Inputs) -> Iterator[Inputs]:
+    """Parts that one launch takes: of one dtype and one size of tiles, not too many inputs and layers."""
+    alike: dict[tuple[torch.dtype, bool], list[tuple[Tensor, Sequence[Tensor]]]] = {}
+    for a, gs in inputs:
+        of_form = alike.setdefault((a.dtype, a.shape[1] <= _SHORT), [])
+        of_form += [(a, gs[first : first + MOST_LAYERS]) for first in range(0, len(gs), MOST_LAYERS)]
+    for of_form in alike.values():
+        part: list[tuple[Tensor, Sequence[Tensor]]] = []
+        for a, gs in of_form:
+            if len(part) == MOST_INPUTS or sum(len(layers) for _, layers in part) + len(gs) > MOST_LAYERS:
+                yield part
+                part = []
+            part.append((a, gs))
+        yield part
 
 
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Form:
+    """What a launch takes from the sizes of its inputs and layers alone.
+
+    Attributes:
+        numbers: of each input what `_sum_tiles` asks of its table; then, a row each, the widths of the layers.
+        programs: of a row.
+        room: sums of a row that programs leave.
+        layers: place (of a row's first sums, times rows), and what else `_finish` asks of its table.
+    """
+
+    tiles: Tiles
+    chunked: bool
+    programs: int
+    room: int
+    numbers: tuple[tuple[int, ...], ...]
+    layers: tuple[tuple[int, ...], ...]
 
 
-@functools.cache
-def _tiles_and_pairs(T: int, device: torch.device) -> tuple[Tiles, int]:
-    """And the number of tiles in the lower triangle."""
-    tiles = _tiles(T, device)
-    count = triton.cdiv(T, tiles.rows)
-    return tiles, count * (count + 1) // 2
+@functools.lru_cache(maxsize=1024)
+def _form(sizes: tuple[tuple[int, ...], ...], device: torch.device) -> _Form:
+    """Of ``(T, D, *P)`` of every input."""
+    tiles = _tiles(sizes[0][0], device)
+    programs, room, numbers, layers = 0, 0, [], []
+    widths: list[int] = []
+    for T, D, *of_layers in sizes:
+        count = triton.cdiv(T, tiles.rows)
+        pairs = count * (count + 1) // 2
+        fields = _INPUT_FIELDS.value + len(of_layers) * _LAYER_FIELDS.value
+        numbers.append((programs, room, pairs, D, len(widths), len(of_layers)))
+        for number, P in enumerate(of_layers):
+            first = _INPUT_FIELDS.value + number * _LAYER_FIELDS.value
+            layers.append((room, fields, first, pairs, tiles.rows, T, D, P))
+        widths += of_layers
+        programs, room = programs + pairs, room + pairs * fields
+    wide = max(*(D for _, D, *_ in sizes), *widths) > CHUNK.value
+    unused = _TABLE_FIELDS.value - 1
+    table_rows = (*numbers, *((P, *[0] * unused) for P in widths))
+    return _Form(tiles=tiles, chunked=wide, programs=programs, room=room, numbers=table_rows, layers=tuple(layers))
 
 
 def _tiles(T: int, device: torch.device) -> Tiles:
     """Measured on an H100 (docs/performance.md)."""
     if device.type != "cuda":  # the interpreter
         return Tiles(rows=16, columns=16, depth=16, warps=4, stages=2)
-    if T <= 64:
+    if T <= _SHORT:
         return Tiles(rows=64, columns=64, depth=64, warps=4, stages=4)
     deep = torch.cuda.get_device_capability(device)[0] >= 9
     return Tiles(rows=128, columns=128, depth=64, warps=8, stages=6 if deep else 3)
 
 
-@triton.jit(do_not_specialize=["place", "pairs", "D", "P0", "P1", "P2"])
+@triton.jit(do_not_specialize=["place", "inputs", "B"])
 def _sum_tiles(
-    a, g0, g1, g2, sums, place, pairs, D, P0, P1, P2,
-    LAYERS: tl.constexpr, CHUNKED: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    a0, a1, a2, a3, g0, g1, g2, g3, g4, g5, g6, g7, sums, place, table, inputs, B,
+    CHUNKED: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
+    number = 0  # of the input that this program works on
+    for other in range(1, inputs):
+        number += (tl.program_id(0) >= B * tl.load(table + other * _TABLE_FIELDS)).to(tl.int32)
+    a = a0
+    if number == 1:
+        a = a1
+    if number == 2:
+        a = a2
+    if number == 3:
+        a = a3
+    own = table + number * _TABLE_FIELDS
+    program = tl.program_id(0) - B * tl.load(own).to(tl.int32)
+    room, pairs, D = tl.load(own + 1), tl.load(own + 2).to(tl.int32), tl.load(own + 3).to(tl.int32)
+    first, layers = tl.load(own + 4).to(tl.int32), tl.load(own + 5).to(tl.int32)
     row, pair = program // pairs, program % pairs
     t, s = _tile_of_pair(pair)
     t, s = t * TILE, s * TILE
-    out = sums + place + program.to(tl.int64) * (_INPUT_FIELDS + LAYERS * _LAYER_FIELDS)
+    out = sums + place + B * room + program.to(tl.int64) * (_INPUT_FIELDS + layers * _LAYER_FIELDS)
     on_diagonal = (t + tl.arange(0, TILE))[:, None] == (s + tl.arange(0, TILE))[None, :]
     times = tl.where(t == s, 1.0, 2.0)
     M = _gram_tile(a, row, t, s, D, CHUNKED, TILE, DEPTH)
@@ -172,14 +233,25 @@ def _sum_tiles(
     off = tl.where(on_diagonal, 0.0, M)
     tl.store(out + _TRACE_M, tl.sum(M_tt, 0))
     tl.store(out + _OFF_M, times * _total(off * off))
-    N = _gram_tile(g0, row, t, s, P0, CHUNKED, TILE, DEPTH)
-    _sum_tile(out + _INPUT_FIELDS, M, M_tt, N, on_diagonal, times)
-    if LAYERS > 1:
-        N = _gram_tile(g1, row, t, s, P1, CHUNKED, TILE, DEPTH)
-        _sum_tile(out + _INPUT_FIELDS + _LAYER_FIELDS, M, M_tt, N, on_diagonal, times)
-    if LAYERS > 2:
-        N = _gram_tile(g2, row, t, s, P2, CHUNKED, TILE, DEPTH)
-        _sum_tile(out + _INPUT_FIELDS + 2 * _LAYER_FIELDS, M, M_tt, N, on_diagonal, times)
+    for layer in range(first, first + layers):
+        g = g0
+        if layer == 1:
+            g = g1
+        if layer == 2:
+            g = g2
+        if layer == 3:
+            g = g3
+        if layer == 4:
+            g = g4
+        if layer == 5:
+            g = g5
+        if layer == 6:
+            g = g6
+        if layer == 7:
+            g = g7
+        P = tl.load(table + (inputs + layer) * _TABLE_FIELDS).to(tl.int32)
+        N = _gram_tile(g, row, t, s, P, CHUNKED, TILE, DEPTH)
+        _sum_tile(out + _INPUT_FIELDS + (layer - first) * _LAYER_FIELDS, M, M_tt, N, on_diagonal, times)
 
 
 @triton.jit

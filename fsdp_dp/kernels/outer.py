@@ -20,7 +20,7 @@ _WIDTH_UNIT = 8
 
 
 def usable(a_BTD: Tensor, g_BTP: Tensor) -> bool:
-    """Whether `weighted_outer` and `GhostNorms` take these factors; decided by type and shape alone."""
+    """Whether `weighted_outers` and `GhostNorms` take these factors; decided by type and shape alone."""
     return (
         a_BTD.dtype == g_BTP.dtype
         and a_BTD.dtype in _HALVES
@@ -35,16 +35,25 @@ def _runs_on(device: torch.device) -> bool:
     return kernels.available(device) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def weighted_outer(a_BTD: Tensor, g_BTP: Tensor, weight_B: Tensor, out: Tensor | None = None) -> Tensor:
-    """``sum_i w_i g_i^T a_i`` ``[P, D]`` float32, in ``out`` if given; rows of weight zero are not looked at.
+def weighted_outers(sums: Sequence[tuple[Tensor, Tensor, Tensor | None]], weight_B: Tensor) -> list[Tensor]:
+    """``sum_i w_i g_i^T a_i`` ``[P, D]`` float32 of every ``(a_BTD, g_BTP, out)``, in ``out`` where one is given.
 
-    ``out`` may be ``[W, P / W, D]`` with any strides but a last one of 1.
+    Rows of weight zero are not looked at. An ``out`` may be ``[W, P / W, D]`` with any strides but a last one of 1.
     """
     from fsdp_dp.kernels import weighted_outer as implementation
 
-    if out is None:
-        out = torch.empty(g_BTP.shape[2], a_BTD.shape[2], dtype=torch.float32, device=a_BTD.device)
-    return implementation.weighted_outer(_readable(a_BTD), _readable(g_BTP), weight_B, out)
+    whole = [(_readable(a), _readable(g), _room(a, g) if out is None else out) for a, g, out in sums]
+    implementation.weighted_outers(whole, weight_B)
+    return [out for _, _, out in whole]
+
+
+def _room(a_BTD: Tensor, g_BTP: Tensor) -> Tensor:
+    return torch.empty(g_BTP.shape[2], a_BTD.shape[2], dtype=torch.float32, device=a_BTD.device)
+
+
+def weighted_outer(a_BTD: Tensor, g_BTP: Tensor, weight_B: Tensor, out: Tensor | None = None) -> Tensor:
+    """One of `weighted_outers`."""
+    return weighted_outers([(a_BTD, g_BTP, out)], weight_B)[0]
 
 
 class GhostNorms:
@@ -53,14 +62,11 @@ class GhostNorms:
     def __init__(self, rows: int, device: torch.device) -> None:
         from fsdp_dp.kernels import ghost_norm
 
-        self._most = ghost_norm.MOST_LAYERS
         self._norms = ghost_norm.GhostNorms(rows, device, tensor_core_roundoff(device))
 
-    def add(self, a_BTD: Tensor, gs: Sequence[Tensor]) -> None:
-        """Layers that were given the same input, by their output gradients."""
-        a = _readable(a_BTD)
-        for first in range(0, len(gs), self._most):
-            self._norms.add(a, [_readable(g) for g in gs[first : first + self._most]])
+    def add(self, inputs: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> None:
+        """``(a_BTD, gs)``: each input once, with the output gradients ``[B, T, P_l]`` of the layers that were given it."""
+        self._norms.add([(_readable(a), [_readable(g) for g in gs]) for a, gs in inputs])
 
     def terms(self) -> Tensor:
         """float64 ``[n, 3, B]``, whose sum over n is that of all layers since the last call."""

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,55 +30,83 @@ import triton.language as tl
 from torch import Tensor
 
 from fsdp_dp.kernels.launching import Block, launch
+from fsdp_dp.kernels.tables import table
 from fsdp_dp.kernels.tiles import Tiles, hand_scheduled, padded_tile
 
 GROUP = tl.constexpr(8)
 """Tiles of consecutive programs share their columns in groups of this many rows of tiles, so that L2 holds them."""
 
 
-def weighted_outer(a_BTD: Tensor, g_BTP: Tensor, weight_B: Tensor, out: Tensor) -> Tensor:
-    """Write ``sum_i w_i g_i^T a_i`` into ``out`` and return it.
+def weighted_outers(sums: Sequence[tuple[Tensor, Tensor, Tensor]], weight_B: Tensor) -> None:
+    """Write ``sum_i w_i g_i^T a_i`` into ``out`` for every ``(a_BTD, g_BTP, out)``, in as few launches as it can be done.
 
     Args:
-        a_BTD, g_BTP: of one half-precision dtype, as `outer` hands them over.
+        sums: factors of half precision as `outer` hands them over, both of one dtype; ``out`` is float32 ``[P, D]``, or
+            ``[W, P / W, D]`` with any strides but a last one of 1 (slices of a bucket).
         weight_B: float32, non-negative; a row of weight zero does not take part, whatever it holds.
-        out: float32 ``[P, D]``, or ``[W, P / W, D]`` with any strides but a last one of 1 (slices of a bucket).
     """
-    B, T, D = a_BTD.shape
-    P, dtype = g_BTP.shape[2], a_BTD.dtype
-    if out.ndim == 3:
-        (slice_stride, row_stride, _), rows = out.stride(), out.shape[1]
-    else:
-        slice_stride, row_stride, rows = 0, out.stride(0), out.shape[0]
-    form = _form(P, D, dtype, a_BTD.device, hand_scheduled(a_BTD.device))
-    tiles = form.tiles
+    device = weight_B.device
+    if not hand_scheduled(device):
+        for a, g, out in sums:
+            _weighted_outer_alone(a, g, weight_B, out)
+        return
+    from fsdp_dp.kernels import hopper
+
+    of_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for one in sums:
+        of_dtype.setdefault(one[0].dtype, []).append(one)
+    for dtype, alike in of_dtype.items():
+        for first in range(0, len(alike), hopper.MOST):
+            _weighted_outers_by_hand(alike[first : first + hopper.MOST], weight_B, dtype)
+
+
+def _weighted_outers_by_hand(
+    sums: Sequence[tuple[Tensor, Tensor, Tensor]], weight_B: Tensor, dtype: torch.dtype
+) -> None:
+    """In one launch, of the tiles of one sum after another."""
+    outs = [out for _, _, out in sums]
+    form = _form(tuple((a.shape[1], g.shape[2], a.shape[2]) for a, g, _ in sums), dtype, weight_B.device)
+    strides = [_strides(out) for out in outs]
+    entries = tuple(
+        (*sizes, *places, first) for sizes, places, first in zip(form.sizes, strides, form.first_tiles, strict=True)
+    )
+    on_16 = tuple(x.data_ptr() % 16 == 0 for x in (weight_B, *outs))
+    aligned = all(on_16) and all(stride % 16 == 0 for _, *both in strides for stride in both)
+    gs = [Block(g, form.block_of_g, form.layout_of_g) for _, g, _ in sums]
+    as_ = [Block(a, form.block_of_a, form.layout_of_a) for a, _, _ in sums]
     launch(
         form.kernel,
-        form.grid,
+        (min(form.tiles_at_once, form.tiles_in_all), 1, 1),
         (
-            Block(g_BTP, form.block_of_g, form.layout_of_g),
-            Block(a_BTD, form.block_of_a, form.layout_of_a),
-            *(weight_B, out, B, T, P, D, rows, slice_stride, row_stride),
-            *form.constants,
+            *(gs + gs[:1] * form.absent),
+            *(as_ + as_[:1] * form.absent),
+            *(outs + outs[:1] * form.absent),
+            *(weight_B, table(entries, weight_B.device), len(sums), len(weight_B), form.tiles_in_all),
+            *(aligned, *form.constants),
         ),
-        warps=tiles.warps,
-        stages=form.stages,
-        key=(
-            *(B, T, P, D, dtype, rows, slice_stride, row_stride),
-            *(weight_B.dtype, weight_B.data_ptr() % 16 == 0, out.dtype, out.data_ptr() % 16 == 0),
-        ),
+        warps=form.tiles.warps,
+        key=(dtype, form.tiles.rows, aligned, on_16),
     )
-    return out
+
+
+def _strides(out: Tensor) -> tuple[int, int, int]:
+    """How many rows a slice has, and how far apart slices and rows are."""
+    if out.ndim == 3:
+        return out.shape[1], out.stride(0), out.stride(1)
+    return out.shape[0], 0, out.stride(0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Form:
-    """What a launch takes from the shape of the sum alone."""
+    """What a launch takes from ``sizes`` of the sums, (T, P, D) each, alone."""
 
+    sizes: tuple[tuple[int, int, int], ...]
     kernel: Any
-    grid: tuple[int, int, int]
     tiles: Tiles
-    stages: int
+    first_tiles: tuple[int, ...]
+    tiles_in_all: int
+    tiles_at_once: int
+    absent: int
     block_of_g: tuple[int, int, int]
     block_of_a: tuple[int, int, int]
     layout_of_g: Any
@@ -85,20 +115,20 @@ class _Form:
 
 
 @functools.lru_cache(maxsize=1024)
-def _form(P: int, D: int, dtype: torch.dtype, device: torch.device, by_hand: bool) -> _Form:
-    tiles = _tiles(P, D, device)
-    kernel, constants, layouts, stages = _weighted_outer, (tiles.depth, tiles.rows, tiles.columns), (None, None), 3
-    if by_hand:
-        from fsdp_dp.kernels import hopper
+def _form(sizes: tuple[tuple[int, int, int], ...], dtype: torch.dtype, device: torch.device) -> _Form:
+    from fsdp_dp.kernels import hopper
 
-        kernel, constants, layouts = hopper.form_of_weighted_outer(dtype, tiles)
-    else:
-        stages = tiles.stages
+    tiles = _tiles(tuple((P, D) for _, P, D in sizes), device)
+    kernel, constants, layouts = hopper.form_of_weighted_outers(dtype, tiles)
+    *first_tiles, in_all = itertools.accumulate((_count(P, D, tiles) for _, P, D in sizes), initial=0)
     return _Form(
+        sizes=sizes,
         kernel=kernel,
-        grid=(triton.cdiv(P, tiles.rows) * triton.cdiv(D, tiles.columns), 1, 1),
         tiles=tiles,
-        stages=stages,
+        first_tiles=tuple(first_tiles),
+        tiles_in_all=in_all,
+        tiles_at_once=torch.cuda.get_device_properties(device).multi_processor_count,
+        absent=hopper.MOST - len(sizes),
         block_of_g=(1, tiles.depth, tiles.rows),
         block_of_a=(1, tiles.depth, tiles.columns),
         layout_of_g=layouts[0],
@@ -107,17 +137,42 @@ def _form(P: int, D: int, dtype: torch.dtype, device: torch.device, by_hand: boo
     )
 
 
+def _count(P: int, D: int, tiles: Tiles) -> int:
+    return int(triton.cdiv(P, tiles.rows) * triton.cdiv(D, tiles.columns))
+
+
+def _weighted_outer_alone(a_BTD: Tensor, g_BTP: Tensor, weight_B: Tensor, out: Tensor) -> None:
+    """In Triton, which the interpreter runs as well."""
+    B, T, D = a_BTD.shape
+    P = g_BTP.shape[2]
+    rows, slice_stride, row_stride = _strides(out)
+    tiles = _tiles(((P, D),), a_BTD.device)
+    launch(
+        _weighted_outer,
+        (_count(P, D, tiles), 1, 1),
+        (
+            Block(g_BTP, (1, tiles.depth, tiles.rows)),
+            Block(a_BTD, (1, tiles.depth, tiles.columns)),
+            *(weight_B, out, B, T, P, D, rows, slice_stride, row_stride),
+            *(tiles.depth, tiles.rows, tiles.columns),
+        ),
+        warps=tiles.warps,
+        stages=tiles.stages,
+    )
+
+
 @functools.cache
-def _tiles(P: int, D: int, device: torch.device) -> Tiles:
-    """Measured on an H100 (docs/performance.md): wide tiles, narrower ones where these would leave the GPU idle."""
+def _tiles(sums: tuple[tuple[int, int], ...], device: torch.device) -> Tiles:
+    """For sums of these ``(P, D)`` in one launch: wide tiles, unless these are few. Measured on an H100 (see docs)."""
     if device.type != "cuda":  # the interpreter: small, and of three different sizes
         return Tiles(rows=32, columns=64, depth=16, warps=4, stages=2)
     properties = torch.cuda.get_device_properties(device)
     if properties.major < 9:
         return Tiles(rows=128, columns=128, depth=64, warps=8, stages=3)
-    if 3 * triton.cdiv(P, 128) * triton.cdiv(D, 256) < 2 * properties.multi_processor_count:
+    wide = Tiles(rows=128, columns=256, depth=64, warps=8, stages=4)
+    if 3 * sum(_count(P, D, wide) for P, D in sums) < 2 * properties.multi_processor_count:
         return Tiles(rows=64, columns=256, depth=64, warps=4, stages=5)
-    return Tiles(rows=128, columns=256, depth=64, warps=8, stages=4)
+    return wide
 
 
 @triton.jit(do_not_specialize=["B", "T", "P"])

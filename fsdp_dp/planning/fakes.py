@@ -59,7 +59,7 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
             *((module, "on_tensor_cores", _all_bfloat16) for module in (numerics, gradients)),
             (kernels, "available", lambda device: True),
             (outer, "_runs_on", lambda device: True),
-            (outer, "weighted_outer", _weighted_outer),
+            (outer, "weighted_outers", _weighted_outers),
             (outer, "GhostNorms", _GhostNorms),
             (clipping, "_has_kernel", lambda mask_B, dtype: False),
             (norm_rows, "norm_rows", _norm_rows),
@@ -145,17 +145,17 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _weighted_outer(a_BTD: Tensor, g_BTP: Tensor, weight_B: Tensor, out: Tensor | None = None) -> Tensor:
-    _held_at_once = _readable(a_BTD), _readable(g_BTP)
-    return torch.empty(g_BTP.shape[2], a_BTD.shape[2], dtype=torch.float32) if out is None else out
+def _weighted_outers(sums: Sequence[tuple[Tensor, Tensor, Tensor | None]], weight_B: Tensor) -> list[Tensor]:
+    _held_at_once = [_readable(x) for a, g, _ in sums for x in (a, g)]
+    return [torch.empty(g.shape[2], a.shape[2], dtype=torch.float32) if out is None else out for a, g, out in sums]
 
 
 class _GhostNorms:
     def __init__(self, rows: int, device: torch.device) -> None:
         self._terms = torch.zeros(1, 3, rows, dtype=torch.float64, device=device)
 
-    def add(self, a_BTD: Tensor, gs: Sequence[Tensor]) -> None:
-        _held_at_once = [_readable(x) for x in (a_BTD, *gs)]
+    def add(self, inputs: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> None:
+        _held_at_once = [_readable(x) for a, gs in inputs for x in (a, *gs)]
 
     def terms(self) -> Tensor:
         return self._terms

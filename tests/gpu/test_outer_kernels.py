@@ -65,6 +65,47 @@ def test_weighted_sums(dtype: torch.dtype, by_hand: bool, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_weighted_sums_together(dtype: torch.dtype) -> None:
+    """Of the Linears of a block, and more than one launch takes, as alone; twice, with other values and other memory."""
+    if not outer.usable(*factors(1, 8, 8, 8, dtype)):
+        pytest.skip("the kernels are for Hopper")
+    shapes = [(256, 256), (256, 512), (1024, 264), (264, 1024), (8, 8), (512, 256), (256, 256), (2048, 1024), (136, 72)]
+    for seed in range(2):
+        torch.manual_seed(seed)
+        weight = torch.rand(3, device=DEVICE)
+        pairs = [factors(3, 100 + 28 * number, D, P, dtype) for number, (D, P) in enumerate(shapes)]
+        found = outer.weighted_outers([(a, g, None) for a, g in pairs], weight)
+        for (a, g), x in zip(pairs, found, strict=True):
+            assert off(x, wanted(a, g, weight)) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_ghost_norms_together(dtype: torch.dtype) -> None:
+    """Of the inputs of a block and more, as alone."""
+    sizes = [
+        (96, 256, [256, 64, 64]),
+        (96, 256, [256]),
+        (96, 256, [512, 512]),
+        (200, 512, [256]),
+        (40, 64, [72]),
+        (96, 64, [8] * 9),
+    ]
+    inputs = [
+        (factors(3, T, D, 8, dtype)[0], [factors(3, T, 8, P, dtype)[1] for P in widths]) for T, D, widths in sizes
+    ]
+    if not outer.usable(inputs[0][0], inputs[0][1][0]):
+        pytest.skip("the kernels are for Hopper")
+    norms, alone = outer.GhostNorms(3, DEVICE), []
+    norms.add(inputs)
+    for a, gs in inputs:
+        for g in gs:
+            one = outer.GhostNorms(3, DEVICE)
+            one.add([(a, [g])])
+            alone.append(one.terms().sum(0))
+    torch.testing.assert_close(norms.terms().sum(0), sum(alone), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("kind", ["independent", "cancelling", "one row of NaN"])
 def test_ghost_norms_and_their_bounds(dtype: torch.dtype, kind: str) -> None:
     for B, T, D, P in [

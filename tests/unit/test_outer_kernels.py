@@ -7,7 +7,7 @@ Legend: B rows, T positions, D inputs, P outputs.
 """
 
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -36,11 +36,15 @@ def ghost_norm() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def weighted_outer() -> Iterator[ModuleType]:
+def weighted_outer() -> Iterator[SimpleNamespace]:
     with interpreter():
         from fsdp_dp.kernels import weighted_outer
 
-        yield weighted_outer
+        def alone(a: Tensor, g: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+            weighted_outer.weighted_outers([(a, g, out)], weight)
+            return out
+
+        yield SimpleNamespace(weighted_outer=alone)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_weighted_sum(shape: tuple[int, int, int, int], dtype: torch.dtype, weighted_outer: ModuleType) -> None:
+def test_weighted_sum(shape: tuple[int, int, int, int], dtype: torch.dtype, weighted_outer: SimpleNamespace) -> None:
     """Seen to fail when the last weight, or the quotient before a row, is left out."""
     a, g = factors(*shape, dtype)
     weight = torch.rand(shape[0]) + 0.1
@@ -75,7 +79,7 @@ def test_weighted_sum(shape: tuple[int, int, int, int], dtype: torch.dtype, weig
     assert off(out, torch.einsum("b,btp,btd->pd", weight.double(), g.double(), a.double())) < 1e-6
 
 
-def test_a_row_of_weight_zero_is_not_read_whatever_it_holds(weighted_outer: ModuleType) -> None:
+def test_a_row_of_weight_zero_is_not_read_whatever_it_holds(weighted_outer: SimpleNamespace) -> None:
     """First, in the middle and last. Seen to fail when the sum is multiplied by the quotient of weights without asking."""
     for row in range(3):
         a, g = factors(3, 5, 16, 8, torch.float16)
@@ -89,7 +93,7 @@ def test_a_row_of_weight_zero_is_not_read_whatever_it_holds(weighted_outer: Modu
     assert not nothing.any()
 
 
-def test_weights_of_very_different_size(weighted_outer: ModuleType) -> None:
+def test_weights_of_very_different_size(weighted_outer: SimpleNamespace) -> None:
     """2^120 apart, as `clipping` allows them to be: no quotient overflows, none takes other rows along."""
     a, g = factors(4, 4, 8, 8, torch.float16)
     g = g * torch.tensor([2.0**-3, 2.0**3, 1.0, 2.0**-2])[:, None, None].half()
@@ -100,7 +104,7 @@ def test_weights_of_very_different_size(weighted_outer: ModuleType) -> None:
     assert off(alone, weight[1].double() * (g[1].double().T @ a[1].double())) < 1e-6
 
 
-def test_weighted_sum_in_slices_of_a_bucket(weighted_outer: ModuleType) -> None:
+def test_weighted_sum_in_slices_of_a_bucket(weighted_outer: SimpleNamespace) -> None:
     a, g = factors(2, 5, 24, 40, torch.float16)
     weight = torch.tensor([0.5, 2.0])
     bucket = torch.full((4, 7 + 10 * 24), torch.nan)
@@ -115,7 +119,7 @@ def test_weighted_sum_in_slices_of_a_bucket(weighted_outer: ModuleType) -> None:
 
 def terms_of(ghost_norm: ModuleType, a: Tensor, gs: list[Tensor]) -> NormTerms:
     norms = ghost_norm.GhostNorms(len(a), a.device, ROUNDOFF)
-    norms.add(a, gs)
+    norms.add([(a, gs)])
     return NormTerms.unstack(norms.terms().sum(0))
 
 
@@ -170,11 +174,33 @@ def test_layers_that_are_measured_together_have_the_terms_that_each_has_alone(
     for B, T, D, widths in shapes:
         a, g = factors(B, T, D, sum(widths), torch.bfloat16)
         gs = [x.contiguous() for x in g.split(widths, 2)]
-        norms.add(a, gs)
+        norms.add([(a, gs)])
         alone += [terms_of(ghost_norm, a, [x]).stack() for x in gs]
     torch.testing.assert_close(norms.terms(), torch.stack(alone), rtol=1e-6, atol=0)
-    norms.add(a, gs)
+    norms.add([(a, gs)])
     torch.testing.assert_close(norms.terms(), torch.stack(alone[-1:]), rtol=1e-6, atol=0)
+
+
+def test_inputs_that_are_added_together_are_measured_as_alone(ghost_norm: ModuleType) -> None:
+    """More of them than one launch takes, of several lengths and widths, with one layer and with many.
+
+    Seen to fail with the first program, or the first sum, of an input off by one.
+    """
+    inputs = []
+    for T, D, widths in [
+        (21, 24, [40, 8, 16]),
+        (5, 8, [8]),
+        (70, 16, [8] * 9),
+        (21, 40, [24]),
+        (17, 8, [8]),
+        (3, 8, [8]),
+    ]:
+        a, g = factors(3, T, D, sum(widths), torch.bfloat16)
+        inputs.append((a, [x.contiguous() for x in g.split(widths, 2)]))
+    norms = ghost_norm.GhostNorms(3, torch.device("cpu"), ROUNDOFF)
+    norms.add(inputs)
+    alone = sum(terms_of(ghost_norm, a, [g]).stack() for a, gs in inputs for g in gs)
+    torch.testing.assert_close(norms.terms().sum(0), alone, rtol=1e-12, atol=0)
 
 
 def test_wide_gram_matrices_are_contracted_in_chunks(ghost_norm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
