@@ -1,6 +1,6 @@
 """`python -m fsdp_dp.audit`: what an auditor can find out about canaries, beside the epsilon that is claimed.
 
-    torchrun --standalone --nproc-per-node=2 -m fsdp_dp.audit audit.canaries=1000 audit.rows=0 batch_size=1000 steps=1
+    torchrun --standalone --nproc-per-node=2 -m fsdp_dp.audit privacy=eps3 audit.rows=0 batch_size=1000 steps=1
 
 The configuration is the tree of `fsdp_dp.train`, with `audit` beside it (`--help` lists its options). It ends with 0 if
 what is found is consistent with the claim, with 1 if it refutes it, and with 2 over a bad configuration.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -46,11 +45,12 @@ def run_job(config: DictConfig) -> None:
     from fsdp_dp.training.world import start_world
 
     with start_world(audit_config) as world:
+        file = make_folder(audit_config) / AUDIT_FILE if world.is_main else None
         result = audit(job, world)
-        if world.is_main:
-            file = Path(make_folder(audit_config)) / AUDIT_FILE
+        if file is not None:
+            print(result, flush=True)
             file.write_text(json.dumps(result.as_dict(), indent=2) + "\n", encoding="utf-8")
-            print(f"{result}\n  {'written to':<24}{file}", flush=True)
+            print(f"  {'written to':<24}{file}", flush=True)
     sys.exit(0 if result.consistent else 1)
 
 

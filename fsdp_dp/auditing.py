@@ -41,10 +41,15 @@ class LowerBound:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What was found beside what is claimed."""
+    """What was found beside what is claimed.
+
+    Attributes:
+        reach: what would have been found, with the same coins, had every score told them.
+    """
 
     found: LowerBound
     claimed: float
+    reach: float
     mechanism: dict[str, Any]
 
     @property
@@ -52,10 +57,17 @@ class Audit:
         """Whether the claim survives: the lower bound is not above the upper one."""
         return self.found.epsilon <= self.claimed
 
+    @property
+    def could_refute(self) -> bool:
+        """Whether an engine without any noise would have been noticed."""
+        return self.reach > self.claimed
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "consistent": self.consistent,
+            "could_refute": self.could_refute,
             "epsilon_claimed_at_most": self.claimed,
+            "epsilon_found_at_most": self.reach,
             "lower_bound": asdict(self.found),
             "mechanism": self.mechanism,
         }
@@ -63,12 +75,15 @@ class Audit:
     def __str__(self) -> str:
         found = self.found
         words = "consistent" if self.consistent else "BROKEN: the claim is false, or the accountant's assumptions are"
+        if not self.could_refute:
+            words += ", as it had to be: these canaries cannot refute so large a claim"
         return "\n".join(
             [
                 f"audit: {words}",
                 *(f"  {name.replace('_', ' '):<24}{value}" for name, value in self.mechanism.items()),
                 f"  {'guesses':<24}{found.guesses} of {found.canaries} canaries, {found.right} right",
                 f"  {'epsilon at least':<24}{found.epsilon:.4g} (at delta {found.delta:g}, confidence {found.confidence:g})",
+                f"  {'it could have found':<24}{self.reach:.4g}, from scores without noise",
                 f"  {'epsilon claimed at most':<24}{self.claimed:.4g}",
             ]
         )
@@ -125,6 +140,11 @@ def right_guesses(scores: Sequence[float], included: Sequence[bool], guesses: in
     order = sorted(range(len(scores)), key=scores.__getitem__)
     out, into = order[: guesses // 2], order[len(order) - guesses // 2 :]
     return sum(not included[i] for i in out) + sum(included[i] for i in into)
+
+
+def reach(included: Sequence[bool], *, delta: float, confidence: float = DEFAULT_CONFIDENCE) -> float:
+    """The lower bound of an auditor whose scores tell every coin."""
+    return lower_bound([float(taken) for taken in included], included, delta=delta, confidence=confidence).epsilon
 
 
 def lower_bound(

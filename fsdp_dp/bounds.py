@@ -15,6 +15,7 @@ from fsdp_dp.clipping import RowWeights
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.errors import UnsupportedModelError
 from fsdp_dp.groups import Group
+from fsdp_dp.guards import check_split
 from fsdp_dp.numerics import un_noised_margin
 from fsdp_dp.sharding.base import ShardedModel
 
@@ -47,6 +48,8 @@ class Bounds:
         self.gradient_noise_multiplier, self._count_noise = split_noise(
             noise_multiplier, len(groups), privacy.adaptive_bounds
         )
+        counted = len(groups) if privacy.adaptive_bounds is not None else 0
+        check_split(noise_multiplier, self.gradient_noise_multiplier, self._count_noise, counted)
         self._excess = torch.zeros(len(groups), dtype=torch.float64, device=model.device)
         self.set(self._first)
 

@@ -106,7 +106,7 @@ class PrivacyEngine:
         self._bounds = Bounds(self.model, self.groups, privacy, self.noise_multiplier, self.dtype)
         self.steps = 0
         self.seeded = privacy.seed is not None
-        self.guard = ReleaseGuard(self.model)
+        self.guard = ReleaseGuard(self.model, privacy, self.noise_multiplier)
         self._new_keys()
 
         self._handles = {p.name: p.parameter for p in self.model.parameters}
@@ -521,7 +521,7 @@ class PrivacyEngine:
         self._norm_B = totals.norm_sq_B.sqrt()
         self.nonfinite_rows += (microbatch.mask_B & totals.dropped_B).sum()
         self._batch.pending += 1
-        self.guard.count(microbatch.mask_B)
+        self.guard.count(microbatch.mask_B, microbatch.vouched)
         self._vouched &= microbatch.vouched
 
     # -------------------------------------------------------------------------------------------------------- release

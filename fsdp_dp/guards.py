@@ -1,12 +1,17 @@
 """Guards of a release: what the accountant assumes about noise and sums, looked at while training runs; yes or no.
 
-At the first release after the keys are drawn, and at every thousandth, all ranks ask before anything is published:
+At the first, tenth and hundredth release after the keys are drawn, and at every thousandth, all ranks ask, before anything
+is published:
 
 * tiling: do the local shards hold every trainable element, and each equally often?
+* rows: are they as many, over all ranks, as the loader's draws have?
 * sum: is the clipped sum in a wide format, and no longer than the rows that are in it, times R?
 * source: do normals of this release have the variance of normals? At one false alarm in 10^12.
 * noise: is what is about to be released, at the first, last and some elements of every shard, the clipped sum plus the
-  noise of exactly that element, drawn once and scaled by the accounted sigma R?
+  noise of exactly that element, drawn once and scaled by the accounted sigma R? Is it, as a whole, as long as the sum and
+  that much noise are together?
+
+And of every release: was it counted, and is its noise at least the accounted sigma R?
 
 A healthy engine always answers yes, so that an answer tells nothing about data or noise. The noise is drawn again for
 this, on the CPU: no second look is had at it by anyone.
@@ -24,14 +29,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fsdp_dp import noise
+from fsdp_dp.config import PrivacyConfig
+from fsdp_dp.draw_guard import is_unlikely
 from fsdp_dp.errors import PrivacyError
 from fsdp_dp.kernels.release import Segment
 from fsdp_dp.sharding import ManagedParameter, Region, ShardedModel
 
-EVERY = 1000
+EVERY, EARLY = 1000, (0, 9, 99)  # of releases before; the first alone sees nothing that one leaves behind for the next
 _INSIDE = 2  # elements that are looked at, of a shard, besides its first and its last
 _NORMALS = 4096
 _TAIL = 28.0  # minus the logarithm of a false alarm's probability
+_TAIL_OF_SHARDS = 40.0  # the same, where it is asked of every shard
 _RELATIVE = 1e-3  # of a sum's norm: rounding of sums, and of the rows' own contributions, is far below
 
 
@@ -46,17 +54,30 @@ class Mechanism:
     divisor: float
 
 
-class ReleaseGuard:
-    """Asks every `EVERY` releases. `rows` counts the rows of a release that is to be looked at."""
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """Of one shard's clipped sum: its elements at `_sites`, and its length."""
 
-    def __init__(self, model: ShardedModel) -> None:
-        self._model = model
+    at_sites: Tensor
+    length: float
+
+
+class ReleaseGuard:
+    """Asks after `EARLY` releases, and every `EVERY`. `rows` counts the rows of a release that is to be looked at.
+
+    Args:
+        noise_multiplier: sigma, the one that is accounted.
+    """
+
+    def __init__(self, model: ShardedModel, privacy: PrivacyConfig, noise_multiplier: float) -> None:
+        self._model, self._privacy, self._noise_multiplier = model, privacy, noise_multiplier
+        self._drawn, self._bound = True, 0.0
         self._releases, self._last, self._key = 0, 0, b""
         self.rows = torch.zeros((), dtype=torch.float64, device=model.device)
 
     @property
     def due(self) -> bool:
-        return self._releases % EVERY == 0
+        return self._releases in EARLY or self._releases % EVERY == 0
 
     def restart(self, key: bytes, seeded: bool) -> None:
         """A new key for noise: the next release is looked at again."""
@@ -68,19 +89,23 @@ class ReleaseGuard:
         """As if it had been looked at."""
         self._releases = 1
 
-    def count(self, mask_B: Tensor) -> None:
-        """Rows of one microbatch that take part."""
+    def count(self, mask_B: Tensor, vouched: bool) -> None:
+        """Rows of one microbatch that take part; `vouched` if they were drawn as the accountant assumes."""
+        self._drawn &= vouched
         if self.due:
             self.rows += mask_B.sum()
 
-    def before(self, segments: Sequence[Segment], bound: float) -> list[Tensor]:
-        """Look at the sums; some of their elements, to be given to `after`."""
+    def before(self, segments: Sequence[Segment], bound: float) -> list[Seen]:
+        """Look at the sums; what is to be given to `after`. `bound` is R as it is now, inf where nothing is promised."""
+        self._bound = bound if math.isfinite(bound) else 0.0
         if not self.due:
             return []
         self.check_sum(bound)
-        return [s.accumulator[_sites(s.out.numel(), s.accumulator.device)].cpu().double() for s in segments]
+        at_sites = [s.accumulator[_sites(s.out.numel(), s.accumulator.device)].cpu().double() for s in segments]
+        lengths = _lengths([s.accumulator for s in segments])
+        return [Seen(at_sites=x, length=length) for x, length in zip(at_sites, lengths, strict=True)]
 
-    def after(self, segments: Sequence[Segment], sums: Sequence[Tensor], mechanism: Mechanism) -> None:
+    def after(self, segments: Sequence[Segment], sums: Sequence[Seen], mechanism: Mechanism) -> None:
         """Look at what is about to be published; and at the number of the release, each time.
 
         Raises:
@@ -89,14 +114,40 @@ class ReleaseGuard:
         if mechanism.release <= self._last:
             refuse(f"release {mechanism.release} was counted already, so that its noise would repeat")
         self._releases, self._last = self._releases + 1, mechanism.release
+        if mechanism.noise_std < self._least_noise * (1 - 2.0**-40):
+            refuse(f"release {mechanism.release} would have less noise than is accounted for")
         if not sums:
             return
         source = mechanism.noise_std == 0 or _is_normal(mechanism)
-        looked_at = zip(self._model.parameters, segments, sums, strict=True)
-        wrong = [p.name for p, segment, sum_K in looked_at if not _is_noised(p, segment.out, sum_K, mechanism)]
+        looked_at = zip(self._model.parameters, segments, sums, _lengths([s.out for s in segments]), strict=True)
+        wrong = [
+            p.name
+            for p, segment, seen, length in looked_at
+            if not _is_noised(p, segment.out, seen.at_sites, mechanism)
+            or not _is_as_long(length, segment.out, seen.length, mechanism)
+        ]
         if self._model.any_rank(bool(wrong) or not source):
             where = f"in {', '.join(wrong[:3])}" if wrong else "by the source, or on another rank"
             refuse(f"the noise of release {mechanism.release} is not what is accounted for, {where}")
+
+    @property
+    def _least_noise(self) -> float:
+        """The standard deviation that is accounted for: sigma R, with the R that was asked for unless bounds move."""
+        bound = self._privacy.max_grad_norm if self._privacy.adaptive_bounds is None else self._bound
+        return self._noise_multiplier * bound
+
+    def _check_rows(self, rows: int) -> None:
+        """Rows over all ranks: those of one draw."""
+        privacy = self._privacy
+        if not self._drawn or privacy.sampling == "external_poisson":
+            return
+        if privacy.sampling == "shuffle":
+            wrong = rows != privacy.expected_batch_size
+        else:
+            cut = privacy.max_batch_size is not None
+            wrong = is_unlikely(rows, privacy.dataset_size, privacy.sample_rate, at_most=cut)
+        if wrong:
+            refuse("the rows that all ranks have run are more or fewer than a draw has")
 
     def _check_tiling(self) -> dict[str, int]:
         """How many ranks hold each element, by parameter."""
@@ -126,9 +177,25 @@ class ReleaseGuard:
             dist.all_reduce(total, group=group)
         self.rows.zero_()
         length, rows = math.sqrt(float(total[0])), float(total[1])
+        self._check_rows(round(rows))
         if length > rows * bound * (1 + _RELATIVE):
             refuse(f"the clipped sum is longer than max_grad_norm={bound:g} for each of its rows")
         return length
+
+
+def check_split(noise_multiplier: float, of_gradients: float, of_counts: float, groups: int) -> None:
+    """Noise that gradients and counts of rows share costs no more than is accounted for (see `adaptive_bounds`).
+
+    Raises:
+        PrivacyError: it would cost more.
+    """
+    if noise_multiplier == 0:
+        return
+    cost = 1 / of_gradients**2 if of_gradients else math.inf
+    if groups:
+        cost += groups / (4 * of_counts**2) if of_counts else math.inf
+    if cost > (1 + 1e-9) / noise_multiplier**2:
+        refuse("the noise of the gradients, with that of the counts of adaptive bounds, is less than is accounted for")
 
 
 def refuse(what: str) -> NoReturn:
@@ -183,6 +250,29 @@ def _is_noised(parameter: ManagedParameter, out: Tensor, sum_K: Tensor, mechanis
     cast = torch.finfo(out.dtype)  # below its smallest normal number, float16 rounds by more than eps
     slack = 2 * cast.eps * expected.abs() + cast.tiny + 2.0**-30 * mechanism.noise_std / mechanism.divisor
     return bool(((found - expected).abs() <= slack).all())
+
+
+def _is_as_long(length: float, out: Tensor, sum_length: float, mechanism: Mechanism) -> bool:
+    """Whether a shard is as long as the sum and noise on *every* element are together.
+
+    |S + s xi|^2 = |S|^2 + 2 s <S, xi> + s^2 |xi|^2, of which the second is normal and the third chi-square (Laurent and
+    Massart, as above); up to the cast to the parameter's dtype.
+    """
+    n, std, tail = out.numel(), mechanism.noise_std, _TAIL_OF_SHARDS
+    mixed, spread = 2 * std * sum_length * math.sqrt(2 * tail), 2 * math.sqrt(n * tail)
+    least = max(0.0, sum_length**2 - mixed + std**2 * (n - spread))
+    most = sum_length**2 + mixed + std**2 * (n + spread + 2 * tail)
+    cast = torch.finfo(out.dtype)
+    slack = math.sqrt(n) * cast.tiny * mechanism.divisor
+    rounding = max(2 * cast.eps, _RELATIVE)
+    found = length * mechanism.divisor
+    return math.sqrt(least) * (1 - rounding) - slack <= found <= math.sqrt(most) * (1 + rounding) + slack
+
+
+def _lengths(tensors: Sequence[Tensor]) -> list[float]:
+    """Norms of tensors on one device, in float64, fetched at once."""
+    norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in tensors]
+    return torch.stack(norms).tolist() if norms else []
 
 
 def _normals(mechanism: Mechanism, parameter: int, start: int, count: int) -> Tensor:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fsdp_dp.chacha import WORD_LIMIT, WORDS_PER_BLOCK, keystream
 from fsdp_dp.config import PrivacyConfig
+from fsdp_dp.draw_guard import DrawGuard
 from fsdp_dp.noise import derive_key
 
 # The index that stands for a row of zeros in the lists given to the workers.
@@ -187,7 +188,10 @@ class LogicalBatchLoader:
         self._callbacks = _Callbacks(on_logical_batch, on_microbatch, on_logical_batch_end)
         cap = privacy.max_batch_size
         fixed = 1 if cap is None else microbatches_needed(cap, microbatch_size, world_size)
-        self._schedule = _Schedule(_global_draw(key, privacy), microbatch_size, rank, world_size, fixed)
+        draw, guard = _global_draw(key, privacy), DrawGuard(privacy)
+        self._schedule = _Schedule(
+            lambda number: guard.look(number, draw(number)), microbatch_size, rank, world_size, fixed
+        )
         self._newest: _Stream | None = None
         self._dataloader = DataLoader(_PaddedRows(dataset), batch_sampler=self._schedule, **dataloader_kwargs)
 

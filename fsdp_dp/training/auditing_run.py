@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fsdp_dp.auditing import Audit, lower_bound
+from fsdp_dp.auditing import Audit, lower_bound, reach
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.data.corpus import load_corpus
 from fsdp_dp.data.packing import RowDataset, split_row
@@ -27,6 +27,7 @@ from fsdp_dp.training.audit_options import AuditConfig
 from fsdp_dp.training.building import build_engine, build_model, build_optimizer
 from fsdp_dp.training.canaries import CanaryRows, WithCanaries
 from fsdp_dp.training.loop import set_learning_rate
+from fsdp_dp.training.run_folder import check_folder
 from fsdp_dp.training.schedule import learning_rate
 from fsdp_dp.training.world import World
 
@@ -49,8 +50,9 @@ def prepare(config: AuditConfig) -> Job:
     """Read the data and settle the mechanism, before any process group.
 
     Raises:
-        ValueError: the data is missing, or the mechanism does not fit.
+        ValueError: the data is missing, the folder holds a run, or the mechanism does not fit.
     """
+    check_folder(config)
     train = load_corpus(config.data, config.model).train
     assert isinstance(train, RowDataset)
     rows = train.rows[: config.audit.rows]
@@ -78,8 +80,13 @@ def audit(job: Job, world: World) -> Audit:
     if before is not None:
         scores = before - canary_losses(model, canaries, job.config, world)
     delta = job.privacy.target_delta if options.delta is None else options.delta
-    found = lower_bound(scores.tolist(), dataset.included.tolist(), delta=delta, confidence=options.confidence)
-    return Audit(found=found, claimed=engine.epsilon(delta), mechanism=describe(job, world, engine, dataset, longest))
+    coins = dataset.included.tolist()
+    return Audit(
+        found=lower_bound(scores.tolist(), coins, delta=delta, confidence=options.confidence),
+        claimed=engine.epsilon(delta),
+        reach=reach(coins, delta=delta, confidence=options.confidence),
+        mechanism=describe(job, world, engine, dataset, longest),
+    )
 
 
 def try_without_noise(job: Job, world: World, model: nn.Module, dataset: CanaryRows) -> float:
@@ -88,8 +95,16 @@ def try_without_noise(job: Job, world: World, model: nn.Module, dataset: CanaryR
     Raises:
         PrivacyError: one was longer than R, or ranks' gradients were added up in a narrow format.
     """
-    privacy = replace(job.privacy, sampling="external_poisson", noise_multiplier=0.0, target_epsilon=None, seed=None)
-    engine = make_private(model, replace(privacy, max_batch_size=None, adaptive_bounds=None))
+    privacy = replace(
+        job.privacy,
+        sampling="external_poisson",
+        noise_multiplier=0.0,
+        target_epsilon=None,
+        seed=None,
+        max_batch_size=None,
+        adaptive_bounds=None,
+    )
+    engine = make_private(model, privacy)
     nobody, somebody = torch.tensor([0], device=world.device), torch.tensor([1], device=world.device)
     longest = 0.0
     for row in dataset.rows[:ROWS_ALONE]:

@@ -20,7 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from fsdp_dp import PrivacyConfig, PrivacyEngine, check_private, engine, make_private, noise
+from fsdp_dp import (
+    AdaptiveBounds,
+    PrivacyConfig,
+    PrivacyEngine,
+    adaptive_bounds,
+    bounds,
+    check_private,
+    engine,
+    guards,
+    make_private,
+    noise,
+    sampling,
+)
 from fsdp_dp.auditing import Audit
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.gradients import IndexedRows, Materialized, OuterProduct, TiedSum
@@ -28,12 +40,12 @@ from fsdp_dp.guards import ReleaseGuard
 from fsdp_dp.kernels import release
 from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.models.objective import IGNORED
-from fsdp_dp.sharding import sums
+from fsdp_dp.sharding import ShardedModel, sums
 from fsdp_dp.sharding.tensor_parallel import TensorParallel
 from fsdp_dp.training.app import privacy_config
 from fsdp_dp.training.audit_options import AuditConfig, AuditOptions
 from fsdp_dp.training.auditing_run import Job, audit
-from fsdp_dp.training.schema import PrivacyOptions, ShardingConfig
+from fsdp_dp.training.schema import ClippingOptions, PrivacyOptions, ShardingConfig
 from fsdp_dp.training.world import describe_world, start_world
 from tests.distributed.backends import BACKENDS
 from tests.oracle import CASES
@@ -66,9 +78,9 @@ def config(**changes: Any) -> PrivacyConfig:
     return PrivacyConfig(**(options | changes))
 
 
-def network() -> nn.Sequential:
+def network(width: int = WIDTH) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(INPUTS, WIDTH), nn.Tanh(), nn.Linear(WIDTH, OUTPUTS))
+    return nn.Sequential(nn.Linear(INPUTS, width), nn.Tanh(), nn.Linear(width, OUTPUTS))
 
 
 def rows(count: int = ROWS) -> Tensor:
@@ -84,14 +96,16 @@ def told(act: Callable[[], Any]) -> str:
     return ""
 
 
-def training(real: int = ROWS, count: int = ROWS, steps: int = STEPS, reload: bool = False) -> str:
+def training(
+    real: int = ROWS, count: int = ROWS, steps: int = STEPS, reload: bool = False, width: int = WIDTH, **options: Any
+) -> str:
     """A few releases of `count` rows, of which `real` take part; then perhaps a checkpoint is loaded."""
-    model = network()
+    model = network(width)
     if dist.is_initialized():
         model = fully_shard(model)
 
     def act() -> None:
-        private = make_private(model, config())
+        private = make_private(model, config(**options))
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         for _ in range(steps):
             with private.microbatch(torch.arange(count) < real):
@@ -99,6 +113,64 @@ def training(real: int = ROWS, count: int = ROWS, steps: int = STEPS, reload: bo
             optimizer.step()
         if reload:
             private.load_state_dict(private.state_dict())
+
+    return told(act)
+
+
+def drawing(steps: int = STEPS, **options: Any) -> str:
+    """A few releases of rows that the engine's loader draws."""
+    model = network()
+    if dist.is_initialized():
+        model = fully_shard(model)
+
+    def act() -> None:
+        chosen = {"sampling": "poisson", "expected_batch_size": 200, "dataset_size": 1000} | options
+        private = make_private(model, config(**chosen))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for logical_batch in private.loader(rows(chosen["dataset_size"]), microbatch_size=100, steps=steps):
+            for microbatch in logical_batch:
+                model(microbatch).square().sum(-1).mean().backward()
+            optimizer.step()
+
+    return told(act)
+
+
+def discarding(count: int) -> str:
+    """One logical batch is dropped, and another of the same rows released."""
+    model = network()
+
+    def act() -> None:
+        private = make_private(model, config())
+        model(rows(count)).square().sum(-1).mean().backward()
+        private.discard()
+        model(rows(count)).square().sum(-1).mean().backward()
+        private.privatize()
+
+    return told(act)
+
+
+def stepping_twice() -> str:
+    model = network()
+
+    def act() -> None:
+        make_private(model, config())
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        model(rows()).square().sum(-1).mean().backward()
+        optimizer.step()
+        optimizer.step()
+
+    return told(act)
+
+
+def thawing() -> str:
+    """A parameter becomes trainable after the engine was attached."""
+    model = network()
+    model[0].weight.requires_grad_(False)
+
+    def act() -> None:
+        make_private(model, config())
+        model[0].weight.requires_grad_(True)
+        model(rows()).square().sum(-1).mean().backward()
 
     return told(act)
 
@@ -169,14 +241,17 @@ def sequence_parallel() -> str:
     return told(act)
 
 
-def audited(coins: int = 0, noise_multiplier: float = 4.0, **options: Any) -> Audit:
+def audited(
+    coins: int = 0, noise_multiplier: float = 4.0, clipping: str = "flat", batch_size: int = 400, **options: Any
+) -> Audit:
     """One release of 400 canaries in a tiny decoder; epsilon 1.5 with this much noise."""
     config = AuditConfig(
         sharding=ShardingConfig(strategy="fully_shard"),
         model=GPTConfig(layers=1, heads=1, width=8, mlp_width=8, block_size=8),
         privacy=PrivacyOptions(noise_multiplier=noise_multiplier, target_delta=1e-10, **options),
         audit=AuditOptions(canaries=400, rows=0, seed=coins),
-        steps=1, batch_size=400, microbatch_size=200, device="cpu",
+        clipping=ClippingOptions(groups=clipping),
+        steps=1, batch_size=batch_size, microbatch_size=200, device="cpu",
     )  # fmt: skip
     privacy = privacy_config(config, 400)
     assert privacy is not None
@@ -187,10 +262,10 @@ def audited(coins: int = 0, noise_multiplier: float = 4.0, **options: Any) -> Au
         return audit(job, world)
 
 
-def auditing() -> str:
+def auditing(clipping: str = "flat") -> str:
     """What an audit says against the claim."""
     found: list[Audit] = []
-    refusal = told(lambda: found.append(audited()))
+    refusal = told(lambda: found.append(audited(clipping=clipping)))
     return refusal or ("" if found[0].consistent else str(found[0]))
 
 
@@ -229,11 +304,82 @@ def same_on_every_rank() -> AbstractContextManager[Any]:
     return patch.object(engine, "Segment", lambda **fields: release.Segment(**(fields | {"start": 0})))
 
 
-def drawn_batch_as_divisor() -> AbstractContextManager[Any]:
+def noise_at_looked_at_elements() -> AbstractContextManager[None]:
+    """What a kernel that leaves out its inner blocks would do."""
+
+    def change(xi: Tensor) -> Tensor:
+        kept = torch.zeros_like(xi, dtype=torch.bool)
+        kept[guards._sites(len(xi), xi.device)] = True
+        return torch.where(kept, xi, 0.0)
+
+    return other_noise(change)
+
+
+def other_release(change: Callable[[dict[str, Any]], dict[str, Any]]) -> AbstractContextManager[Any]:
+    """The release is made with other options than the mechanism's."""
+
     def privatize(segments: Sequence[Any], **options: Any) -> Any:
-        return release.privatize_all_(segments, **(options | {"divisor": ROWS}))
+        return release.privatize_all_(segments, **(options | change(options)))
 
     return patch.object(engine, "privatize_all_", privatize)
+
+
+def drawn_batch_as_divisor() -> AbstractContextManager[Any]:
+    return other_release(lambda _: {"divisor": ROWS})
+
+
+def number_of_the_last_release() -> AbstractContextManager[Any]:
+    return other_release(lambda options: {"release": options["release"] - 1})
+
+
+def noise_in_the_first_release_only() -> AbstractContextManager[Any]:
+    return other_release(lambda options: {"noise_std": options["noise_std"] * (options["release"] == 1)})
+
+
+def noise_of_one_parameter_only() -> AbstractContextManager[Any]:
+    def privatize(segments: Sequence[Any], **options: Any) -> Any:
+        release.privatize_all_(segments[1:], **(options | {"noise_std": 0.0}))
+        return release.privatize_all_(segments[:1], **options)
+
+    return patch.object(engine, "privatize_all_", privatize)
+
+
+def other_split(of_gradients: float, of_counts: float) -> AbstractContextManager[Any]:
+    """Standard deviations that are not those of the accounted noise multiplier."""
+
+    def split(*args: Any) -> tuple[float, float]:
+        found = adaptive_bounds.split_noise(*args)
+        return found[0] * of_gradients, found[1] * of_counts
+
+    return patch.object(bounds, "split_noise", split)
+
+
+def noise_for_one_group() -> AbstractContextManager[Any]:
+    """R of all groups together is taken to be that of one of them."""
+    return patch.object(bounds.math, "hypot", lambda *of_groups: of_groups[0])
+
+
+def groups_bounded_by_the_whole() -> AbstractContextManager[Any]:
+    """Each of K groups may be as long as R."""
+    of_row_in = bounds.Bounds.of_row_in
+    return patch.object(
+        bounds.Bounds, "of_row_in", lambda self, group: of_row_in(self, group) * math.sqrt(len(self.of_groups))
+    )
+
+
+def other_draws(change: Callable[..., Tensor]) -> AbstractContextManager[Any]:
+    drawn = sampling.poisson_draw
+    return patch.object(sampling, "poisson_draw", lambda *args: change(drawn, *args))
+
+
+def whole_draws_on_every_rank() -> AbstractContextManager[Any]:
+    share = sampling.microbatch_rows
+    return patch.object(sampling, "microbatch_rows", lambda drawn, size, *args: share(drawn, size, 0, 1))
+
+
+def sums_that_stay() -> AbstractContextManager[Any]:
+    """A discard leaves the sums where they are."""
+    return patch.object(ShardedModel, "zero_accumulators", lambda self: self._sums.finish())
 
 
 @contextmanager
@@ -247,6 +393,18 @@ def uncounted_release() -> Iterator[None]:
 
     with patch.object(PrivacyEngine, "_private_gradients", uncounted):
         yield
+
+
+def sums_published() -> AbstractContextManager[Any]:
+    """What the guards have looked at is not what the optimizer is given."""
+    made = PrivacyEngine._private_gradients
+
+    def unnoised(self: PrivacyEngine) -> dict[str, Tensor]:
+        sums = {p.name: p.accumulator / self.privacy.expected_batch_size for p in self.model.parameters}
+        made(self)
+        return sums
+
+    return patch.object(PrivacyEngine, "_private_gradients", unnoised)
 
 
 def constant_key() -> AbstractContextManager[Any]:
@@ -320,9 +478,12 @@ def rounded_sums() -> AbstractContextManager[Any]:
     return patch.object(sums, "start_reduce_scatter", narrow)
 
 
-GUARD, VERDICT, REFUSAL, AUDIT = "guard of the release", "`check_private`", "refusal", "`fsdp_dp.audit`"
+GUARD, DRAWS, VERDICT = "guard of the release", "guard of the draws", "`check_private`"
+REFUSAL, AUDIT = "refusal", "`fsdp_dp.audit`"
 NOISE = "is not what is accounted for"
+TOO_LITTLE = "less than is accounted for"
 TOO_LONG = "longer than max_grad_norm"
+NO_DRAW = "no draw that the accountant assumes"
 
 FAULTS = [
     Fault(
@@ -391,6 +552,70 @@ FAULTS = [
     Fault(
         name="a layer not clipped, under FSDP", check=AUDIT, releases="0", told=TOO_LONG, use=auditing,
         broken=unclipped_table, ranks=2,
+    ),
+    Fault(
+        name="noise of one parameter only", check=GUARD, releases="1", told=NOISE, use=training,
+        broken=noise_of_one_parameter_only,
+    ),
+    Fault(
+        name="noise missing inside a shard", check=GUARD, releases="1", told=NOISE, use=lambda: training(width=512),
+        broken=noise_at_looked_at_elements,
+    ),
+    Fault(
+        name="noise of the release before", check=GUARD, releases="1", told=NOISE, use=training,
+        broken=number_of_the_last_release,
+    ),
+    Fault(
+        name="noise in the first release only", check=GUARD, releases="10", told=NOISE, use=lambda: training(steps=10),
+        broken=noise_in_the_first_release_only,
+    ),
+    Fault(
+        name="half of the accounted noise", check=GUARD, releases="0", told=TOO_LITTLE, use=training,
+        broken=lambda: other_split(0.5, 1.0),
+    ),
+    Fault(
+        name="counts of adaptive bounds without noise", check=GUARD, releases="0", told=TOO_LITTLE,
+        use=lambda: training(adaptive_bounds=AdaptiveBounds()), broken=lambda: other_split(1.0, 0.0),
+    ),
+    Fault(
+        name="noise for the bound of one group of several", check=GUARD, releases="1", told="less noise than is accounted",
+        use=lambda: training(clipping="layer"), broken=noise_for_one_group,
+    ),
+    Fault(
+        name="each of K groups as long as R", check=AUDIT, releases="0", told=TOO_LONG, use=lambda: auditing("layer"),
+        broken=groups_bounded_by_the_whole,
+    ),
+    Fault(
+        name="sums published in place of the release", check=AUDIT, releases="1, with 400 canaries", told="BROKEN",
+        use=auditing, broken=sums_published,
+    ),
+    Fault(
+        name="sums kept by a discard", check=GUARD, releases="1", told=TOO_LONG, use=lambda: discarding(ROWS),
+        broken=sums_that_stay,
+    ),
+    Fault(
+        name="rows drawn twice as often", check=DRAWS, releases="0, of 200 rows", told=NO_DRAW, use=drawing,
+        broken=lambda: other_draws(lambda drawn, key, step, rows, rate: drawn(key, step, rows, 2 * rate)),
+    ),
+    Fault(
+        name="the same draw again", check=DRAWS, releases="1, of 200 rows", told=NO_DRAW, use=drawing,
+        broken=lambda: other_draws(lambda drawn, key, step, rows, rate: drawn(key, 0, rows, rate)),
+    ),
+    Fault(
+        name="a row twice in a draw", check=DRAWS, releases="0", told=NO_DRAW, use=drawing,
+        broken=lambda: other_draws(lambda drawn, *args: drawn(*args).repeat_interleave(2)),
+    ),
+    Fault(
+        name="an optimizer that steps twice", check=REFUSAL, releases="1", told="there is nothing to release",
+        use=stepping_twice,
+    ),
+    Fault(
+        name="a parameter that becomes trainable later", check=REFUSAL, releases="0", told="became trainable after",
+        use=thawing,
+    ),
+    Fault(
+        name="the whole draw on every rank", check=GUARD, releases="1, of 200 rows", told="more or fewer than a draw has",
+        use=drawing, broken=whole_draws_on_every_rank, ranks=2,
     ),
     Fault(
         name="norms of partial gradients summed under TP", check=REFUSAL, releases="0: the first backward",

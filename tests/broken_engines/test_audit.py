@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from fsdp_dp.auditing import epsilon_at_least, guess_counts, lower_bound, p_value, right_guesses
+from fsdp_dp.auditing import Audit, epsilon_at_least, guess_counts, lower_bound, p_value, reach, right_guesses
+from fsdp_dp.training.audit_options import AuditConfig, AuditOptions
 from tests.broken_engines.faults import audited
 
 CI_SEEDS, SLOW_SEEDS = range(2), range(2, 22)
@@ -75,6 +76,40 @@ def test_guesses_are_made_at_both_ends() -> None:
 def test_scores_that_say_nothing_are_refused(scores: list[float]) -> None:
     with pytest.raises(ValueError, match="at least 8 canaries, each with a finite score"):
         lower_bound(scores, [True] * len(scores), delta=0.0)
+
+
+def test_it_says_where_no_engine_would_have_been_caught() -> None:
+    coins = [i % 2 == 0 for i in range(400)]
+    most = reach(coins, delta=1e-10)
+    assert 3 < most < math.log(400)
+    found = lower_bound([0.0] * 400, coins, delta=1e-10)
+    for claimed, told in ((most - 0.1, "audit: consistent\n"), (most + 0.1, "consistent, as it had to be")):
+        of_audit = Audit(found=found, claimed=claimed, reach=most, mechanism={})
+        assert of_audit.consistent and of_audit.could_refute == (claimed < most) and told in str(of_audit)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"canaries": 8}, "audit.canaries=8 cannot show an epsilon above 0"),
+        ({"delta": 0.4}, "cannot show an epsilon above 0 at delta 0.4"),
+        ({"norm": 1e30}, "audit.norm must be"),
+        ({"norm": 1e-30}, "audit.norm must be"),
+    ],
+)
+def test_canaries_that_show_nothing_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AuditConfig(audit=AuditOptions(**options))  # type: ignore[arg-type]
+
+
+def test_an_audit_does_not_go_on_with_a_run() -> None:
+    with pytest.raises(ValueError, match=r"resume=true is for fsdp_dp\.train"):
+        AuditConfig(resume=True, output_dir="somewhere")
+
+
+def test_a_capped_batch_can_be_audited() -> None:
+    found = audited(max_batch_size=300, accountant="pld", batch_size=200)
+    assert found.consistent
 
 
 def test_impossible_counts_are_refused() -> None:

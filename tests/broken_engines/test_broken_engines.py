@@ -18,6 +18,8 @@ PRESENT_IN_USE = {
     "a parameter used behind its tap",
     "running statistics saved",
     "shuffled batches accounted as Poisson",
+    "an optimizer that steps twice",
+    "a parameter that becomes trainable later",
 }
 """Faults of the program and not of the engine: there is no healthy engine to compare with."""
 

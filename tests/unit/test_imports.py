@@ -22,6 +22,7 @@ ORDER = (
         "numerics",
         "chacha",
         "noise",
+        "draw_guard",
         "sampling",
         "records",
         "batch_norm",
