@@ -471,6 +471,8 @@ def _tied_inner_product(a_BSD: Tensor, g_BSV: Tensor, h_BTD: Tensor, index_BT: T
 
 def combine(uses: Sequence[PerSampleGradient]) -> PerSampleGradient:
     """The per-sample gradient of a parameter that was used several times in one forward: the sum over its uses."""
+    if len(uses) == 1:
+        return uses[0]
     outers = [u for u in uses if isinstance(u, OuterProduct)]
     tables = [u for u in uses if isinstance(u, IndexedRows)]
     others = [u for u in uses if not isinstance(u, OuterProduct | IndexedRows)]

@@ -226,13 +226,27 @@ def _sum_tiles(
     t, s = _tile_of_pair(pair)
     t, s = t * TILE, s * TILE
     out = sums + place + B * room + program.to(tl.int64) * (_INPUT_FIELDS + layers * _LAYER_FIELDS)
-    on_diagonal = (t + tl.arange(0, TILE))[:, None] == (s + tl.arange(0, TILE))[None, :]
-    times = tl.where(t == s, 1.0, 2.0)
-    M = _gram_tile(a, row, t, s, D, CHUNKED, TILE, DEPTH)
-    M_tt = tl.sum(tl.where(on_diagonal, M, 0.0), 1)
-    off = tl.where(on_diagonal, 0.0, M)
+    widths = table + (inputs + first) * _TABLE_FIELDS
+    gs = (g0, g1, g2, g3, g4, g5, g6, g7)
+    # Two programs in one: what the loads take from L2 is what bounds them, and a tile on the diagonal needs half of it.
+    if t == s:
+        _sum_one(a, gs, out, row, t, s, D, widths, first, layers, True, CHUNKED, TILE, DEPTH)
+    else:
+        _sum_one(a, gs, out, row, t, s, D, widths, first, layers, False, CHUNKED, TILE, DEPTH)
+
+
+@triton.jit
+def _sum_one(
+    a, gs, out, row, t, s, D, widths, first, layers,
+    DIAGONAL: tl.constexpr, CHUNKED: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """One tile of M, and of the N of all its layers."""
+    g0, g1, g2, g3, g4, g5, g6, g7 = gs
+    M = _gram_tile(a, row, t, s, D, DIAGONAL, CHUNKED, TILE, DEPTH)
+    M_tt = _diagonal_of(M, DIAGONAL, TILE)
     tl.store(out + _TRACE_M, tl.sum(M_tt, 0))
-    tl.store(out + _OFF_M, times * _total(off * off))
+    tl.store(out + _OFF_M, _off_diagonal(M, DIAGONAL, TILE))
+    out += _INPUT_FIELDS
     for layer in range(first, first + layers):
         g = g0
         if layer == 1:
@@ -249,9 +263,40 @@ def _sum_tiles(
             g = g6
         if layer == 7:
             g = g7
-        P = tl.load(table + (inputs + layer) * _TABLE_FIELDS).to(tl.int32)
-        N = _gram_tile(g, row, t, s, P, CHUNKED, TILE, DEPTH)
-        _sum_tile(out + _INPUT_FIELDS + (layer - first) * _LAYER_FIELDS, M, M_tt, N, on_diagonal, times)
+        P = tl.load(widths).to(tl.int32)
+        N = _gram_tile(g, row, t, s, P, DIAGONAL, CHUNKED, TILE, DEPTH)
+        N_tt = _diagonal_of(N, DIAGONAL, TILE)
+        inner = _total(M * N)
+        tl.store(out + _INNER, inner if DIAGONAL else 2 * inner)
+        tl.store(out + _OFF, _off_diagonal(N, DIAGONAL, TILE))
+        tl.store(out + _DIAGONAL, tl.sum(M_tt * N_tt, 0))
+        tl.store(out + _LENGTHS, tl.sum(tl.sqrt(M_tt) * tl.sqrt(N_tt), 0))
+        tl.store(out + _TRACE, tl.sum(N_tt, 0))
+        out += _LAYER_FIELDS
+        widths += _TABLE_FIELDS
+
+
+@triton.jit
+def _diagonal_of(x, DIAGONAL: tl.constexpr, TILE: tl.constexpr):
+    """Of all of the matrix, as far as it is in this tile."""
+    position = tl.arange(0, TILE)
+    if DIAGONAL:
+        diagonal = tl.sum(tl.where(position[:, None] == position[None, :], x, 0.0), 1)
+    else:
+        diagonal = tl.zeros([TILE], tl.float32)
+    return diagonal
+
+
+@triton.jit
+def _off_diagonal(x, DIAGONAL: tl.constexpr, TILE: tl.constexpr):
+    """Squares beside the diagonal, those of a mirrored tile with it."""
+    position = tl.arange(0, TILE)
+    if DIAGONAL:
+        off = tl.where(position[:, None] == position[None, :], 0.0, x)
+        squares = _total(off * off)
+    else:
+        squares = 2 * _total(x * x)
+    return squares
 
 
 @triton.jit
@@ -264,36 +309,30 @@ def _tile_of_pair(pair):
 
 
 @triton.jit
-def _gram_tile(x, row, t, s, width, CHUNKED: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
+def _gram_tile(
+    x, row, t, s, width, DIAGONAL: tl.constexpr, CHUNKED: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr
+):
     """``x_t . x_s`` for a tile of positions; beyond T and the width the descriptor reads zeros."""
     if CHUNKED:
         total = tl.zeros([TILE, TILE], tl.float32)
         for first in range(0, width, CHUNK):
-            total += _gram_chunk(x, row, t, s, first, min(first + CHUNK, width), TILE, DEPTH)
+            total += _gram_chunk(x, row, t, s, first, min(first + CHUNK, width), DIAGONAL, TILE, DEPTH)
     else:
-        total = _gram_chunk(x, row, t, s, 0, width, TILE, DEPTH)
+        total = _gram_chunk(x, row, t, s, 0, width, DIAGONAL, TILE, DEPTH)
     return total
 
 
 @triton.jit
-def _gram_chunk(x, row, t, s, first, end, TILE: tl.constexpr, DEPTH: tl.constexpr):
+def _gram_chunk(x, row, t, s, first, end, DIAGONAL: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
     total = tl.zeros([TILE, TILE], tl.float32)
     for k in range(first, end, DEPTH):
         x_t = x.load([row, t, k]).reshape(TILE, DEPTH)
-        x_s = x.load([row, s, k]).reshape(TILE, DEPTH)
-        total = tl.dot(x_t, x_s.trans(1, 0), total)
+        if DIAGONAL:
+            total = tl.dot(x_t, x_t.trans(1, 0), total)
+        else:
+            x_s = x.load([row, s, k]).reshape(TILE, DEPTH)
+            total = tl.dot(x_t, x_s.trans(1, 0), total)
     return total
-
-
-@triton.jit
-def _sum_tile(out, M, M_tt, N, on_diagonal, times):
-    N_tt = tl.sum(tl.where(on_diagonal, N, 0.0), 1)
-    off = tl.where(on_diagonal, 0.0, N)
-    tl.store(out + _INNER, times * _total(M * N))
-    tl.store(out + _OFF, times * _total(off * off))
-    tl.store(out + _DIAGONAL, tl.sum(M_tt * N_tt, 0))
-    tl.store(out + _LENGTHS, tl.sum(tl.sqrt(M_tt) * tl.sqrt(N_tt), 0))
-    tl.store(out + _TRACE, tl.sum(N_tt, 0))
 
 
 @triton.jit
