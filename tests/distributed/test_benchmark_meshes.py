@@ -1,0 +1,63 @@
+"""The benchmark on every sharding: replicas stay the same to the bit, and privacy adds the norms of split rows alone."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+
+from fsdp_dp.benchmark import cases, measure, meshes, models
+from tests.distributed.backends import local, quiet_torch
+from tests.distributed.harness import run
+
+MICROBATCHES = 2
+GROUPS = {"flat": 1, "block": 3, "layer": 21}  # of llama-tiny: two blocks of nine layers, embedding, norm and head
+CPU = torch.device("cpu")
+MESHES = {2: ("tp=2", "hsdp=2x1"), 4: ("hsdp=2x2", "tp=2"), 8: ("full_shard", "hsdp=2x4", "tp=2")}
+
+
+def rows(rank: int, world_size: int) -> list[list[dict[str, Any]]]:
+    """Of each sharding, the sides' rows."""
+    found = []
+    for name in MESHES[world_size]:
+        sharding = meshes.parse(name, world_size)
+        text = "llama-tiny:plain-fsdp2,flat,block,layer"
+        sides = cases.parse(text, microbatches=MICROBATCHES, checkpointing=False, sharding=sharding)
+        with quiet_torch():
+            warnings.filterwarnings("ignore", "DTensor random operators may not have complete support on cpu")
+            found.append([measure.measure(side, CPU, warmup=1, steps=1, profile=False) for side in sides])
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
+def test_privacy_adds_the_norms_of_split_rows_alone(world_size: int) -> None:
+    for plain, *private in run(rows, world_size, timeout=500.0)[0]:
+        for row in (plain, *private):
+            assert row["replicas"] == ("none" if row["sharding"] == "full_shard" else "identical"), row
+        for row in private:
+            norms = MICROBATCHES * GROUPS[row["side"]] if "tp" in row["sharding"] else 0
+            assert row["collectives"].pop("all-reduce", 0) == plain["collectives"].get("all-reduce", 0) + norms
+            sent = plain["collectives_bytes"].get("all-reduce", 0) + norms * 5 * row["rows"] * 8  # float64 [5, B]
+            assert row["collectives_bytes"].pop("all-reduce", 0) == sent
+            for key in ("collectives", "collectives_bytes"):
+                assert row[key] == {kind: n for kind, n in plain[key].items() if kind != "all-reduce"}
+
+
+def compared(rank: int, world_size: int, name: str) -> tuple[str, str]:
+    """Replicas as they were made, and after one rank has moved one number of a norm layer by one bit."""
+    mesh = meshes.mesh_of(meshes.parse(name, world_size), "cpu")
+    torch.manual_seed(0)
+    model = models.Transformer(models.MODELS["llama-tiny"], tied=False, checkpointing=False)
+    if "tp" in name:
+        meshes.split_linears(model.blocks, mesh["tensor"])
+    fully_shard(model, mesh=meshes.data_mesh(mesh))
+    before = meshes.replicas(model, mesh)
+    if rank == 1:
+        local(model.norm.weight).view(torch.int32)[0] += 1
+    return before, meshes.replicas(model, mesh)
+
+
+@pytest.mark.parametrize("name", ["hsdp=2x1", "tp=2"])
+def test_a_bit_that_differs_is_seen_on_all_ranks(name: str) -> None:
+    assert run(compared, 2, name) == [("identical", "differ")] * 2
