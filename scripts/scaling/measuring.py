@@ -32,7 +32,7 @@ class Measuring:
         self.options, self.host = options, host
         self._rows, self._largest = options.folder / "rows.jsonl", options.folder / "largest.jsonl"
         self._log = options.folder / "log.txt"
-        self._again = {key(row) for row in read(self._rows) if "failed" in row} if options.retry else set()
+        self._before = len(read(self._rows)) if options.retry else 0
         self._torchrun = functools.partial(
             torchrun,
             cpu=options.device == "cpu",
@@ -63,12 +63,17 @@ class Measuring:
 
     def rows_of(self, launches: Sequence[Launch]) -> list[Row]:
         """Those that there are, in the order in which they are wanted."""
-        there = {key(row): row for row in read(self._rows)}
+        there = {key(row): row for row in self._read()}
         return [there[key(row)] for launch in launches for row in self._named(launch) if key(row) in there]
 
     def _missing(self, launch: Launch) -> list[dict[str, Any]]:
-        there = {key(row) for row in read(self._rows)}
+        there = {key(row) for row in self._read()}
         return [row for row in self._named(launch) if key(row) not in there]
+
+    def _read(self) -> list[Row]:
+        """Less those that had failed before, if these are wanted again."""
+        rows = read(self._rows)
+        return [row for i, row in enumerate(rows) if i >= self._before or "failed" not in row]
 
     def _named(self, launch: Launch) -> list[dict[str, Any]]:
         where = {"sharding": launch.sharding, "gpus": launch.gpus, **self._stamp(launch.gpus)}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
 
 class TimeIsUp(Exception):
@@ -53,7 +54,7 @@ def torchrun(
     Raises:
         TimeIsUp: at ``deadline`` (`time.monotonic`), all ranks ended.
     """
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", *arguments]
+    command = [*TORCHRUN, f"--nproc-per-node={gpus}", *arguments]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths}
     environment |= {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
