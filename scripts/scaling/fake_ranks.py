@@ -9,7 +9,6 @@ that tensor parallelism splits apart.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,9 @@ from scripts.scaling.wanted import PLAIN, PRIVATE
 
 MODELS = ("llama-1.3b", "llama-6.7b")
 MESHES = {
-    "full_shard": {ranks: "full_shard" for ranks in (2, 8, 64, 512)},
+    "full_shard": dict.fromkeys((2, 8, 64, 512), "full_shard"),
     "hsdp": {4: "hsdp=2x2", 8: "hsdp=2x4", 64: "hsdp=8x8", 512: "hsdp=64x8"},
-    "tp": {ranks: "tp=2" for ranks in (2, 8, 64, 512)},
+    "tp": dict.fromkeys((2, 8, 64, 512), "tp=2"),
 }
 SIDES = (PLAIN, *PRIVATE)
 HEAD = ("model", "sharding", "ranks", "plain, GiB", *(f"{side} / plain" for side in PRIVATE), "collectives")
@@ -67,7 +66,7 @@ def _norms(private: dict[str, Any], plain: dict[str, Any], *, rows: int, split: 
         for kind in {*private["calls"], *plain["calls"]}
     }
     norms, nbytes = more.pop("all-reduce", (0, 0))
-    if any(map(any, more.values())) or nbytes != norms * NORMS * rows or norms and not split:
+    if any(map(any, more.values())) or nbytes != norms * NORMS * rows or (norms and not split):
         raise ValueError(f"private training sends {private}, plain training {plain}")
     return norms
 

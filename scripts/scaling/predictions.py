@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -88,8 +88,18 @@ def predicted(step: BenchmarkStep) -> dict[str, Any]:
     return {"GiB": found.peak.total() / GIB, "calls": dict(found.calls), "bytes": dict(found.sent)}
 
 
-def all_predicted(steps: Sequence[BenchmarkStep]) -> Iterator[dict[str, Any]]:
+def predicted_or_why_not(step: BenchmarkStep) -> dict[str, Any]:
+    """What was measured is not lost for a step that cannot be planned."""
+    try:
+        return predicted(step)
+    except Exception as error:
+        return {"GiB": None, "failed": f"{type(error).__name__}: {error}"}
+
+
+def all_predicted(
+    steps: Sequence[BenchmarkStep], one: Callable[[BenchmarkStep], dict[str, Any]] = predicted
+) -> Iterator[dict[str, Any]]:
     """In order, as they come; each is a few seconds of one core."""
     processes = max(1, min(MOST_PROCESSES, os.cpu_count() or 1, len(steps)))
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from pool.map(predicted, steps)
+        yield from pool.map(one, steps)

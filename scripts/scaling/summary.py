@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from fsdp_dp.benchmark.cases import Case
 from fsdp_dp.benchmark.report import Row
 from scripts.scaling.checks import faults, plain_of
 from scripts.scaling.wanted import PLAIN, Launch
@@ -14,7 +15,10 @@ CONSTANT = 0.02
 
 
 def page(
-    launches: Sequence[Launch], rows: Sequence[Row], predicted: Mapping[tuple[Any, ...], float], largest: Sequence[Row]
+    launches: Sequence[Launch],
+    rows: Sequence[Row],
+    predicted: Mapping[tuple[Any, ...], float | None],
+    largest: Sequence[Row],
 ) -> str:
     """Everything. ``predicted``: GiB by case, side, sharding and GPUs."""
     sizes = sorted({launch.gpus for launch in launches})
@@ -49,10 +53,14 @@ def _speeds(launches: Sequence[Launch], rows: Sequence[Row], sizes: Sequence[int
                 plain = plain_of(row, rows)
                 kind = launch.sharding.split("=")[0] if launch.sharding.startswith("hsdp") else launch.sharding
                 ratio = plain["ms"] / row["ms"] if plain else None
-                found.setdefault((scaling, case.model, kind, case.side), {})[launch.gpus] = ratio, row["ms"]
+                found.setdefault((scaling, _model(case), kind, case.side), {})[launch.gpus] = ratio, row["ms"]
     for named, cells in sorted(found.items(), key=lambda item: _order(item[0])):
         told = [_speed(*cells[n]) if n in cells else "" for n in sizes]
         yield [*named, *told, "" if named[-1] == PLAIN else constancy({n: cells[n][0] for n in cells})]
+
+
+def _model(case: Case) -> str:
+    return f"{case.model}@{case.shape.rows}x{case.shape.tokens}"
 
 
 def _order(named: tuple[str, ...]) -> tuple[Any, ...]:
@@ -60,7 +68,7 @@ def _order(named: tuple[str, ...]) -> tuple[Any, ...]:
     return scaling != "weak", model, sharding, side != PLAIN, side
 
 
-def _row_of(case: Any, launch: Launch, rows: Sequence[Row]) -> Row | None:
+def _row_of(case: Case, launch: Launch, rows: Sequence[Row]) -> Row | None:
     wanted = (case.name, case.side, launch.sharding, launch.gpus)
     same = [row for row in rows if (row["case"], row["side"], row["sharding"], row["gpus"]) == wanted]
     return same[-1] if same else None
@@ -79,7 +87,7 @@ def constancy(ratios: Mapping[int, float | None]) -> str:
     return f"{'yes' if off <= CONSTANT else 'NO'}: ± {off:.1%}"
 
 
-def _memory(rows: Sequence[Row], predicted: Mapping[tuple[Any, ...], float]) -> Iterator[list[str]]:
+def _memory(rows: Sequence[Row], predicted: Mapping[tuple[Any, ...], float | None]) -> Iterator[list[str]]:
     for row in rows:
         said = predicted.get((row["case"], row["side"], row["sharding"], row["gpus"]))
         measured = row.get("peak_GiB")

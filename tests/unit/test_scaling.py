@@ -100,7 +100,7 @@ def test_summary() -> None:
     ]
     predicted = {("llama-tiny@3x16 4 microbatch(es)", "flat", "full_shard", 2): 9.9}
     page = summary.page(wanted_ones, rows, predicted, largest)
-    assert "| weak | llama-tiny | full_shard | flat | 0.900 (100 ms) |  | needs two sizes |" in page
+    assert "| weak | llama-tiny@3x16 | full_shard | flat | 0.900 (100 ms) |  | needs two sizes |" in page
     assert "| llama-tiny@3x16 4 microbatch(es) | full_shard | 2 | flat | 9.90 | 10.00 | -1.0% |" in page
     assert "| 2 | flat | 44 | 9.17 | 72.20 | 71.40 | yes |" in page
     assert "| 4 | flat |  |  |  |  | no answer |" in page
@@ -185,6 +185,14 @@ def test_one_of_512_ranks_sends_what_plain_training_sends(sharding: str) -> None
         sent = plain["bytes"] | {"all-reduce": plain["bytes"].get("all-reduce", 0) + norms * 5 * 3 * 8}
         assert {"all-reduce": 0} | found["calls"] == calls
         assert {"all-reduce": 0} | found["bytes"] == sent
+
+
+def test_a_step_that_cannot_be_planned_has_no_prediction() -> None:
+    (case,) = cases.parse(
+        "llama-tiny@0x16:flat", microbatches=1, checkpointing=False, sharding=meshes.parse("full_shard", 2)
+    )
+    found = predictions.predicted_or_why_not(predictions.step_of(case, 2, on_gpu=False))
+    assert found["GiB"] is None and "called without a row" in found["failed"]
 
 
 def test_no_gpu_is_said_in_a_sentence() -> None:
