@@ -1,6 +1,11 @@
 """The benchmark on every sharding: replicas stay the same to the bit, and privacy adds the norms of split rows alone."""
 
+import json
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,3 +66,36 @@ def compared(rank: int, world_size: int, name: str) -> tuple[str, str]:
 @pytest.mark.parametrize("name", ["hsdp=2x1", "tp=2"])
 def test_a_bit_that_differs_is_seen_on_all_ranks(name: str) -> None:
     assert run(compared, 2, name) == [("identical", "differ")] * 2
+
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_MEMORY_ON_ONE = """
+import torch, torch.distributed as dist
+from fsdp_dp.benchmark import __main__ as benchmark, measure
+
+def measured(case, device, **options):
+    if case.side == "flat":
+        if dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        dist.barrier()
+    return benchmark._named(case) | {"ms": 1.0}
+
+measure.measure = measured
+benchmark.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_without_memory_ends_all_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """Seen to fail when the rank went on to the next case alone."""
+    script, rows_file = tmp_path / "one.py", tmp_path / "rows.jsonl"
+    script.write_text(NO_MEMORY_ON_ONE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    command += ["llama-tiny:plain-fsdp2,flat,block", "--microbatches", "1", "--output", str(rows_file)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    ended = [subprocess.run(command, env=environment, capture_output=True, timeout=90).returncode for _ in range(2)]
+    assert ended == [1, 0]
+    found = [json.loads(line) for line in rows_file.read_text().splitlines()]
+    assert [(row["side"], row.get("failed")) for row in found] == [
+        *(("plain-fsdp2", None), ("flat", "CUDA out of memory"), ("block", None)),
+    ]
