@@ -47,6 +47,7 @@ def line(row: Row, plain: Row | None) -> str:
     told += [f"{plain['ms'] / row['ms']:.3f} of plain's speed"] if plain and row["side"] != PLAIN else []
     told += [f"{row['peak_GiB']:.2f} GiB"] if row["peak_GiB"] else []
     told += ["replicas bit-identical"] if row["replicas"] == "identical" else []
-    told += ["collectives as plain"] if plain and row["side"] != PLAIN and not _collectives(row, plain) else []
+    norms = " but for norms" if row["sharding"].startswith("tp=") else ""
+    told += [f"collectives as plain{norms}"] if plain and row["side"] != PLAIN and not _collectives(row, plain) else []
     told += [f"CHECK FAILED: {fault}" for fault in faults(row, plain)]
     return f"{name}: {', '.join(told)}"
