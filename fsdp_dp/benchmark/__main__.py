@@ -1,7 +1,8 @@
 """``torchrun --nproc-per-node=2 -m fsdp_dp.benchmark CASE... --output rows.jsonl``: one JSON row a case, resumable.
 
 A case is ``MODEL[/LAYERS][@ROWSxTOKENS]:SIDE,SIDE,...`` (see `cases` and `models`). Needs torch alone, and Opacus for its
-side. Rows that ``--output`` already holds for this commit and device are not measured again. The page of the results:
+side. Rows that ``--output`` already holds for this commit, device and sharding are not measured again. The page of the
+results:
 
     python -m fsdp_dp.benchmark --output docs/benchmarks.jsonl --report docs/benchmarks.md
 """
@@ -13,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,21 +22,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fsdp_dp.benchmark import cases, measure, report
+from fsdp_dp.benchmark import cases, measure, meshes, report
 
 
 def main() -> None:
     options = _options()
     if options.report:
-        options.report.write_text(report.page(options.report.read_text(), _rows(options.output)))
+        options.report.write_text(report.page(options.report.read_text(), report.read(options.output)))
         return
     device = _start()
     stamp = {**_versions(device), "commit": options.commit, "command": "torchrun " + " ".join(_command())}
-    done = {(row["case"], row["side"], row["commit"], row["device"]) for row in _rows(options.output)}
+    try:
+        sharding = meshes.parse(options.sharding, dist.get_world_size())
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    done = {report.key(row) for row in report.read(options.output)}
     for count in options.microbatches:
         for text in options.cases:
-            for case in cases.parse(text, microbatches=count, checkpointing=options.checkpointing):
-                if (case.name, case.side, options.commit, stamp["device"]) not in done:
+            for case in cases.parse(text, microbatches=count, checkpointing=options.checkpointing, sharding=sharding):
+                if report.key(_named(case) | stamp) not in done:
                     _run(case, device, options, stamp)
     dist.destroy_process_group()
 
@@ -44,7 +50,9 @@ def _run(case: cases.Case, device: torch.device, options: argparse.Namespace, st
     try:
         row = measure.measure(case, device, warmup=options.warmup, steps=options.steps, profile=profiled)
     except torch.OutOfMemoryError as error:
-        row = {"case": case.name, "side": case.side, "failed": str(error).split(". ")[0]}
+        row = _named(case) | {"failed": str(error).split(". ")[0]}
+        if dist.get_world_size() > 1:
+            _end_all(row | stamp, options.output)
         measure.release(device)
     if dist.get_rank() == 0:
         print(json.dumps({key: value for key, value in row.items() if key != "profile"}), flush=True)
@@ -52,11 +60,30 @@ def _run(case: cases.Case, device: torch.device, options: argparse.Namespace, st
             measure.append(options.output, row | stamp)
 
 
+def _named(case: cases.Case) -> dict[str, Any]:
+    return {"case": case.name, "side": case.side, "sharding": case.sharding.name, "gpus": dist.get_world_size()}
+
+
+def _end_all(row: dict[str, Any], output: Path | None) -> None:
+    """One rank has no memory left and the others wait for it in a collective: the row is written, and torchrun ends all."""
+    print(f"rank {dist.get_rank()}: {row['case']} {row['side']}: {row['failed']}", file=sys.stderr, flush=True)
+    if dist.distributed_c10d._get_default_store().add("out of memory", 1) == 1:  # the first to say so
+        if output:
+            measure.append(output, row)
+        print("Out of memory; the same command again measures what is left.", file=sys.stderr, flush=True)
+        os._exit(1)
+    time.sleep(5)  # until the first has written
+    os._exit(1)
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--output", type=Path, help="JSON lines; rows that it holds already are not measured again")
     parser.add_argument("--microbatches", type=int, nargs="+", default=[4, 1], help="of a logical batch")
+    parser.add_argument(
+        "--sharding", default=meshes.FULL_SHARD, help="full_shard (default), hsdp=RxS (R copies of S shards) or tp=T"
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--checkpointing", action="store_true", help="recompute every block in backward")
@@ -91,12 +118,6 @@ def _command() -> list[str]:
 def _commit() -> str:
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
-
-
-def _rows(path: Path | None) -> list[dict[str, Any]]:
-    if path is None or not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 if __name__ == "__main__":

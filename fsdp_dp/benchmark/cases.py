@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from fsdp_dp.benchmark.meshes import FULL_SHARD, Sharding
 from fsdp_dp.benchmark.models import MODELS, Shape
 
 SIDES = ("plain-fsdp1", "plain-fsdp2", "flat", "block", "layer", "flat-fsdp1", "opacus")
+ON_ANY_MESH = ("plain-fsdp2", "flat", "block", "layer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,7 @@ class Case:
     side: str
     microbatches: int
     checkpointing: bool
+    sharding: Sharding
 
     @property
     def name(self) -> str:
@@ -33,11 +36,11 @@ class Case:
         return "FSDP1" if self.side.endswith("fsdp1") else "FSDP2"
 
 
-def parse(text: str, *, microbatches: int, checkpointing: bool) -> list[Case]:
+def parse(text: str, *, microbatches: int, checkpointing: bool, sharding: Sharding) -> list[Case]:
     """``llama-13b/8@2x1024:plain-fsdp2,flat`` as cases: of the model's layers the first eight.
 
     Raises:
-        ValueError: there is no such model or side.
+        ValueError: there is no such model or side, or the side has no such sharding.
     """
     name, _, sides = text.partition(":")
     model, _, size = name.partition("@")
@@ -47,6 +50,12 @@ def parse(text: str, *, microbatches: int, checkpointing: bool) -> list[Case]:
     unknown = [side for side in sides.split(",") if side not in SIDES]
     if unknown:
         raise ValueError(f"case '{text}': no side '{unknown[0]}'; there are {', '.join(SIDES)}")
+    unmeshed = [side for side in sides.split(",") if side not in ON_ANY_MESH]
+    if unmeshed and sharding.name != FULL_SHARD:
+        raise ValueError(
+            f"case '{text}': side '{unmeshed[0]}' is measured with --sharding full_shard, found {sharding.name}; "
+            f"sides of any sharding are {', '.join(ON_ANY_MESH)}"
+        )
     shape = MODELS[known]
     if layers:
         shape = dataclasses.replace(shape, layers=int(layers))
@@ -54,6 +63,13 @@ def parse(text: str, *, microbatches: int, checkpointing: bool) -> list[Case]:
         rows, tokens = map(int, size.split("x"))
         shape = dataclasses.replace(shape, rows=rows, tokens=tokens)
     return [
-        Case(model=model, shape=shape, side=side, microbatches=microbatches, checkpointing=checkpointing)
+        Case(
+            model=model,
+            shape=shape,
+            side=side,
+            microbatches=microbatches,
+            checkpointing=checkpointing,
+            sharding=sharding,
+        )
         for side in sides.split(",")
     ]

@@ -21,7 +21,7 @@ from fsdp_dp.benchmark.models import flops
 
 def measure(case: Case, device: torch.device, *, warmup: int, steps: int, profile: bool) -> dict[str, Any]:
     """Run a case and take it down again; times are of the slowest rank's clock, memory of this rank."""
-    step, end = sides.build(case, device)
+    step, end, compared = sides.build(case, device)
     for _ in range(warmup):
         step()
     with Collectives() as collectives:
@@ -36,6 +36,8 @@ def measure(case: Case, device: torch.device, *, warmup: int, steps: int, profil
         "case": case.name,
         "model": case.model,
         "side": case.side,
+        "sharding": case.sharding.name,
+        "gpus": dist.get_world_size(),
         "rows": case.shape.rows,
         "tokens": case.shape.tokens,
         "microbatches": case.microbatches,
@@ -46,18 +48,20 @@ def measure(case: Case, device: torch.device, *, warmup: int, steps: int, profil
         **_rates(case, statistics.median(times)),
         "collectives": dict(collectives.counts),
         "collectives_MB": {kind: round(sent / 1e6, 1) for kind, sent in collectives.sent.items()},
+        "collectives_bytes": dict(collectives.sent),
+        "replicas": compared(),
     }
     if profile:
         row["profile"] = profiling.account(step)
     gc.unfreeze()
     end()
-    del step, end
+    del step, end, compared
     release(device)
     return row
 
 
 def _rates(case: Case, ms: float) -> dict[str, float]:
-    rows = case.shape.rows * case.microbatches
+    rows = case.shape.rows * case.microbatches / case.sharding.tensor
     return {
         "tokens_per_s_per_gpu": round(rows * case.shape.tokens / ms * 1e3, 1),
         "model_TFLOPs_per_gpu": round(rows * flops(case.shape) / ms / 1e9, 2),

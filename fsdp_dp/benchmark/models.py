@@ -85,14 +85,15 @@ MODELS = {
 class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.heads, self.causal, bias = shape.heads, not shape.classes, shape.kind != "llama"
+        self.head_width, self.causal, bias = shape.width // shape.heads, not shape.classes, shape.kind != "llama"
         self.query, self.key, self.value, self.output = (
             nn.Linear(shape.width, shape.width, bias=bias) for _ in range(4)
         )
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         q, k, v = (
-            layer(x_BTD).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+            layer(x_BTD).unflatten(2, (-1, self.head_width)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.output(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]

@@ -1,9 +1,13 @@
-"""The tables of docs/benchmarks.md, from rows of `__main__`, and their place in the page. Pure."""
+"""The rows of `__main__`, the tables of docs/benchmarks.md that are made of them, and their place in the page."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from fsdp_dp.benchmark.meshes import FULL_SHARD
 
 Row = Mapping[str, Any]
 
@@ -11,6 +15,19 @@ _HEADER = (
     "| side | step (range) | speed | peak memory | of plain | tokens/s a GPU | model TFLOP/s | collectives |",
     "|---|---|---|---|---|---|---|---|",
 )
+
+
+def read(path: Path | None) -> list[dict[str, Any]]:
+    """The rows of a file; of rows from before there were other shardings, that of those days."""
+    if path is None or not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{"sharding": FULL_SHARD, "gpus": int(row["device"].split(" x ")[0]), **row} for row in rows]
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    """What was measured: there is one row of it."""
+    return tuple(row[name] for name in ("case", "side", "sharding", "gpus", "device", "commit"))
 
 
 _BEGIN, _END = "<!-- from rows: begin -->", "<!-- from rows: end -->"
@@ -32,20 +49,25 @@ def page(text: str, rows: Sequence[Row]) -> str:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """One table a case and commit, whose sides are compared; then where the time of the profiled steps went."""
+    """One table a case, commit and sharding, whose sides are compared; then where the time of the profiled steps went."""
     sections = []
-    for case, commit, device in dict.fromkeys((row["case"], row["commit"], row["device"]) for row in rows):
-        of_case = [r for r in rows if (r["case"], r["commit"], r["device"]) == (case, commit, device)]
+    for compared in dict.fromkeys(map(_compared, rows)):
+        of_case = [row for row in rows if _compared(row) == compared]
         sections.append(
-            "\n".join([f"## {case}", "", *_stamp(of_case), "", *_HEADER, *_lines(of_case), *_account(of_case)])
+            "\n".join([f"## {compared[0]}", "", *_stamp(of_case), "", *_HEADER, *_lines(of_case), *_account(of_case)])
         )
     return "\n\n".join(sections)
 
 
+def _compared(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("case", "commit", "device", "sharding"))
+
+
 def _stamp(rows: Sequence[Row]) -> list[str]:
-    """Device, versions, commit and command; once where the rows agree."""
+    """Number of GPUs and their name, sharding, versions, commit and command; once where the rows agree."""
     stamps = dict.fromkeys(
-        ", ".join([row["device"], f"torch {row['torch']}", f"commit `{row['commit']}`"]) for row in rows
+        ", ".join([row["device"], row["sharding"], f"torch {row['torch']}", f"commit `{row['commit']}`"])
+        for row in rows
     )
     return [*stamps, "", *(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))]
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
@@ -17,6 +16,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
+from fsdp_dp.benchmark import meshes
 from fsdp_dp.benchmark.cases import Case
 from fsdp_dp.benchmark.models import Block, Transformer, batch, initialize
 from fsdp_dp.config import PrivacyConfig
@@ -26,11 +26,14 @@ Step = Callable[[], None]
 NOISE_MULTIPLIER, MAX_GRAD_NORM, DATASET_SIZE = 1.0, 1.0, 10**7
 
 
-def build(case: Case, device: torch.device) -> tuple[Step, Callable[[], None]]:
-    """One logical batch of this side, and what ends it."""
-    data = [batch(case.shape, case.shape.rows, 100 * dist.get_rank() + i, device) for i in range(case.microbatches)]
+def build(case: Case, device: torch.device) -> tuple[Step, Callable[[], None], Callable[[], str]]:
+    """One logical batch of this side, what ends it, and how its replicas compare (see `meshes.replicas`)."""
+    mesh = meshes.mesh_of(case.sharding, device.type)
+    first = 100 * meshes.data_rank(mesh)
+    data = [batch(case.shape, case.shape.rows, first + i, device) for i in range(case.microbatches)]
+    torch.manual_seed(0)  # copies start from the same weights, and so do all sides
     if case.side == "opacus":
-        return _opacus(case, data, device), lambda: None
+        return _opacus(case, data, device), lambda: None, lambda: "none"
     model = _sharded(case, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     end: Callable[[], None] = lambda: None  # noqa: E731
@@ -43,7 +46,7 @@ def build(case: Case, device: torch.device) -> tuple[Step, Callable[[], None]]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, end
+    return step, end, functools.partial(meshes.replicas, model, mesh)
 
 
 def _privacy(case: Case) -> PrivacyConfig:
@@ -60,7 +63,7 @@ def _privacy(case: Case) -> PrivacyConfig:
 
 
 def _rows_of_a_step(case: Case) -> int:
-    return case.shape.rows * case.microbatches * dist.get_world_size()
+    return case.shape.rows * case.microbatches * case.sharding.data_ranks
 
 
 def _sharded(case: Case, device: torch.device) -> nn.Module:
@@ -77,9 +80,12 @@ def _sharded(case: Case, device: torch.device) -> nn.Module:
     with torch.device("meta"):
         model = Transformer(case.shape, tied=tied, checkpointing=case.checkpointing)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    mesh = meshes.mesh_of(case.sharding, device.type)
+    if case.sharding.tensor > 1:
+        meshes.split_linears(model.blocks, mesh["tensor"])
     for block in model.blocks:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(block, mesh=meshes.data_mesh(mesh), mp_policy=policy)
+    fully_shard(model, mesh=meshes.data_mesh(mesh), mp_policy=policy)
     model.to_empty(device=device)
     initialize(model)
     return model

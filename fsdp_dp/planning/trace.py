@@ -77,7 +77,10 @@ class Trace:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """What is traced: a configuration on so many ranks, plain or clipped in some groups."""
+    """What is traced: a configuration on so many ranks, plain or clipped in some groups.
+
+    A subclass may trace another decoder than the application's, of the shape that the configuration says.
+    """
 
     config: TrainConfig
     world_size: int
@@ -97,6 +100,17 @@ class Step:
         model = dataclasses.replace(decoder(self.config), layers=layers)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
 
+    def make_model(self) -> nn.Module:
+        return build_model(self.config.model)
+
+    def split(self, model: nn.Module, world: World) -> None:
+        """Over the ranks of a tensor-parallel mesh."""
+        split_linears(model, world)
+
+    def losses(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        """Of the rows, [B]."""
+        return row_losses(model(tokens), tokens)
+
 
 def trace(step: Step) -> Trace:
     """Run a step on fake tensors, as rank 0 of fake ranks."""
@@ -113,7 +127,7 @@ def build(step: Step, world: World) -> nn.Module:
     """The model as the application shards it; what it does with FSDP1 is planned with FSDP2, which holds the same."""
     strategy = step.config.sharding.strategy
     with world.device:
-        model = build_model(step.config.model)
+        model = step.make_model()
     if step.activation_checkpointing:
         blocks = model.get_submodule("blocks")
         assert isinstance(blocks, nn.ModuleList)
@@ -122,7 +136,7 @@ def build(step: Step, world: World) -> nn.Module:
     if strategy in REPLICATED:
         return model
     if world.tensor_mesh is not None:
-        split_linears(model, world)
+        step.split(model, world)
     sharded = shard_fsdp2(model, step.config, world)
     if strategy in ("shard_grad_op", "hybrid_shard_zero2"):
         for module in sharded.modules():
@@ -154,13 +168,13 @@ def run_step(step: Step, model: nn.Module, tokens: Tensor, world: World) -> Trac
         optimizer.register_step_pre_hook(lambda *_: tracker.count(gradients(model), GRADIENTS))  # after the engine's
         with segments(model, private, tracker):
             for _ in range(1 if private is None else 2):  # until both buckets have had the largest unit
-                run_microbatch(model, tokens, tracker)
+                run_microbatch(step, model, tokens, tracker)
             if not step.accumulates:
                 run_optimizer(optimizer, tracker)
                 drop_given_away(private)
             tracker.count(state_of(optimizer), STATE)
             tracker.forget()
-            run_microbatch(model, tokens, tracker)
+            run_microbatch(step, model, tokens, tracker)
         calls, sent = Counter(tracker.calls), Counter(tracker.sent)
         run_optimizer(optimizer, tracker)
         sent_by_optimizer = tracker.sent - sent
@@ -168,9 +182,9 @@ def run_step(step: Step, model: nn.Module, tokens: Tensor, world: World) -> Trac
     return Trace(peaks=with_state(tracker.peaks, missing), calls=calls, sent=sent, sent_by_optimizer=sent_by_optimizer)
 
 
-def run_microbatch(model: nn.Module, tokens: Tensor, tracker: MemoryTracker) -> None:
+def run_microbatch(step: Step, model: nn.Module, tokens: Tensor, tracker: MemoryTracker) -> None:
     tracker.move("forward", 0, ACTIVATIONS)
-    loss = row_losses(model(tokens), tokens).mean()
+    loss = step.losses(model, tokens).mean()
     tracker.move("loss", 0, SCRATCH)
     loss.backward()
     tracker.move("after backward")

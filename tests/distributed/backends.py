@@ -310,6 +310,9 @@ BACKENDS: dict[str, Callable[[nn.Module, PrivacyConfig], tuple[nn.Module, Privac
     ),
     "fsdp2 of meta": functools.partial(private_after, fsdp2_of_meta),
     "fsdp2 hybrid": functools.partial(private_after, fsdp2_hybrid),
+    "fsdp2 2x4": functools.partial(
+        private_after, lambda model: fsdp2(model, mesh=mesh_of(2, 4, names=("replicate", "shard")))
+    ),
     "fsdp2 root only": functools.partial(private_after, functools.partial(fsdp2, units=False)),
     "fsdp2 bf16": functools.partial(private_after, functools.partial(fsdp2, bf16=True)),
     "fsdp2 fp16": functools.partial(private_after, functools.partial(fsdp2, fp16=True)),
@@ -322,6 +325,7 @@ BACKENDS: dict[str, Callable[[nn.Module, PrivacyConfig], tuple[nn.Module, Privac
     "sp 2x2": over((2,), sequence_parallel),
     "sp 2x2 loss parallel": over((2,), sequence_parallel, loss=True),
     "tp 2x2 by columns": over((2,), shard_placement_fn=columns_where_even),
+    "tp 4x2": over((4,)),
     "tp 2x2x2": over((2, 2)),
     "sp 2x2x2": over((2, 2), sequence_parallel),
 }

@@ -1,10 +1,16 @@
 """The benchmark without a GPU: cases, models, accounts of traces, and the page made from rows."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from fsdp_dp import PrivacyConfig, make_private
-from fsdp_dp.benchmark import cases, models, profiling, report
+from fsdp_dp.benchmark import cases, meshes, models, profiling, report
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = meshes.parse("full_shard", 2)
 
 
 def rows() -> list[dict[str, object]]:
@@ -14,6 +20,8 @@ def rows() -> list[dict[str, object]]:
         "torch": "2.11",
         "commit": "abc",
         "command": "torchrun x",
+        "sharding": "hsdp=2x1",
+        "gpus": 2,
     }
     common = {**stamp, "ms_range": [1.0, 2.0], "tokens_per_s_per_gpu": 10.0, "model_TFLOPs_per_gpu": 5.0}
     sent = {"collectives": {"all-gather": 3}, "collectives_MB": {"all-gather": 7.0}}
@@ -23,16 +31,46 @@ def rows() -> list[dict[str, object]]:
 
 
 def test_cases() -> None:
-    plain, flat = cases.parse("llama-1.3b@2x8192:plain-fsdp1,flat", microbatches=4, checkpointing=True)
+    plain, flat = cases.parse("llama-1.3b@2x8192:plain-fsdp1,flat", microbatches=4, checkpointing=True, sharding=ALL)
     assert (plain.shape.rows, plain.shape.tokens, plain.backend, flat.backend) == (2, 8192, "FSDP1", "FSDP2")
     assert plain.name == "llama-1.3b@2x8192 checkpointed 4 microbatch(es)"
-    (few,) = cases.parse("llama-13b/8@1x512:layer", microbatches=1, checkpointing=False)
+    (few,) = cases.parse("llama-13b/8@1x512:layer", microbatches=1, checkpointing=False, sharding=ALL)
     assert (few.shape.layers, few.shape.width, few.shape.tokens) == (8, 5120, 512)
     assert few.name == "llama-13b/8@1x512 1 microbatch(es)"
     with pytest.raises(ValueError, match="no model 'llama-2b'"):
-        cases.parse("llama-2b:flat", microbatches=1, checkpointing=False)
+        cases.parse("llama-2b:flat", microbatches=1, checkpointing=False, sharding=ALL)
     with pytest.raises(ValueError, match="no side 'fast'"):
-        cases.parse("llama-1.3b:fast", microbatches=1, checkpointing=False)
+        cases.parse("llama-1.3b:fast", microbatches=1, checkpointing=False, sharding=ALL)
+
+
+def test_shardings() -> None:
+    assert meshes.parse("full_shard", 8).data_ranks == 8
+    hybrid, split = meshes.parse("hsdp=2x4", 8), meshes.parse("tp=2", 8)
+    assert (hybrid.replicate, hybrid.shard, hybrid.tensor, hybrid.data_ranks) == (2, 4, 1, 8)
+    assert (split.replicate, split.shard, split.tensor, split.data_ranks) == (1, 4, 2, 4)
+    for text, ranks, told in [
+        ("hsdp=2x4", 4, "2 copies of 4 shards are not 4 ranks"),
+        ("tp=3", 4, "4 ranks cannot be divided by 3"),
+        ("tp=0", 4, "there are full_shard, hsdp=RxS"),
+        ("ddp", 2, "there are full_shard, hsdp=RxS"),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            meshes.parse(text, ranks)
+    with pytest.raises(ValueError, match="side 'opacus' is measured with --sharding full_shard, found tp=2"):
+        cases.parse("llama-1.3b:flat,opacus", microbatches=1, checkpointing=False, sharding=split)
+
+
+def test_rows_of_another_sharding_or_number_of_gpus_are_others(tmp_path: Path) -> None:
+    """Rows from before shardings had names were of full_shard."""
+    path = tmp_path / "rows.jsonl"
+    old = {key: value for key, value in rows()[0].items() if key not in ("sharding", "gpus")}
+    path.write_text(json.dumps(old) + "\n" + json.dumps(old | {"sharding": "hsdp=2x1", "gpus": 2}) + "\n")
+    first, second = report.read(path)
+    assert (first["sharding"], first["gpus"]) == ("full_shard", 2)
+    assert report.key(first) != report.key(second)
+    assert report.key(first) != report.key(first | {"gpus": 4})
+    assert len(report.tables([first, second]).split("## llama")) == 3
+    assert report.read(ROOT / "docs" / "benchmarks.jsonl")
 
 
 @pytest.mark.parametrize("model", ["llama-tiny", "gpt2-tiny", "vit-tiny", "roberta-tiny"])
@@ -87,6 +125,7 @@ def test_page() -> None:
     text = report.page("before\n<!-- from rows: begin -->old<!-- from rows: end -->\nafter", rows())
     assert "| flat | 100.0 ms (1.0 to 2.0) | 0.900 | 10.50 GiB | 1.050 | 10 | 5.0 | 3 all-gather (7 MB) |" in text
     assert "| opacus | CUDA out of memory |" in text and "old" not in text
+    assert "2 x GPU, hsdp=2x1, torch 2.11" in text
     assert text.startswith("before\n") and text.endswith("\nafter")
     with pytest.raises(ValueError, match="no '<!-- from rows"):
         report.page("nothing", rows())
