@@ -81,7 +81,7 @@ class GhostNorms:
 
     def add(self, inputs: Inputs) -> None:
         """All tensors of a launch have one dtype, and are as `outer` hands them over."""
-        for part in _launches(inputs):
+        for part in _launches(inputs, self._rows, self._device):
             self._add(part)
 
     def _add(self, inputs: Inputs) -> None:
@@ -136,11 +136,16 @@ _ROOM = 1 << 18
 """Sums that wait for a last launch, if one layer does not have more."""
 
 
-def _launches(inputs: Inputs) -> Iterator[Inputs]:
-    """Parts that one launch takes: of one dtype and one size of tiles, not too many inputs and layers."""
-    alike: dict[tuple[torch.dtype, bool], list[tuple[Tensor, Sequence[Tensor]]]] = {}
+def _launches(inputs: Inputs, rows: int, device: torch.device) -> Iterator[Inputs]:
+    """Parts that one launch takes: of one dtype and one size of tiles, not too many inputs and layers.
+
+    Where each fills the GPU, narrow ones are apart from those that are contracted in chunks, at whose ends loads stop.
+    """
+    alike: dict[tuple[torch.dtype, bool, bool], list[tuple[Tensor, Sequence[Tensor]]]] = {}
+    apart = sum(rows * _pairs(a.shape[1], device) for a, _ in inputs) >= _programs_that_fill(device)
     for a, gs in inputs:
-        of_form = alike.setdefault((a.dtype, a.shape[1] <= _SHORT), [])
+        wide = apart and max(x.shape[2] for x in (a, *gs)) > CHUNK.value
+        of_form = alike.setdefault((a.dtype, a.shape[1] <= _SHORT, wide), [])
         of_form += [(a, gs[first : first + MOST_LAYERS]) for first in range(0, len(gs), MOST_LAYERS)]
     for of_form in alike.values():
         part: list[tuple[Tensor, Sequence[Tensor]]] = []
@@ -178,8 +183,7 @@ def _form(sizes: tuple[tuple[int, ...], ...], device: torch.device) -> _Form:
     programs, room, numbers, layers = 0, 0, [], []
     widths: list[int] = []
     for T, D, *of_layers in sizes:
-        count = triton.cdiv(T, tiles.rows)
-        pairs = count * (count + 1) // 2
+        pairs = _pairs(T, device)
         fields = _INPUT_FIELDS.value + len(of_layers) * _LAYER_FIELDS.value
         numbers.append((programs, room, pairs, D, len(widths), len(of_layers)))
         for number, P in enumerate(of_layers):
@@ -191,6 +195,19 @@ def _form(sizes: tuple[tuple[int, ...], ...], device: torch.device) -> _Form:
     unused = _TABLE_FIELDS.value - 1
     table_rows = (*numbers, *((P, *[0] * unused) for P in widths))
     return _Form(tiles=tiles, chunked=wide, programs=programs, room=room, numbers=table_rows, layers=tuple(layers))
+
+
+@functools.cache
+def _pairs(T: int, device: torch.device) -> int:
+    """Tiles in the lower triangle."""
+    count = -(-T // _tiles(T, device).rows)
+    return count * (count + 1) // 2
+
+
+@functools.cache
+def _programs_that_fill(device: torch.device) -> int:
+    """Of two launches: four for every multiprocessor, which takes one at a time."""
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1 << 30
 
 
 def _tiles(T: int, device: torch.device) -> Tiles:
