@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         x_BTD = self.embedding(inputs)
         if self.positions is not None:
             places = torch.arange(inputs.shape[1], device=inputs.device)
-            x_BTD = x_BTD + self.positions(places.expand(inputs.shape[:2]))
+            x_BTD = x_BTD + self.positions(places.repeat(len(inputs), 1))  # Opacus views it, so it must be contiguous
         for block in self.blocks:
             x_BTD = checkpoint(block, x_BTD, use_reentrant=False) if self.checkpointing else block(x_BTD)
         x_BTD = self.norm(x_BTD)

@@ -34,6 +34,8 @@ def build(case: Case, device: torch.device) -> tuple[Step, Callable[[], None], C
     torch.manual_seed(0)  # copies start from the same weights, and so do all sides
     if case.side == "opacus":
         return _opacus(case, data, device), lambda: None, lambda: "none"
+    if case.side == "opacus-hooks":
+        return _opacus_hooks(case, data, device), lambda: None, lambda: "none"
     model = _sharded(case, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     end: Callable[[], None] = lambda: None  # noqa: E731
@@ -116,6 +118,32 @@ def _opacus(case: Case, data: list[tuple[Tensor, Tensor]], device: torch.device)
     def step() -> None:
         for index, (inputs, targets) in enumerate(data):
             backward(model(inputs, targets)).backward()
+            optimizer.signal_skip_step(index < len(data) - 1)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def _opacus_hooks(case: Case, data: list[tuple[Tensor, Tensor]], device: torch.device) -> Step:
+    """Opacus' gradients of every row, stored. They are for whole models: on every rank one, its noise added before DDP's sum."""
+    from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+    from opacus.grad_sample import GradSampleModule
+    from opacus.optimizers import DistributedDPOptimizer
+
+    model: Any = Transformer(case.shape, tied=False, checkpointing=case.checkpointing).to(device)
+    initialize(model)
+    model = GradSampleModule(DifferentiallyPrivateDistributedDataParallel(model), loss_reduction="mean")
+    optimizer = DistributedDPOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=1e-4), noise_multiplier=NOISE_MULTIPLIER,
+        max_grad_norm=MAX_GRAD_NORM, expected_batch_size=case.shape.rows * case.microbatches,  # of a rank
+    )  # fmt: skip
+
+    def step() -> None:
+        for index, (inputs, targets) in enumerate(data):
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = model(inputs, targets).mean()
+            loss.backward()
             optimizer.signal_skip_step(index < len(data) - 1)
             optimizer.step()
             optimizer.zero_grad()
