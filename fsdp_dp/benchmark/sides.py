@@ -126,7 +126,7 @@ def _opacus(case: Case, data: list[tuple[Tensor, Tensor]], device: torch.device)
 
 
 def _opacus_hooks(case: Case, data: list[tuple[Tensor, Tensor]], device: torch.device) -> Step:
-    """Opacus' gradients of every row, stored. They are for whole models: on every rank one, its noise added before DDP's sum."""
+    """Opacus' stored gradients of every row, of a whole model on every rank, under DDP."""
     from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
     from opacus.grad_sample import GradSampleModule
     from opacus.optimizers import DistributedDPOptimizer
