@@ -51,15 +51,16 @@ def page(text: str, rows: Sequence[Row]) -> str:
 def tables(rows: Sequence[Row]) -> str:
     """One table a case, commit and sharding, whose sides are compared; then where the time of the profiled steps went."""
     sections = []
-    for compared in dict.fromkeys(map(_compared, rows)):
-        of_case = [row for row in rows if _compared(row) == compared]
+    for case in dict.fromkeys(map(compared, rows)):
+        of_case = [row for row in rows if compared(row) == case]
         sections.append(
-            "\n".join([f"## {compared[0]}", "", *_stamp(of_case), "", *_HEADER, *_lines(of_case), *_account(of_case)])
+            "\n".join([f"## {case[0]}", "", *_stamp(of_case), "", *_HEADER, *_lines(of_case), *_account(of_case)])
         )
     return "\n\n".join(sections)
 
 
-def _compared(row: Row) -> tuple[Any, ...]:
+def compared(row: Row) -> tuple[Any, ...]:
+    """Rows in which this is the same stand in one table."""
     return tuple(row[name] for name in ("case", "commit", "device", "sharding"))
 
 
@@ -72,7 +73,7 @@ def _stamp(rows: Sequence[Row]) -> list[str]:
     return [*stamps, "", *(f"`{command}`" for command in dict.fromkeys(row["command"] for row in rows))]
 
 
-def _baseline(row: Row, rows: Sequence[Row]) -> Row | None:
+def baseline(row: Row, rows: Sequence[Row]) -> Row | None:
     """Plain training on the same sharding; Opacus is compared with plain FSDP2."""
     side = "plain-fsdp1" if row["side"].endswith("fsdp1") else "plain-fsdp2"
     return next((other for other in rows if other["side"] == side and "ms" in other), None)
@@ -83,7 +84,7 @@ def _lines(rows: Sequence[Row]) -> Iterable[str]:
         if "failed" in row:
             yield f"| {row['side']} | {row['failed']} | | | | | | |"
             continue
-        plain = _baseline(row, rows)
+        plain = baseline(row, rows)
         speed = f"{plain['ms'] / row['ms']:.3f}" if plain else ""
         memory = f"{row['peak_GiB'] / plain['peak_GiB']:.3f}" if plain and plain["peak_GiB"] else ""
         sent = ", ".join(f"{n} {kind} ({row['collectives_MB'][kind]:.0f} MB)" for kind, n in row["collectives"].items())

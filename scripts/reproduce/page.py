@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from scripts.reproduce.rows import ROOT, Row, read
+from scripts.reproduce.speed import SpeedLine
 
 PAGE = ROOT / "docs" / "reproductions.md"
 HEADER = ("experiment", "ours", "paper's", "peer's or plain", "what differs", "date, commit", "command")
@@ -38,7 +39,6 @@ class Line:
         compared: the figure of which the difference is given, with its interval.
         paper, differs: what the paper reports, and in what this is another experiment.
         command: where nothing is measured yet.
-        elsewhere: where ours is to be found instead.
     """
 
     title: str
@@ -52,7 +52,6 @@ class Line:
     paper: str = ""
     differs: str = ""
     command: str = ""
-    elsewhere: str = ""
 
 
 RESNET = "[DP-ZeRO](https://arxiv.org/abs/2311.11822), experiment 1: ResNet (GroupNorm) on digits"
@@ -131,23 +130,38 @@ LINES = (
         )
         for side in ("float32", "torchao int8", "torchao int4", "bitsandbytes nf4")
     ),
-    Line(
-        title="DP-ZeRO, experiment 2: speed and memory of a mid-size model",
-        elsewhere="on two GPUs: [benchmarks.md](benchmarks.md)",
-        command="torchrun --nproc-per-node=2 -m fsdp_dp.benchmark llama-1.3b:plain-fsdp2,flat,block,layer",
+)
+FIG_4 = "[Book-keeping](https://arxiv.org/abs/2210.00038), Fig. 4"
+OF_FIG_4 = "H200s, FSDP on two of them, bf16 with sums in float32; one microbatch a step; Opacus' head is not tied"
+SPEED_LINES = (
+    SpeedLine(
+        title="DP-ZeRO, experiment 2: speed and memory of a mid-size model, Llama-like 1.3B",
+        case="llama-1.3b@16x1024 4 microbatch(es)",
+        sides=("flat", "block", "layer"),
+        paper="",
+        differs="two GPUs; the paper suggests it and has no figure",
     ),
-    Line(
-        title="[Book-keeping](https://arxiv.org/abs/2210.00038), Fig. 4: GPT-2 small, medium, large",
-        paper="0.83 of the speed of plain training (abstract)",
-        differs="RoBERTa-large has no benchmark case; GPT-2-large, flat and plain, is in [benchmarks.md](benchmarks.md)",
-        command="torchrun --nproc-per-node=2 -m fsdp_dp.benchmark gpt2-small:plain-fsdp2,flat,opacus "
-        "gpt2-medium:plain-fsdp2,flat,opacus gpt2-large:plain-fsdp2,flat,opacus",
+    *(
+        SpeedLine(
+            title=f"{FIG_4}: {model}",
+            case=f"{case} 1 microbatch(es)",
+            sides=("flat",),
+            paper="0.83 of the speed of plain training (abstract)",
+            differs=OF_FIG_4,
+        )
+        for model, case in (
+            ("GPT-2 small", "gpt2-small@100x100"),
+            ("GPT-2 medium", "gpt2-medium@50x100"),
+            ("GPT-2 large", "gpt2-large@20x100"),
+            ("RoBERTa-large", "roberta-large@20x256"),
+        )
     ),
-    Line(
-        title="[FlashDP](https://arxiv.org/abs/2507.01154): Llama-13B, layer by layer",
+    SpeedLine(
+        title="[FlashDP](https://arxiv.org/abs/2507.01154): Llama-13B's width, layer by layer",
+        case="llama-13b/10@2x1024 1 microbatch(es)",
+        sides=("flat", "layer"),
         paper="0.9 of the throughput of plain training, on four A100s (abstract)",
-        differs="there is no 13B benchmark case yet; the command runs the nearest, 6.7B",
-        command="torchrun --nproc-per-node=2 -m fsdp_dp.benchmark llama-6.7b:plain-fsdp2,layer",
+        differs="10 of 40 layers, one microbatch of two rows on each of two GPUs",
     ),
 )
 
@@ -192,7 +206,7 @@ def cells(line: Line, rows: Sequence[Row]) -> Iterable[str]:
     commands = dict.fromkeys(row["command"] for row in ours) or [line.command]
     return (
         line.title,
-        line.elsewhere or cell(ours, line.figures),
+        cell(ours, line.figures),
         line.paper,
         beside,
         line.differs,
@@ -203,6 +217,7 @@ def cells(line: Line, rows: Sequence[Row]) -> Iterable[str]:
 
 def page(rows: Sequence[Row]) -> str:
     lines = [HEADER, ["---"] * len(HEADER), *(cells(line, rows) for line in LINES)]
+    lines += [line.cells() for line in SPEED_LINES]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     devices = dict.fromkeys(f"{row['device']}, torch {row['torch']}, Python {row['python']}" for row in rows)
     return TEXT.format(table=table, devices="; ".join(devices))
@@ -219,7 +234,8 @@ bases, which have no noise, drew fresh noise.
     pip install 'fsdp-dp[data,hf]'
     pip install --no-deps -r scripts/reproduce/requirements.txt
 
-Mean ± standard deviation over seeds. Measured on {devices}, which other work shared.
+Mean ± standard deviation over seeds. Measured on {devices}, which other work shared; what is about speed is from
+[benchmarks.md](benchmarks.md), on GPUs, where 1 is plain FSDP2 in the same run.
 
 {table}
 
