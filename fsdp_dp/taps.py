@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
@@ -145,7 +146,8 @@ class Taps:
         self._hook_ids: dict[str, int] = {}
         self._attentions = Attentions(layers)
         self.picked: set[str] = set()
-        self._products = {name for name, layer in layers.items() if is_product(layer)}
+        # Of an FSDP unit the output must be no view: a write to that would drop FSDP's own hook.
+        self._products = {n for n, layer in layers.items() if is_product(layer) and not isinstance(layer, FSDPModule)}
         for name, layer in layers.items():
             everything = keeps(layer) == "all"
             if everything:

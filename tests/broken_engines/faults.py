@@ -258,8 +258,12 @@ def audited(
     job = Job(config=config, privacy=privacy, rows=torch.empty(0, 9, dtype=torch.uint8))
     if dist.is_initialized():
         return audit(job, describe_world(config, torch.device("cpu")))
-    with start_world(config) as world:
-        return audit(job, world)
+    try:
+        with start_world(config) as world:
+            return audit(job, world)
+    finally:
+        if dist.is_initialized():  # after an error, which in a program of its own ends all ranks
+            dist.destroy_process_group()
 
 
 def auditing(clipping: str = "flat") -> str:

@@ -46,7 +46,7 @@ ORDER = (
         "habits",
         "shared_values",
     ),  # pure
-    ("modes", "label_watch", "taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),
+    ("modes", "label_watch", "node_taps", "taps", "watch", "intake", "sharding", "coverage", "independence", "optimizer_gate"),
     ("clipped_sum", "guards", "bounds"),
     ("logical_batch",),
     ("recorder",),
