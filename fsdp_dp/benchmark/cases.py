@@ -1,7 +1,7 @@
 """What is measured: ``MODEL[/LAYERS][@ROWSxTOKENS]:SIDE``, as given on the command line.
 
 Sides: ``plain-fsdp1`` and ``plain-fsdp2``; ours on FSDP2 with ``flat``, ``block`` or ``layer`` clipping, on FSDP1 as
-``flat-fsdp1``; ``opacus`` (ghost_fsdp, its own wrapper).
+``flat-fsdp1``; ``opacus`` (ghost_fsdp, its own wrapper) and ``opacus-hooks`` (per-sample gradients, not sharded).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 
 from fsdp_dp.benchmark.models import MODELS, Shape
 
-SIDES = ("plain-fsdp1", "plain-fsdp2", "flat", "block", "layer", "flat-fsdp1", "opacus")
+SIDES = ("plain-fsdp1", "plain-fsdp2", "flat", "block", "layer", "flat-fsdp1", "opacus", "opacus-hooks")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fsdp_dp import PrivacyConfig, make_private
-from fsdp_dp.benchmark import cases, models, profiling, report
+from fsdp_dp.benchmark import cases, models, peers, profiling, report
 
 
 def rows() -> list[dict[str, object]]:
@@ -19,7 +19,8 @@ def rows() -> list[dict[str, object]]:
     sent = {"collectives": {"all-gather": 3}, "collectives_MB": {"all-gather": 7.0}}
     plain = {**common, **sent, "side": "plain-fsdp2", "ms": 90.0, "peak_GiB": 10.0}
     flat = {**common, **sent, "side": "flat", "ms": 100.0, "peak_GiB": 10.5}
-    return [plain, flat, {**stamp, "side": "opacus", "failed": "CUDA out of memory"}]
+    hooks = {**flat, "side": "opacus-hooks", "differs": "whole model on every GPU"}
+    return [plain, flat, {**stamp, "side": "opacus", "failed": "CUDA out of memory"}, hooks]
 
 
 def test_cases() -> None:
@@ -38,7 +39,7 @@ def test_cases() -> None:
 @pytest.mark.parametrize("model", ["llama-tiny", "gpt2-tiny", "vit-tiny", "roberta-tiny"])
 def test_models_can_be_private(model: str) -> None:
     shape = models.MODELS[model]
-    module = models.Transformer(shape, tied=shape.kind == "gpt2", checkpointing=False)
+    module = models.Transformer(shape, tied=shape.tied, checkpointing=False)
     models.initialize(module)
     privacy = PrivacyConfig(
         max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=3, dataset_size=100, target_delta=1e-3,
@@ -64,8 +65,15 @@ def test_sizes_of_the_models() -> None:
     ]:
         shape = models.MODELS[name]
         with torch.device("meta"):
-            module = models.Transformer(shape, tied=shape.kind == "gpt2", checkpointing=False)
+            module = models.Transformer(shape, tied=shape.tied, checkpointing=False)
         assert sum(p.numel() for p in module.parameters()) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_what_a_side_does_otherwise_is_said() -> None:
+    gpt2 = cases.parse("gpt2-small:opacus,opacus-hooks,flat,plain-fsdp2", microbatches=1, checkpointing=False)
+    roberta = cases.parse("roberta-large:opacus", microbatches=1, checkpointing=False)
+    said = [peers.differs(case) or "" for case in (*gpt2, *roberta)]
+    assert "not tied" in said[0] and "whole model on every GPU" in said[1] and said[2:] == ["", "", ""]
 
 
 def test_account_of_a_trace() -> None:
@@ -87,6 +95,7 @@ def test_page() -> None:
     text = report.page("before\n<!-- from rows: begin -->old<!-- from rows: end -->\nafter", rows())
     assert "| flat | 100.0 ms (1.0 to 2.0) | 0.900 | 10.50 GiB | 1.050 | 10 | 5.0 | 3 all-gather (7 MB) |" in text
     assert "| opacus | CUDA out of memory |" in text and "old" not in text
+    assert "\n\nopacus-hooks: whole model on every GPU." in text
     assert text.startswith("before\n") and text.endswith("\nafter")
     with pytest.raises(ValueError, match="no '<!-- from rows"):
         report.page("nothing", rows())
