@@ -9,10 +9,12 @@ side. Rows that ``--output`` already holds for this commit and device are not me
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,27 +31,64 @@ def main() -> None:
         options.report.write_text(report.page(options.report.read_text(), _rows(options.output)))
         return
     device = _start()
+    ranks = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=2))
     stamp = {**_versions(device), "commit": options.commit, "command": "torchrun " + " ".join(_command())}
     done = {(row["case"], row["side"], row["commit"], row["device"]) for row in _rows(options.output)}
     for count in options.microbatches:
         for text in options.cases:
             for case in cases.parse(text, microbatches=count, checkpointing=options.checkpointing):
                 if (case.name, case.side, options.commit, stamp["device"]) not in done:
-                    _run(case, device, options, stamp)
+                    _run(case, device, options, stamp, ranks)
     dist.destroy_process_group()
 
 
-def _run(case: cases.Case, device: torch.device, options: argparse.Namespace, stamp: dict[str, Any]) -> None:
+def _run(
+    case: cases.Case, device: torch.device, options: argparse.Namespace, stamp: dict[str, Any], ranks: dist.ProcessGroup
+) -> None:
+    """Measure a case; one that fails is a row that says so, and the next is measured."""
     profiled = options.profile and case.microbatches == min(options.microbatches)
+    row: dict[str, Any] = {"case": case.name, "side": case.side}
+    failure = None
     try:
         row = measure.measure(case, device, warmup=options.warmup, steps=options.steps, profile=profiled)
-    except torch.OutOfMemoryError as error:
-        row = {"case": case.name, "side": case.side, "failed": str(error).split(". ")[0]}
-        measure.release(device)
+    except Exception as error:
+        traceback.print_exc()
+        first = str(error).strip().partition("\n")[0].split(". ")[0]
+        failure = f"{type(error).__name__}: {first}"
+    measure.release(device)  # not where the error still holds the model
+    try:
+        failure = agreed(failure, ranks)
+    except TimeoutError:
+        reason = f"on rank {dist.get_rank()} alone: {failure}" if failure else "another rank did not come to its end"
+        _keep({"case": case.name, "side": case.side, "failed": reason} | stamp, options.output)
+        raise SystemExit(
+            f"benchmark: {case.name}, {case.side}: {reason}, so that ranks wait for each other. Its row says so; run the "
+            "same command again for the cases after it"
+        ) from None
+    if failure:
+        row = {"case": case.name, "side": case.side, "failed": failure}
     if dist.get_rank() == 0:
-        print(json.dumps({key: value for key, value in row.items() if key != "profile"}), flush=True)
-        if options.output:
-            measure.append(options.output, row | stamp)
+        _keep(row | stamp, options.output)
+
+
+def agreed(failure: str | None, ranks: dist.ProcessGroup) -> str | None:
+    """The first failure of any rank, over a group of its own: collectives of the case may be left undone.
+
+    Raises:
+        TimeoutError: a rank does not answer; it waits for this one inside the case.
+    """
+    found: list[str | None] = [None] * dist.get_world_size()
+    try:
+        dist.all_gather_object(found, failure, group=ranks)
+    except RuntimeError as error:
+        raise TimeoutError(str(error)) from error
+    return next((other for other in found if other), None)
+
+
+def _keep(row: dict[str, Any], output: Path | None) -> None:
+    print(json.dumps({key: value for key, value in row.items() if key not in ("profile", "command")}), flush=True)
+    if output:
+        measure.append(output, row)
 
 
 def _options() -> argparse.Namespace:
