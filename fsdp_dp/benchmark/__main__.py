@@ -120,7 +120,8 @@ def _start() -> torch.device:
 
 def _versions(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {"device": f"{dist.get_world_size()} x {name}", "torch": torch.__version__}
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"device": f"{dist.get_world_size()} x {name}", "torch": torch.__version__, "date": today}
 
 
 def _command() -> list[str]:

@@ -1,4 +1,4 @@
-"""Writes docs/reproductions.md out of docs/reproductions.jsonl: a line an experiment, with what others report beside it.
+"""Writes docs/reproductions.md out of docs/reproductions.jsonl and docs/benchmarks.jsonl: a line an experiment.
 
 python -m scripts.reproduce.page
 """
@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from scripts.reproduce.rows import ROOT, Row, read
+from scripts.reproduce.speed import Speed, measured
 
 PAGE = ROOT / "docs" / "reproductions.md"
 HEADER = ("experiment", "ours", "paper's", "peer's or plain", "what differs", "date, commit", "command")
@@ -32,27 +33,23 @@ class Line:
 
     Args:
         title: what is tried.
-        experiment, ours: the script, and its side that is ours; no experiment: not measured yet.
+        experiment, ours: the script, and its side that is ours.
         figures: what is shown of ours, with words around the number.
         other, other_figures: the side to set beside it, and what is shown of that; `named`: what it is called.
         compared: the figure of which the difference is given, with its interval.
         paper, differs: what the paper reports, and in what this is another experiment.
-        command: where nothing is measured yet.
-        elsewhere: where ours is to be found instead.
     """
 
     title: str
-    experiment: str = ""
-    ours: str = ""
-    figures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    experiment: str
+    ours: str
+    figures: Mapping[str, str]
     other: str = ""
     other_figures: Mapping[str, str] = dataclasses.field(default_factory=dict)
     named: str = ""
     compared: str = ""
     paper: str = ""
     differs: str = ""
-    command: str = ""
-    elsewhere: str = ""
 
 
 RESNET = "[DP-ZeRO](https://arxiv.org/abs/2311.11822), experiment 1: ResNet (GroupNorm) on digits"
@@ -131,23 +128,40 @@ LINES = (
         )
         for side in ("float32", "torchao int8", "torchao int4", "bitsandbytes nf4")
     ),
-    Line(
-        title="DP-ZeRO, experiment 2: speed and memory of a mid-size model",
-        elsewhere="on two GPUs: [benchmarks.md](benchmarks.md)",
-        command="torchrun --nproc-per-node=2 -m fsdp_dp.benchmark llama-1.3b:plain-fsdp2,flat,block,layer",
+)
+OURS = {"flat": "flat"}
+OPACUS = {"opacus": "Opacus, ghost", "opacus-hooks": "Opacus, hooks"}
+BK = "[Book-keeping](https://arxiv.org/abs/2210.00038), Fig. 4"
+SPEEDS = (
+    Speed(
+        title="[DP-ZeRO](https://arxiv.org/abs/2311.11822), experiment 2: speed and memory of a mid-size model, 1.3B",
+        case="llama-1.3b@16x1024",
+        ours={"flat": "flat", "block": "block by block", "layer": "layer by layer"},
+        peers={"opacus": "Opacus, ghost"},
+        microbatches=4,
     ),
-    Line(
-        title="[Book-keeping](https://arxiv.org/abs/2210.00038), Fig. 4: GPT-2 small, medium, large",
-        paper="0.83 of the speed of plain training (abstract)",
-        differs="RoBERTa-large has no benchmark case; GPT-2-large, flat and plain, is in [benchmarks.md](benchmarks.md)",
-        command="torchrun --nproc-per-node=2 -m fsdp_dp.benchmark gpt2-small:plain-fsdp2,flat,opacus "
-        "gpt2-medium:plain-fsdp2,flat,opacus gpt2-large:plain-fsdp2,flat,opacus",
+    *(
+        Speed(
+            title=f"{BK}: {model}",
+            case=f"{name}@{size}",
+            ours=OURS,
+            peers=OPACUS,
+            paper="0.83 of the speed of plain training (abstract)",
+            differs="two GPUs, sharded; bf16; random ids" + also,
+        )
+        for model, name, size, also in (
+            ("GPT-2 small", "gpt2-small", "100x100", ""),
+            ("GPT-2 medium", "gpt2-medium", "50x100", ""),
+            ("GPT-2 large", "gpt2-large", "20x100", ""),
+            ("RoBERTa-large", "roberta-large", "20x256", "; one vector of classes from the mean over positions"),
+        )
     ),
-    Line(
-        title="[FlashDP](https://arxiv.org/abs/2507.01154): Llama-13B, layer by layer",
+    Speed(
+        title="[FlashDP](https://arxiv.org/abs/2507.01154): Llama-13B's width, layer by layer",
+        case="llama-13b/10@2x1024",
+        ours={"layer": "layer by layer", "flat": "flat"},
         paper="0.9 of the throughput of plain training, on four A100s (abstract)",
-        differs="there is no 13B benchmark case yet; the command runs the nearest, 6.7B",
-        command="torchrun --nproc-per-node=2 -m fsdp_dp.benchmark llama-6.7b:plain-fsdp2,layer",
+        differs="10 of the 40 layers; no rotary positions",
     ),
 )
 
@@ -189,20 +203,22 @@ def cells(line: Line, rows: Sequence[Row]) -> Iterable[str]:
     if line.compared and min(len(ours), len(others)) > 1:
         beside += difference(ours, others, line.compared)
     stamps = dict.fromkeys(f"{row['date']}, `{row['commit']}`" for row in ours)
-    commands = dict.fromkeys(row["command"] for row in ours) or [line.command]
+    commands = dict.fromkeys(row["command"] for row in ours)
     return (
         line.title,
-        line.elsewhere or cell(ours, line.figures),
+        cell(ours, line.figures),
         line.paper,
         beside,
         line.differs,
         "; ".join(stamps),
-        "; ".join(f"`{command}`" for command in commands if command),
+        "; ".join(f"`{command}`" for command in commands),
     )
 
 
-def page(rows: Sequence[Row]) -> str:
+def page(rows: Sequence[Row], speeds: Sequence[Row]) -> str:
+    """Of the rows of the experiments, and of the benchmark."""
     lines = [HEADER, ["---"] * len(HEADER), *(cells(line, rows) for line in LINES)]
+    lines += [speed.cells(speeds) for speed in SPEEDS]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     devices = dict.fromkeys(f"{row['device']}, torch {row['torch']}, Python {row['python']}" for row in rows)
     return TEXT.format(table=table, devices="; ".join(devices))
@@ -212,14 +228,15 @@ TEXT = """\
 # Papers' experiments, run again
 
 What others report, tried with this library on data and weights that Python packages carry: nothing is downloaded but
-packages. Every line is one command; its rows are in [reproductions.jsonl](reproductions.jsonl), from which
-`python -m scripts.reproduce.page` writes this page. What came out worse stays in. All private rows but those of the quantized
-bases, which have no noise, drew fresh noise.
+packages. Every line is one command; its rows are in [reproductions.jsonl](reproductions.jsonl), of speed the newest of
+[benchmarks.jsonl](benchmarks.jsonl), and `python -m scripts.reproduce.page` writes this page from both. What came out worse
+stays in. All private rows but those of the quantized bases, which have no noise, drew fresh noise.
 
     pip install 'fsdp-dp[data,hf]'
     pip install --no-deps -r scripts/reproduce/requirements.txt
 
-Mean ± standard deviation over seeds. Measured on {devices}, which other work shared.
+Mean ± standard deviation over seeds. Measured on {devices}, which other work shared. Speed and
+memory are of the GPUs that the line names, beside plain FSDP2 of the same commit, device and number of microbatches.
 
 {table}
 
@@ -250,4 +267,4 @@ Mean ± standard deviation over seeds. Measured on {devices}, which other work s
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(read()), encoding="utf-8")
+    PAGE.write_text(page(read(), measured()), encoding="utf-8")
