@@ -10,11 +10,12 @@ results:
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
 import sys
-import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def main() -> None:
         options.report.write_text(report.page(options.report.read_text(), report.read(options.output)))
         return
     device = _start()
+    ranks = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=2))
     stamp = {**_versions(device), "commit": options.commit, "command": "torchrun " + " ".join(_command())}
     try:
         sharding = meshes.parse(options.sharding, dist.get_world_size())
@@ -41,39 +43,61 @@ def main() -> None:
         for text in options.cases:
             for case in cases.parse(text, microbatches=count, checkpointing=options.checkpointing, sharding=sharding):
                 if report.key(_named(case) | stamp) not in done:
-                    _run(case, device, options, stamp)
+                    _run(case, device, options, stamp, ranks)
     dist.destroy_process_group()
 
 
-def _run(case: cases.Case, device: torch.device, options: argparse.Namespace, stamp: dict[str, Any]) -> None:
+def _run(
+    case: cases.Case, device: torch.device, options: argparse.Namespace, stamp: dict[str, Any], ranks: dist.ProcessGroup
+) -> None:
+    """Measure a case; one that fails is a row that says so, and the next is measured."""
     profiled = options.profile and case.microbatches == min(options.microbatches)
+    row = _named(case)
+    failure = None
     try:
         row = measure.measure(case, device, warmup=options.warmup, steps=options.steps, profile=profiled)
-    except torch.OutOfMemoryError as error:
-        row = _named(case) | {"failed": str(error).split(". ")[0]}
-        if dist.get_world_size() > 1:
-            _end_all(row | stamp, options.output)
-        measure.release(device)
+    except Exception as error:
+        traceback.print_exc()
+        first = str(error).strip().partition("\n")[0].split(". ")[0]
+        failure = f"{type(error).__name__}: {first}"
+    measure.release(device)  # not where the error still holds the model
+    try:
+        failure = agreed(failure, ranks)
+    except TimeoutError:
+        reason = f"on rank {dist.get_rank()} alone: {failure}" if failure else "another rank did not come to its end"
+        _keep(_named(case) | {"failed": reason} | stamp, options.output)
+        raise SystemExit(
+            f"benchmark: {case.name}, {case.side}: {reason}, so that ranks wait for each other. Its row says so; run the "
+            "same command again for the cases after it"
+        ) from None
+    if failure:
+        row = _named(case) | {"failed": failure}
     if dist.get_rank() == 0:
-        print(json.dumps({key: value for key, value in row.items() if key != "profile"}), flush=True)
-        if options.output:
-            measure.append(options.output, row | stamp)
+        _keep(row | stamp, options.output)
+
+
+def agreed(failure: str | None, ranks: dist.ProcessGroup) -> str | None:
+    """The first failure of any rank, over a group of its own: collectives of the case may be left undone.
+
+    Raises:
+        TimeoutError: a rank does not answer; it waits for this one inside the case.
+    """
+    found: list[str | None] = [None] * dist.get_world_size()
+    try:
+        dist.all_gather_object(found, failure, group=ranks)
+    except RuntimeError as error:
+        raise TimeoutError(str(error)) from error
+    return next((other for other in found if other), None)
+
+
+def _keep(row: dict[str, Any], output: Path | None) -> None:
+    print(json.dumps({key: value for key, value in row.items() if key not in ("profile", "command")}), flush=True)
+    if output:
+        measure.append(output, row)
 
 
 def _named(case: cases.Case) -> dict[str, Any]:
     return {"case": case.name, "side": case.side, "sharding": case.sharding.name, "gpus": dist.get_world_size()}
-
-
-def _end_all(row: dict[str, Any], output: Path | None) -> None:
-    """One rank has no memory left and the others wait for it in a collective: the row is written, and torchrun ends all."""
-    print(f"rank {dist.get_rank()}: {row['case']} {row['side']}: {row['failed']}", file=sys.stderr, flush=True)
-    if dist.distributed_c10d._get_default_store().add("out of memory", 1) == 1:  # the first to say so
-        if output:
-            measure.append(output, row)
-        print("Out of memory; the same command again measures what is left.", file=sys.stderr, flush=True)
-        os._exit(1)
-    time.sleep(5)  # until the first has written
-    os._exit(1)
 
 
 def _options() -> argparse.Namespace:
@@ -108,7 +132,8 @@ def _start() -> torch.device:
 
 def _versions(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {"device": f"{dist.get_world_size()} x {name}", "torch": torch.__version__}
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"device": f"{dist.get_world_size()} x {name}", "torch": torch.__version__, "date": today}
 
 
 def _command() -> list[str]:

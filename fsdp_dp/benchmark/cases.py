@@ -1,7 +1,7 @@
 """What is measured: ``MODEL[/LAYERS][@ROWSxTOKENS]:SIDE``, as given on the command line.
 
 Sides: ``plain-fsdp1`` and ``plain-fsdp2``; ours on FSDP2 with ``flat``, ``block`` or ``layer`` clipping, on FSDP1 as
-``flat-fsdp1``; ``opacus`` (ghost_fsdp, its own wrapper) and ``opacus-hooks`` (a gradient of every row, stored, under DDP).
+``flat-fsdp1``; ``opacus`` (ghost_fsdp, its own wrapper) and ``opacus-hooks`` (per-sample gradients, not sharded).
 """
 
 from __future__ import annotations

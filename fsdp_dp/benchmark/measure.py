@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fsdp_dp.benchmark import profiling, sides
+from fsdp_dp.benchmark import peers, profiling, sides
 from fsdp_dp.benchmark.cases import Case
 from fsdp_dp.benchmark.collectives import Collectives
 from fsdp_dp.benchmark.models import flops
@@ -22,6 +22,18 @@ from fsdp_dp.benchmark.models import flops
 def measure(case: Case, device: torch.device, *, warmup: int, steps: int, profile: bool) -> dict[str, Any]:
     """Run a case and take it down again; times are of the slowest rank's clock, memory of this rank."""
     step, end, compared = sides.build(case, device)
+    try:
+        row = _row(case, step, device, warmup=warmup, steps=steps)
+        row["replicas"] = compared()
+        return row | ({"profile": profiling.account(step)} if profile else {})
+    finally:
+        gc.unfreeze()
+        end()
+        del step, end, compared
+        release(device)
+
+
+def _row(case: Case, step: Callable[[], None], device: torch.device, *, warmup: int, steps: int) -> dict[str, Any]:
     for _ in range(warmup):
         step()
     with Collectives() as collectives:
@@ -32,7 +44,8 @@ def measure(case: Case, device: torch.device, *, warmup: int, steps: int, profil
         torch.cuda.reset_peak_memory_stats()
     times = sorted(timed(step, device) for _ in range(steps))
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    row = {
+    differs = peers.differs(case)
+    return {
         "case": case.name,
         "model": case.model,
         "side": case.side,
@@ -49,15 +62,8 @@ def measure(case: Case, device: torch.device, *, warmup: int, steps: int, profil
         "collectives": dict(collectives.counts),
         "collectives_MB": {kind: round(sent / 1e6, 1) for kind, sent in collectives.sent.items()},
         "collectives_bytes": dict(collectives.sent),
-        "replicas": compared(),
+        **({"differs": differs} if differs else {}),
     }
-    if profile:
-        row["profile"] = profiling.account(step)
-    gc.unfreeze()
-    end()
-    del step, end, compared
-    release(device)
-    return row
 
 
 def _rates(case: Case, ms: float) -> dict[str, float]:

@@ -20,7 +20,7 @@ class Shape:
 
     ``rows`` of ``tokens`` are a microbatch on one GPU. Rows are ids below ``vocabulary``, or ``patches`` (numbers of a
     patch). With ``classes`` a row is told to be in one of these, from the mean over its positions; otherwise every position
-    predicts an id.
+    predicts an id. ``tied``: head and embedding are one weight.
     """
 
     layers: int
@@ -33,6 +33,7 @@ class Shape:
     kind: str = "llama"
     patches: int = 0
     classes: int = 0
+    tied: bool = False
 
     @property
     def outputs(self) -> int:
@@ -42,13 +43,16 @@ class Shape:
 def _gpt2(layers: int, heads: int, width: int, rows: int) -> Shape:
     """At the setting of the book-keeping paper (arXiv 2210.00038): rows of 100 tokens."""
     return Shape(
-        layers=layers, heads=heads, width=width, hidden=4 * width, vocabulary=50257, tokens=100, rows=rows, kind="gpt2"
-    )
+        layers=layers, heads=heads, width=width, hidden=4 * width, vocabulary=50257, tokens=100, rows=rows, kind="gpt2",
+        tied=True,
+    )  # fmt: skip
 
 
 MODELS = {
     "llama-tiny": Shape(layers=2, heads=2, width=32, hidden=88, vocabulary=96, tokens=16, rows=3),
-    "gpt2-tiny": Shape(layers=2, heads=2, width=32, hidden=64, vocabulary=96, tokens=16, rows=3, kind="gpt2"),
+    "gpt2-tiny": Shape(
+        layers=2, heads=2, width=32, hidden=64, vocabulary=96, tokens=16, rows=3, kind="gpt2", tied=True
+    ),
     "vit-tiny": Shape(
         layers=2, heads=2, width=32, hidden=64, vocabulary=0, tokens=17, rows=3, kind="vit", patches=24, classes=8
     ),

@@ -53,9 +53,8 @@ def tables(rows: Sequence[Row]) -> str:
     sections = []
     for case in dict.fromkeys(map(compared, rows)):
         of_case = [row for row in rows if compared(row) == case]
-        sections.append(
-            "\n".join([f"## {case[0]}", "", *_stamp(of_case), "", *_HEADER, *_lines(of_case), *_account(of_case)])
-        )
+        below = [*_differences(of_case), *_account(of_case)]
+        sections.append("\n".join([f"## {case[0]}", "", *_stamp(of_case), "", *_HEADER, *_lines(of_case), *below]))
     return "\n\n".join(sections)
 
 
@@ -93,6 +92,11 @@ def _lines(rows: Sequence[Row]) -> Iterable[str]:
             f"{row['peak_GiB']:.2f} GiB | {memory} | {row['tokens_per_s_per_gpu']:.0f} | "
             f"{row['model_TFLOPs_per_gpu']:.1f} | {sent} |"
         )
+
+
+def _differences(rows: Sequence[Row]) -> list[str]:
+    """In what sides did not run what the others ran."""
+    return [line for row in rows if "differs" in row for line in ("", f"{row['side']}: {row['differs']}.")]
 
 
 def _account(rows: Sequence[Row]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
     MixedPrecision,
@@ -16,7 +16,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from fsdp_dp.benchmark import meshes
+from fsdp_dp.benchmark import meshes, peers
 from fsdp_dp.benchmark.cases import Case
 from fsdp_dp.benchmark.models import Block, Transformer, batch, initialize
 from fsdp_dp.config import PrivacyConfig
@@ -24,6 +24,8 @@ from fsdp_dp.engine import make_private
 
 Step = Callable[[], None]
 NOISE_MULTIPLIER, MAX_GRAD_NORM, DATASET_SIZE = 1.0, 1.0, 10**7
+DTYPE = torch.bfloat16
+PEERS = {"opacus": peers.ghost, "opacus-hooks": peers.hooks}
 
 
 def build(case: Case, device: torch.device) -> tuple[Step, Callable[[], None], Callable[[], str]]:
@@ -32,10 +34,8 @@ def build(case: Case, device: torch.device) -> tuple[Step, Callable[[], None], C
     first = 100 * meshes.data_rank(mesh)
     data = [batch(case.shape, case.shape.rows, first + i, device) for i in range(case.microbatches)]
     torch.manual_seed(0)  # copies start from the same weights, and so do all sides
-    if case.side == "opacus":
-        return _opacus(case, data, device), lambda: None, lambda: "none"
-    if case.side == "opacus-hooks":
-        return _opacus_hooks(case, data, device), lambda: None, lambda: "none"
+    if case.side in PEERS:
+        return PEERS[case.side](case, data, device, _mechanism(case)), lambda: None, lambda: "none"
     model = _sharded(case, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     end: Callable[[], None] = lambda: None  # noqa: E731
@@ -64,24 +64,33 @@ def _privacy(case: Case) -> PrivacyConfig:
     )
 
 
+def _mechanism(case: Case) -> peers.Mechanism:
+    return peers.Mechanism(
+        max_grad_norm=MAX_GRAD_NORM,
+        noise_multiplier=NOISE_MULTIPLIER,
+        expected_batch_size=_rows_of_a_step(case),
+        dtype=DTYPE,
+    )
+
+
 def _rows_of_a_step(case: Case) -> int:
     return case.shape.rows * case.microbatches * case.sharding.data_ranks
 
 
 def _sharded(case: Case, device: torch.device) -> nn.Module:
     """One unit a block, one for the rest; weights are made after sharding, so that no GPU holds the whole model."""
-    tied = case.shape.kind == "gpt2"
+    tied = case.shape.tied
     if case.backend == "FSDP1":
         model = Transformer(case.shape, tied=tied, checkpointing=case.checkpointing).to(device)
         initialize(model)
-        precision = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        precision = MixedPrecision(param_dtype=DTYPE, reduce_dtype=torch.float32)
         return FullyShardedDataParallel(
             model, auto_wrap_policy=ModuleWrapPolicy({Block}), mixed_precision=precision, device_id=device,
             use_orig_params=True,
         )  # fmt: skip
     with torch.device("meta"):
         model = Transformer(case.shape, tied=tied, checkpointing=case.checkpointing)
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=torch.float32)
     mesh = meshes.mesh_of(case.sharding, device.type)
     if case.sharding.tensor > 1:
         meshes.split_linears(model.blocks, mesh["tensor"])
@@ -91,61 +100,3 @@ def _sharded(case: Case, device: torch.device) -> nn.Module:
     model.to_empty(device=device)
     initialize(model)
     return model
-
-
-def _opacus(case: Case, data: list[tuple[Tensor, Tensor]], device: torch.device) -> Step:
-    """Opacus' ghost clipping with its FSDP2 wrapper (one unit a layer), as its own examples put it together."""
-    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping_fsdp import (
-        GradSampleModuleFastGradientClippingFSDP,
-    )
-    from opacus.optimizers.fsdpoptimizer_fast_gradient_clipping import FSDPOptimizerFastGradientClipping
-    from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
-    from opacus.utils.fsdp_utils import FSDP2Wrapper
-
-    with torch.device("meta"):
-        model: Any = Transformer(case.shape, tied=False, checkpointing=case.checkpointing)
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model = FSDP2Wrapper(model, mp_policy=policy)
-    model.to_empty(device=device)
-    initialize(model)
-    model = GradSampleModuleFastGradientClippingFSDP(model, max_grad_norm=MAX_GRAD_NORM, loss_reduction="mean")
-    optimizer = FSDPOptimizerFastGradientClipping(
-        torch.optim.AdamW(model.parameters(), lr=1e-4), noise_multiplier=NOISE_MULTIPLIER,
-        max_grad_norm=MAX_GRAD_NORM, expected_batch_size=_rows_of_a_step(case), loss_reduction="mean",
-    )  # fmt: skip
-    backward = functools.partial(DPTensorFastGradientClipping, model, optimizer, loss_reduction="mean")
-
-    def step() -> None:
-        for index, (inputs, targets) in enumerate(data):
-            backward(model(inputs, targets)).backward()
-            optimizer.signal_skip_step(index < len(data) - 1)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return step
-
-
-def _opacus_hooks(case: Case, data: list[tuple[Tensor, Tensor]], device: torch.device) -> Step:
-    """Opacus' stored gradients of every row, of a whole model on every rank, under DDP."""
-    from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
-    from opacus.grad_sample import GradSampleModule
-    from opacus.optimizers import DistributedDPOptimizer
-
-    model: Any = Transformer(case.shape, tied=False, checkpointing=case.checkpointing).to(device)
-    initialize(model)
-    model = GradSampleModule(DifferentiallyPrivateDistributedDataParallel(model), loss_reduction="mean")
-    optimizer = DistributedDPOptimizer(
-        torch.optim.AdamW(model.parameters(), lr=1e-4), noise_multiplier=NOISE_MULTIPLIER,
-        max_grad_norm=MAX_GRAD_NORM, expected_batch_size=case.shape.rows * case.microbatches,  # of a rank
-    )  # fmt: skip
-
-    def step() -> None:
-        for index, (inputs, targets) in enumerate(data):
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = model(inputs, targets).mean()
-            loss.backward()
-            optimizer.signal_skip_step(index < len(data) - 1)
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return step

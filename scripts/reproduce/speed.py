@@ -1,52 +1,89 @@
-"""The lines of docs/reproductions.md that are about speed and memory: the newest rows of docs/benchmarks.jsonl."""
+"""Lines of docs/reproductions.md on speed and memory, out of the newest rows of docs/benchmarks.jsonl."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from fsdp_dp.benchmark import report
-from scripts.reproduce.rows import ROOT
+from scripts.reproduce.rows import ROOT, Row, read
 
-ROWS = ROOT / "docs" / "benchmarks.jsonl"
-PEERS = {"opacus": "Opacus, ghost clipping", "opacus-hooks": "Opacus, gradients of every row stored"}
+BENCHMARKS = ROOT / "docs" / "benchmarks.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SpeedLine:
-    """One case of the benchmark, against plain FSDP2 in the same run.
+class Speed:
+    """One line of the table.
 
     Args:
-        case: as the rows name it.
-        sides: ours; whatever `PEERS` were measured stand beside them.
+        title: what is tried.
+        case: `MODEL@ROWSxTOKENS` of the benchmark, without its number of microbatches.
+        ours, peers: sides of the benchmark, and what they are called.
         paper, differs: what the paper reports, and in what this is another experiment.
+        microbatches: of the command that measures it.
     """
 
     title: str
     case: str
-    sides: Sequence[str]
-    paper: str
-    differs: str
+    ours: Mapping[str, str]
+    peers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    paper: str = ""
+    differs: str = ""
+    microbatches: int = 1
 
-    def cells(self) -> Iterable[str]:
-        """In the order of the page's columns; of a side, its last row in the file counts."""
-        rows = [row for row in report.read(ROWS) if row["case"] == self.case and "ms" in row]
-        newest = {row["side"]: row for row in rows}
-        ours = [newest[side] for side in self.sides if side in newest]
-        peers = [row for side, row in newest.items() if side in PEERS]
+    @property
+    def command(self) -> str:
+        model = self.case.partition("@")[0]
+        name = self.case if "/" in model else model  # whole models have the rows and tokens of the case
+        sides = ",".join(["plain-fsdp2", *self.ours, *self.peers])
+        return (
+            f"torchrun --nproc-per-node=2 -m fsdp_dp.benchmark {name}:{sides} --microbatches {self.microbatches} "
+            "--output docs/benchmarks.jsonl"
+        )
+
+    def cells(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """Title, ours, the paper's, peers', what differs, date and commit, command."""
+        of_case = [row for row in rows if row["case"].partition(" microbatch")[0].rpartition(" ")[0] == self.case]
+        newest = {row["side"]: row for row in of_case}  # rows are in the order in which they were measured
+        used = [newest[side] for side in (*self.ours, *self.peers) if side in newest]
+        differs = [self.differs, *(f"{row['side']}: {row['differs']}" for row in used if "differs" in row)]
         return (
             self.title,
-            "; ".join(f"{row['side']}: {_against_plain(row, rows)}" for row in ours) or "not measured yet",
+            "; ".join(_figures(self.ours, newest, of_case)),
             self.paper,
-            "; ".join(f"{PEERS[row['side']]}: {_against_plain(row, rows)}" for row in peers),
-            self.differs,
-            "; ".join(dict.fromkeys(f"{row['device']}, `{row['commit']}`" for row in (*ours, *peers))),
-            "; ".join(dict.fromkeys(f"`{row['command']}`" for row in (*ours, *peers))),
+            "; ".join(_figures(self.peers, newest, of_case)),
+            "; ".join(filter(None, differs)),
+            "; ".join(dict.fromkeys(map(_stamp, used))),
+            f"`{self.command}`",
         )
 
 
-def _against_plain(row: report.Row, rows: Sequence[report.Row]) -> str:
-    plain = report.baseline(row, [other for other in rows if report.compared(other) == report.compared(row)])
-    if plain is None:
-        return f"{row['ms']:.0f} ms a step, plain not measured beside it"
-    return f"{plain['ms'] / row['ms']:.2f} of the speed, {row['peak_GiB'] / plain['peak_GiB']:.2f} of the memory"
+def _figures(sides: Mapping[str, str], newest: Mapping[str, Row], rows: Sequence[Row]) -> Iterator[str]:
+    """Each side's speed and memory beside plain training of the same commit, device and number of microbatches."""
+    for side, name in sides.items():
+        row = newest.get(side)
+        if row is None:
+            yield f"{name}: not measured yet"
+        elif "failed" in row:
+            yield f"{name}: {row['failed']}"
+        else:
+            yield f"{name}: {_beside_plain(row, rows)}"
+
+
+def _beside_plain(row: Row, rows: Sequence[Row]) -> str:
+    same = ("case", "commit", "device")
+    beside = [r for r in rows if r["side"] == "plain-fsdp2" and "ms" in r and all(r[key] == row[key] for key in same)]
+    if not beside:
+        return f"{row['ms']:.0f} ms, with no plain training beside it"
+    plain = beside[-1]
+    memory = f", {row['peak_GiB'] / plain['peak_GiB']:.2f} of its memory" if plain["peak_GiB"] else ""
+    return f"{plain['ms'] / row['ms']:.3f} of plain's speed{memory}"
+
+
+def _stamp(row: Row) -> str:
+    date = f"{row['date']}, " if "date" in row else ""
+    microbatches = row["case"].rpartition(" microbatch")[0].rpartition(" ")[2]
+    return f"{date}{row['device']}, torch {row['torch']}, `{row['commit']}`, microbatches: {microbatches}"
+
+
+def measured() -> list[Row]:
+    return read(BENCHMARKS)

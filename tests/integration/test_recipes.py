@@ -162,6 +162,20 @@ def test_vit_of_random_weights_on_a_folder_of_pictures(pictures, tmp_path):
     assert "one image with its label" in report and "8x8" not in report
 
 
+def test_resnet_of_cifar10_on_a_folder_of_pictures(pictures, tmp_path):
+    small = ["model.image_size=8", "model.classes=2", "model.stages=2", "model.width=8"]
+    where = ["data.name=null", "data.held_out_split=null", f"data.path={pictures}", f"output_dir={tmp_path}"]
+    report, records = take_two_steps(composed("dp_zero_cifar10", *SMALL_BATCH, *small, *where), tmp_path)
+    assert "one image with its label" in report
+    assert 0 <= records[-1]["outside_the_guarantee"]["held_out_accuracy"] <= 1
+
+
+def test_dp_zero_recipes_with_zero1_and_with_files_of_torchvision():
+    assert composed("dp_zero_digits", "sharding=zero1", world_size=2).sharding.strategy == "zero1"
+    files = ["data=torchvision", "data.name=CIFAR10", "data.path=data"]
+    assert composed("dp_zero_cifar10", *files).data.source == "torchvision"
+
+
 def test_digits_without_diagnostics(tmp_path):
     """Seen to fail when the training score is written all the same."""
     pytest.importorskip("sklearn")

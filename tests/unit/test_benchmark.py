@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fsdp_dp import PrivacyConfig, make_private
-from fsdp_dp.benchmark import cases, meshes, models, profiling, report
+from fsdp_dp.benchmark import cases, meshes, models, peers, profiling, report
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = meshes.parse("full_shard", 2)
@@ -27,7 +27,8 @@ def rows() -> list[dict[str, object]]:
     sent = {"collectives": {"all-gather": 3}, "collectives_MB": {"all-gather": 7.0}}
     plain = {**common, **sent, "side": "plain-fsdp2", "ms": 90.0, "peak_GiB": 10.0}
     flat = {**common, **sent, "side": "flat", "ms": 100.0, "peak_GiB": 10.5}
-    return [plain, flat, {**stamp, "side": "opacus", "failed": "CUDA out of memory"}]
+    hooks = {**flat, "side": "opacus-hooks", "differs": "whole model on every GPU"}
+    return [plain, flat, {**stamp, "side": "opacus", "failed": "CUDA out of memory"}, hooks]
 
 
 def test_cases() -> None:
@@ -76,7 +77,7 @@ def test_rows_of_another_sharding_or_number_of_gpus_are_others(tmp_path: Path) -
 @pytest.mark.parametrize("model", ["llama-tiny", "gpt2-tiny", "vit-tiny", "roberta-tiny"])
 def test_models_can_be_private(model: str) -> None:
     shape = models.MODELS[model]
-    module = models.Transformer(shape, tied=shape.kind == "gpt2", checkpointing=False)
+    module = models.Transformer(shape, tied=shape.tied, checkpointing=False)
     models.initialize(module)
     privacy = PrivacyConfig(
         max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=3, dataset_size=100, target_delta=1e-3,
@@ -102,8 +103,17 @@ def test_sizes_of_the_models() -> None:
     ]:
         shape = models.MODELS[name]
         with torch.device("meta"):
-            module = models.Transformer(shape, tied=shape.kind == "gpt2", checkpointing=False)
+            module = models.Transformer(shape, tied=shape.tied, checkpointing=False)
         assert sum(p.numel() for p in module.parameters()) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_what_a_side_does_otherwise_is_said() -> None:
+    gpt2 = cases.parse(
+        "gpt2-small:opacus,opacus-hooks,flat,plain-fsdp2", microbatches=1, checkpointing=False, sharding=ALL
+    )
+    roberta = cases.parse("roberta-large:opacus", microbatches=1, checkpointing=False, sharding=ALL)
+    said = [peers.differs(case) or "" for case in (*gpt2, *roberta)]
+    assert "not tied" in said[0] and "whole model on every GPU" in said[1] and said[2:] == ["", "", ""]
 
 
 def test_account_of_a_trace() -> None:
@@ -126,6 +136,7 @@ def test_page() -> None:
     assert "| flat | 100.0 ms (1.0 to 2.0) | 0.900 | 10.50 GiB | 1.050 | 10 | 5.0 | 3 all-gather (7 MB) |" in text
     assert "| opacus | CUDA out of memory |" in text and "old" not in text
     assert "2 x GPU, hsdp=2x1, torch 2.11" in text
+    assert "\n\nopacus-hooks: whole model on every GPU." in text
     assert text.startswith("before\n") and text.endswith("\nafter")
     with pytest.raises(ValueError, match="no '<!-- from rows"):
         report.page("nothing", rows())
