@@ -268,7 +268,7 @@ class Taps:
         if found is None:
             return self.through(call, report, [output], inputs)[0]
         node, made = found
-        node.register_prehook(NodeTap(name, inputs[0], report, output.shape, made.output_nr))
+        node.register_hook(NodeTap(name, inputs[0], report, output.shape, made.output_nr))
         self.of_forward.append((lambda: node, report))
         return output
 
