@@ -19,6 +19,7 @@ from fsdp_dp.gradients import Materialized, PerSampleGradient
 from fsdp_dp.habits import Form, Habit, form_of
 from fsdp_dp.layers import keeps, layouts, per_sample_gradients
 from fsdp_dp.logical_batch import LogicalBatch, Microbatch
+from fsdp_dp.node_taps import packing
 from fsdp_dp.numerics import accumulate_dtype, exact_arithmetic
 from fsdp_dp.records import NO_CALL, Call, Layout, Record, Report
 from fsdp_dp.row_layouts import RowLayouts
@@ -171,7 +172,7 @@ class Recorder:
 
     def _recomputed(self, microbatch: Microbatch | None, layer: str) -> Report:
         """Activation checkpointing calls a layer again: the tap of the first call reports, this one is idle."""
-        if microbatch is None or microbatch.taps[layer] == 0:
+        if microbatch is None or microbatch.taps[layer] == 0 or not packing():
             raise UnsupportedModelError(
                 f"Layer '{layer}' is recomputed in backward, but its forward ran without a graph: reentrant activation "
                 "checkpointing hides its gradient from the engine. Use checkpoint(..., use_reentrant=False)"
