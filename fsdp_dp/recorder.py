@@ -95,14 +95,17 @@ class Recorder:
     def start_forward(self, microbatch: Microbatch) -> None:
         self.current = microbatch
         self.window.close()
-        self._taps.of_forward.clear()
-        self._taps.follow(False)  # no hook told of the end of a forward that a user interrupted
+        self._taps.start_forward()
         self.in_forward = True
 
     def end_forward(self) -> None:
         self.in_forward = self.meetings.learning = False
         self._taps.follow(False)
         self.window.open()
+
+    def let_go_with(self, graph: object) -> None:
+        """What is known of the forward's graph goes with ``graph``, at the latest."""
+        self._taps.let_go_with(graph)
 
     def enter_backward(self, microbatch: Microbatch) -> None:
         """Backward comes to the model: by a boundary behind its outputs, or by a tap."""
@@ -125,7 +128,7 @@ class Recorder:
 
     def discard(self) -> None:
         self.window.open()
-        self._taps.of_forward.clear()
+        self._taps.of_forward = []
         self.current, self.in_forward = None, False
 
     def remove(self) -> None:

@@ -213,6 +213,25 @@ def test_forward_differentiation_is_refused(layer: str) -> None:
         row_loss(subject.model, batches()[0])
 
 
+def test_a_forward_without_backward_keeps_nothing() -> None:
+    """Seen to fail: the engine's reference to the nodes kept a whole graph until the next forward."""
+    seen: list[weakref.ref[Tensor]] = []
+
+    def use(m: nn.Module, h: Tensor) -> Tensor:
+        seen.append(weakref.ref(h))
+        return m(h)
+
+    torch.manual_seed(0)
+    subject = attached(Model(nn.Linear(D, D), use).double())
+    row_loss(subject.model, batches()[0]).backward()
+    subject.step()
+    for x in batches()[1:]:
+        loss = row_loss(subject.model, x)
+        assert seen[-1]() is not None
+        del loss
+        assert seen[-1]() is None
+
+
 def test_inputs_are_freed_in_backward() -> None:
     """By the nodes' functions, although the graph lives as long as the loss."""
     seen: list[weakref.ref[Tensor]] = []
