@@ -110,6 +110,7 @@ class Examination:
                 recorded.saw_output_grad(index, grad)
 
         bounded, found = with_boundary(output, entered)
+        self._recorder.let_go_with(entered)
         if not found:
             raise UnsupportedModelError(
                 f"The model's output ({type(output).__name__}) holds no tensor that requires grad: return a tensor, or a "

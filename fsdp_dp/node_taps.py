@@ -1,12 +1,14 @@
 """A tap without a place of its own in the graph: it listens to the operator that made a layer's output.
 
 What `taps` puts behind an output costs the host as much as a layer does. A node of the graph can be asked to call a function
-with the gradients that come to it, before it runs and after all hooks of tensors; that is the gradient with respect to the
-layer's own output, whatever the program did with it since. It is asked where this is the same as a tap:
+with the gradients that it was given: after all hooks that may change them, of tensors and of nodes, whenever these were
+registered. That is the gradient with respect to the layer's own output, whatever the program did with it since. It is asked
+where this is the same as a tap:
 
 * the node was made by this call: the layer is of a type with a rule, whose forward ends in an operator of torch;
 * its output is no view, which a write would give another node; or it is all of a product that the layer made;
-* nobody packs saved tensors (activation checkpointing, offloading), of which the layer's input should be one.
+* nobody packs saved tensors (activation checkpointing, offloading), of which the layer's input should be one;
+* nothing is differentiated forward beside: tangents have nodes of their own, and a tap refuses them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 
 from fsdp_dp.errors import PrivacyError
@@ -23,15 +26,20 @@ from fsdp_dp.records import NO_CALL, Report
 _saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
 
 
+def packing() -> bool:
+    """Whether tensors that are saved for backward are packed now, as in a forward of checkpoint's and its recompute."""
+    return _saved_tensors_hooks(True) is not None
+
+
 def node_of(output: Tensor, is_product: bool) -> tuple[Any, Tensor] | None:
     """The node whose gradients are those of ``output``, and the tensor that it made; None where a tap is needed.
 
     Args:
         is_product: the layer is a Linear, whose output may be a view of a product.
     """
-    if not output.requires_grad or _saved_tensors_hooks(True) is not None:
+    if not output.requires_grad or packing():
         return None
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None
     made = output
     if output._is_view():
@@ -44,7 +52,7 @@ def node_of(output: Tensor, is_product: bool) -> tuple[Any, Tensor] | None:
 
 
 class NodeTap:
-    """One call of a layer: reports ``(input, gradient of the output)`` when backward comes to the node.
+    """One call of a layer: reports ``(input, gradient of the output)`` when backward has come to the node.
 
     Args:
         name: of the layer, for messages.
@@ -59,7 +67,7 @@ class NodeTap:
         self._input: Tensor | None = a
         self._report, self._shape, self._number = report, shape, number
 
-    def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
+    def __call__(self, passed_on: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> None:
         a, g = self._input, grads[self._number]
         if a is None:
             self._report(NO_CALL, (), (None,))

@@ -19,6 +19,7 @@ from fsdp_dp.gradients import Materialized, PerSampleGradient
 from fsdp_dp.habits import Form, Habit, form_of
 from fsdp_dp.layers import keeps, layouts, per_sample_gradients
 from fsdp_dp.logical_batch import LogicalBatch, Microbatch
+from fsdp_dp.node_taps import packing
 from fsdp_dp.numerics import accumulate_dtype, exact_arithmetic
 from fsdp_dp.records import NO_CALL, Call, Layout, Record, Report
 from fsdp_dp.row_layouts import RowLayouts
@@ -94,14 +95,17 @@ class Recorder:
     def start_forward(self, microbatch: Microbatch) -> None:
         self.current = microbatch
         self.window.close()
-        self._taps.of_forward.clear()
-        self._taps.follow(False)  # no hook told of the end of a forward that a user interrupted
+        self._taps.start_forward()
         self.in_forward = True
 
     def end_forward(self) -> None:
         self.in_forward = self.meetings.learning = False
         self._taps.follow(False)
         self.window.open()
+
+    def let_go_with(self, graph: object) -> None:
+        """What is known of the forward's graph goes with ``graph``, at the latest."""
+        self._taps.let_go_with(graph)
 
     def enter_backward(self, microbatch: Microbatch) -> None:
         """Backward comes to the model: by a boundary behind its outputs, or by a tap."""
@@ -124,7 +128,7 @@ class Recorder:
 
     def discard(self) -> None:
         self.window.open()
-        self._taps.of_forward.clear()
+        self._taps.of_forward = []
         self.current, self.in_forward = None, False
 
     def remove(self) -> None:
@@ -171,7 +175,7 @@ class Recorder:
 
     def _recomputed(self, microbatch: Microbatch | None, layer: str) -> Report:
         """Activation checkpointing calls a layer again: the tap of the first call reports, this one is idle."""
-        if microbatch is None or microbatch.taps[layer] == 0:
+        if microbatch is None or microbatch.taps[layer] == 0 or not packing():
             raise UnsupportedModelError(
                 f"Layer '{layer}' is recomputed in backward, but its forward ran without a graph: reentrant activation "
                 "checkpointing hides its gradient from the engine. Use checkpoint(..., use_reentrant=False)"

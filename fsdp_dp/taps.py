@@ -192,6 +192,16 @@ class Taps:
             self.of_forward.append((weakref.ref(tapped[0].grad_fn), report))
         return tapped
 
+    def start_forward(self) -> None:
+        """Nothing of an earlier forward is known any more, also of one whose end nobody told of."""
+        self.of_forward = []
+        self.follow(False)
+
+    def let_go_with(self, graph: object) -> None:
+        """The forward's nodes are forgotten with ``graph``, which its outputs keep: they would keep all that it saved."""
+        nodes = self.of_forward
+        self._graph = weakref.ref(graph, lambda _: nodes.clear())
+
     def unreached(self) -> list[Report]:
         """Reports of the forward's taps that the backward which runs now will not come to. Asked once in a backward."""
         taps, self.of_forward = self.of_forward, []
@@ -270,7 +280,7 @@ class Taps:
         if found is None:
             return self.through(call, report, [output], inputs)[0]
         node, made = found
-        node.register_prehook(NodeTap(name, inputs[0], report, output.shape, made.output_nr))
+        node.register_hook(NodeTap(name, inputs[0], report, output.shape, made.output_nr))
         self.of_forward.append((lambda: node, report))
         return output
 

@@ -172,7 +172,8 @@ class _Memory:
         found = self._tensors.get((role, dtype))
         if found is None or found.numel() < numel:
             found = self._tensors[role, dtype] = torch.empty(numel, dtype=dtype, device=self.device)
-            self._buckets.clear()  # which may be views of the one before
+            if role == "bucket":
+                self._buckets.clear()  # which may be views of the one before
         return found[:numel]
 
     def bucket(self, unit: Unit) -> Bucket:

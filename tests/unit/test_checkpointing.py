@@ -1,5 +1,6 @@
 """Non-reentrant activation checkpointing, full and selective: exact, also with dropout, and nothing is kept twice."""
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -99,3 +100,18 @@ def test_reentrant_checkpointing_is_refused() -> None:
     make_private(model, privacy_config(max_grad_norm=1.0))
     with pytest.raises(UnsupportedModelError, match="reentrant"):
         square_losses(model(x.requires_grad_()), y).mean().backward()
+
+
+@pytest.mark.parametrize("microbatch", [0, 1])
+def test_reentrant_checkpointing_beside_another_use_is_refused(microbatch: int) -> None:
+    """Seen to fail: the layer had been called with a graph as well, so what was recomputed passed for that call's."""
+    model, (x, y) = Stack(None), rows()
+    first = model.blocks[0]
+    plain = copy.copy(first.forward)
+    first.forward = lambda h: plain(h) + (checkpoint(plain, h, use_reentrant=True) if again else 0)  # type: ignore[method-assign]
+    make_private(model, privacy_config(max_grad_norm=1.0))
+    for i in range(microbatch + 1):
+        again = i == microbatch
+        refusal = pytest.raises(UnsupportedModelError, match="reentrant") if again else contextlib.nullcontext()
+        with refusal:
+            square_losses(model(x.requires_grad_()), y).mean().backward()

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from fsdp_dp import PrivacyError
@@ -32,6 +33,14 @@ def written(y: Tensor, write: Callable[[Tensor], Any]) -> Tensor:
 
 def hooked(y: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Tensor:
     y.register_hook(hook)
+    return y
+
+
+def node_hooked(y: Tensor) -> Tensor:
+    """A hook of the program on the node itself, behind the engine's."""
+    made = y if y._base is None else y._base
+    if made.grad_fn is not None:
+        made.grad_fn.register_prehook(lambda grads: (-3 * grads[0],))
     return y
 
 
@@ -62,6 +71,7 @@ USES: dict[str, Use] = {
     "written to by a function": lambda layer, h: Doubled.apply(layer(h) * 1),
     "gradient changed by a hook": lambda layer, h: hooked(layer(h), lambda g: g * g.new_tensor([1.0, -2.0, 0.5])),
     "gradient changed before a write": lambda layer, h: hooked(layer(h), lambda g: -3 * g).mul_(2),
+    "gradient changed by a hook on the node": lambda layer, h: node_hooked(layer(h)),
     "gradient retained": lambda layer, h: retained(layer(h)),
     "used twice": lambda layer, h: (lambda y: y * y.sin() + y[:, :1])(layer(h)),
     "called twice": lambda layer, h: layer(h) + layer(h.cos()),
@@ -121,8 +131,9 @@ def attached(model: nn.Module) -> Private:
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_as_a_loop_over_rows(layer: str, use: str) -> None:
-    """Seen to fail with the hook on the output in the node's place (a hook of the program changes the gradient), and with
-    the node of a view in the place of the product's (a write gives the view another)."""
+    """Seen to fail with the hook on the output in the node's place (a hook of the program changes the gradient), with a hook
+    before the node (another one behind it changes the gradient), and with the node of a view in the place of the product's
+    (a write gives the view another)."""
     model = model_of(layer, use)
     loop = copy.deepcopy(model)
     expected = sum(clipped_sum(row_gradients(loop, row_loss, x), 1.5) for x in batches()) / (3 * ROWS)
@@ -143,7 +154,7 @@ def test_where_a_tap_is_needed(layer: str, use: str, monkeypatch: pytest.MonkeyP
     """Saved tensors that are packed are recomputed, or fetched, which a node's function would go around."""
     heard: list[str] = []
     monkeypatch.setattr(
-        NodeTap, "__call__", lambda self, grads, run=NodeTap.__call__: (heard.append(self._name), run(self, grads))[1]
+        NodeTap, "__call__", lambda self, *grads, run=NodeTap.__call__: (heard.append(self._name), run(self, *grads))[1]
     )
     subject = attached(model_of(layer, use))
     row_loss(subject.model, batches()[0]).backward()
@@ -183,6 +194,42 @@ def test_a_second_backward_is_refused(microbatch: int) -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(PrivacyError, match="second backward"):
         loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own formulas
+@pytest.mark.parametrize("layer", LAYERS)
+def test_forward_differentiation_is_refused(layer: str) -> None:
+    """The tangent has a node of its own. Seen to fail: the layer's part of its gradient was missing."""
+
+    def use(m: nn.Module, h: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            y, tangent = forward_ad.unpack_dual(m(forward_ad.make_dual(h, h.sin())))
+            assert tangent is not None
+            return y + tangent
+
+    torch.manual_seed(0)
+    subject = attached(Model(LAYERS[layer](), use).double())
+    with pytest.raises(NotImplementedError, match="jvp"):
+        row_loss(subject.model, batches()[0])
+
+
+def test_a_forward_without_backward_keeps_nothing() -> None:
+    """Seen to fail: the engine's reference to the nodes kept a whole graph until the next forward."""
+    seen: list[weakref.ref[Tensor]] = []
+
+    def use(m: nn.Module, h: Tensor) -> Tensor:
+        seen.append(weakref.ref(h))
+        return m(h)
+
+    torch.manual_seed(0)
+    subject = attached(Model(nn.Linear(D, D), use).double())
+    row_loss(subject.model, batches()[0]).backward()
+    subject.step()
+    for x in batches()[1:]:
+        loss = row_loss(subject.model, x)
+        assert seen[-1]() is not None
+        del loss
+        assert seen[-1]() is None
 
 
 def test_inputs_are_freed_in_backward() -> None:
