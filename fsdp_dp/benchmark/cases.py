@@ -7,6 +7,7 @@ Sides: ``plain-fsdp1`` and ``plain-fsdp2``; ours on FSDP2 with ``flat``, ``block
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from fsdp_dp.benchmark.models import MODELS, Shape
 
@@ -37,7 +38,7 @@ def parse(text: str, *, microbatches: int, checkpointing: bool) -> list[Case]:
     """``llama-13b/8@2x1024:plain-fsdp2,flat`` as cases: of the model's layers the first eight.
 
     Raises:
-        ValueError: there is no such model or side.
+        ValueError: there is no such model or side, or a size is not one.
     """
     name, _, sides = text.partition(":")
     model, _, size = name.partition("@")
@@ -46,8 +47,10 @@ def parse(text: str, *, microbatches: int, checkpointing: bool) -> list[Case]:
         raise ValueError(f"case '{text}': no model '{known}'; there are {', '.join(MODELS)}")
     unknown = [side for side in sides.split(",") if side not in SIDES]
     if unknown:
-        raise ValueError(f"case '{text}': no side '{unknown[0]}'; there are {', '.join(SIDES)}")
+        raise ValueError(f"case '{text}': no side '{unknown[0]}' after the colon; there are {', '.join(SIDES)}")
     shape = MODELS[known]
+    if not re.fullmatch(r"[^/@]*(/[1-9]\d*)?(@[1-9]\d*x[1-9]\d*)?", name):
+        raise ValueError(f"case '{text}': layers and size are numbers, as in {known}/2@8x128:flat")
     if layers:
         shape = dataclasses.replace(shape, layers=int(layers))
     if size:

@@ -28,7 +28,7 @@ from fsdp_dp.training.building import build_engine, build_model, build_optimizer
 from fsdp_dp.training.canaries import CanaryRows, WithCanaries
 from fsdp_dp.training.loop import set_learning_rate
 from fsdp_dp.training.schedule import learning_rate
-from fsdp_dp.training.world import World
+from fsdp_dp.training.world import World, check_device
 
 TABLE = "canary.weight"
 ROWS_ALONE = 4
@@ -49,8 +49,9 @@ def prepare(config: AuditConfig) -> Job:
     """Read the data and settle the mechanism, before any process group.
 
     Raises:
-        ValueError: the data is missing, or the mechanism does not fit.
+        ValueError: a GPU or the data is missing, or the mechanism does not fit.
     """
+    check_device(config.device)
     train = load_corpus(config.data, config.model).train
     assert isinstance(train, RowDataset)
     rows = train.rows[: config.audit.rows]
