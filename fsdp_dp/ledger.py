@@ -407,6 +407,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         chain = check_run(asked.run)
         lines = list(describe(chain)) if asked.command == "show" else [verdict(chain)]
+    except FileNotFoundError as error:
+        where = f"{asked.run} holds no ledger ({error.filename})"
+        print(f"fsdp_dp.ledger: {where}. Name the folder that fsdp_dp.train wrote (output_dir)", file=sys.stderr)
+        return 1
     except (LedgerError, accounting.AccountingError, OSError) as error:
         print(f"fsdp_dp.ledger: {error}", file=sys.stderr)
         return 1

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,23 @@ import torch
 import torch.distributed as dist
 
 from fsdp_dp.benchmark import cases, measure, meshes, report
+from fsdp_dp.benchmark.models import MODELS
 
 
 def main() -> None:
-    options = _options()
+    options = options_of()
     if options.report:
         options.report.write_text(report.page(options.report.read_text(), report.read(options.output)))
         return
     device = _start()
     ranks = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=2))
     stamp = {**_versions(device), "commit": options.commit, "command": "torchrun " + " ".join(_command())}
-    try:
-        sharding = meshes.parse(options.sharding, dist.get_world_size())
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
     done = {report.key(row) for row in report.read(options.output)}
     for count in options.microbatches:
         for text in options.cases:
-            for case in cases.parse(text, microbatches=count, checkpointing=options.checkpointing, sharding=sharding):
+            for case in cases.parse(
+                text, microbatches=count, checkpointing=options.checkpointing, sharding=options.sharding
+            ):
                 if report.key(_named(case) | stamp) not in done:
                     _run(case, device, options, stamp, ranks)
     dist.destroy_process_group()
@@ -100,8 +100,14 @@ def _named(case: cases.Case) -> dict[str, Any]:
     return {"case": case.name, "side": case.side, "sharding": case.sharding.name, "gpus": dist.get_world_size()}
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What is asked for; ends the program with what is wrong with it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fsdp_dp.benchmark",
+        description=__doc__,
+        epilog=f"models: {', '.join(MODELS)}\nsides: {', '.join(cases.SIDES)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--output", type=Path, help="JSON lines; rows that it holds already are not measured again")
     parser.add_argument("--microbatches", type=int, nargs="+", default=[4, 1], help="of a logical batch")
@@ -114,7 +120,18 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="also account for one step of the fewest microbatches")
     parser.add_argument("--commit", default=_commit(), help="what the rows say they were measured on")
     parser.add_argument("--report", type=Path, help="write the tables of --output into this page instead of measuring")
-    return parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.report and not report.read(options.output):
+        parser.error(f"--report makes its tables from the rows of --output, and {options.output} has none")
+    if not options.report and not options.cases:
+        parser.error("name what to measure, such as llama-tiny:plain-fsdp2,flat")
+    try:
+        options.sharding = meshes.parse(options.sharding, int(os.environ.get("WORLD_SIZE", "1")))
+        for text in options.cases:
+            cases.parse(text, microbatches=1, checkpointing=False, sharding=options.sharding)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
 
 
 def _start() -> torch.device:

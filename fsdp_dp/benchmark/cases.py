@@ -7,6 +7,7 @@ Sides: ``plain-fsdp1`` and ``plain-fsdp2``; ours on FSDP2 with ``flat``, ``block
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from fsdp_dp.benchmark.meshes import FULL_SHARD, Sharding
 from fsdp_dp.benchmark.models import MODELS, Shape
@@ -40,7 +41,7 @@ def parse(text: str, *, microbatches: int, checkpointing: bool, sharding: Shardi
     """``llama-13b/8@2x1024:plain-fsdp2,flat`` as cases: of the model's layers the first eight.
 
     Raises:
-        ValueError: there is no such model or side, or the side has no such sharding.
+        ValueError: there is no such model or side, a size is not one, or the side has no such sharding.
     """
     name, _, sides = text.partition(":")
     model, _, size = name.partition("@")
@@ -49,7 +50,7 @@ def parse(text: str, *, microbatches: int, checkpointing: bool, sharding: Shardi
         raise ValueError(f"case '{text}': no model '{known}'; there are {', '.join(MODELS)}")
     unknown = [side for side in sides.split(",") if side not in SIDES]
     if unknown:
-        raise ValueError(f"case '{text}': no side '{unknown[0]}'; there are {', '.join(SIDES)}")
+        raise ValueError(f"case '{text}': no side '{unknown[0]}' after the colon; there are {', '.join(SIDES)}")
     unmeshed = [side for side in sides.split(",") if side not in ON_ANY_MESH]
     if unmeshed and sharding.name != FULL_SHARD:
         raise ValueError(
@@ -57,6 +58,8 @@ def parse(text: str, *, microbatches: int, checkpointing: bool, sharding: Shardi
             f"sides of any sharding are {', '.join(ON_ANY_MESH)}"
         )
     shape = MODELS[known]
+    if not re.fullmatch(r"[^/@]*(/[1-9]\d*)?(@[1-9]\d*x[1-9]\d*)?", name):
+        raise ValueError(f"case '{text}': layers and size are numbers, as in {known}/2@8x128:flat")
     if layers:
         shape = dataclasses.replace(shape, layers=int(layers))
     if size:

@@ -31,7 +31,7 @@ from fsdp_dp.training.report import Outcome, summarize, write_report
 from fsdp_dp.training.run_folder import CHECKPOINTS, METRICS_FILE, check_folder, last_step, make_folder, write_config
 from fsdp_dp.training.schema import TrainConfig
 from fsdp_dp.training.shared_folder import check_shared
-from fsdp_dp.training.world import World, start_world
+from fsdp_dp.training.world import World, check_device, start_world
 
 if TYPE_CHECKING:
     from fsdp_dp.training.metrics import RunLog
@@ -63,8 +63,9 @@ def prepare(config: TrainConfig) -> Plan:
     """Read the data and settle the privacy mechanism, on each rank for itself, before any process group.
 
     Raises:
-        ValueError: the data is missing or too small, the run directory is taken, or the mechanism does not fit.
+        ValueError: a GPU or the data is missing, the data too small, the run directory taken, or the mechanism unfit.
     """
+    check_device(config.device)
     check_folder(config)
     corpus = load_corpus(config.data, config.model)
     if config.batch_size > len(corpus.train):

@@ -29,7 +29,7 @@ from fsdp_dp.training.canaries import CanaryRows, WithCanaries
 from fsdp_dp.training.loop import set_learning_rate
 from fsdp_dp.training.run_folder import check_folder
 from fsdp_dp.training.schedule import learning_rate
-from fsdp_dp.training.world import World
+from fsdp_dp.training.world import World, check_device
 
 TABLE = "canary.weight"
 ROWS_ALONE = 4
@@ -50,8 +50,9 @@ def prepare(config: AuditConfig) -> Job:
     """Read the data and settle the mechanism, before any process group.
 
     Raises:
-        ValueError: the data is missing, the folder holds a run, or the mechanism does not fit.
+        ValueError: a GPU or the data is missing, the folder holds a run, or the mechanism does not fit.
     """
+    check_device(config.device)
     check_folder(config)
     train = load_corpus(config.data, config.model).train
     assert isinstance(train, RowDataset)

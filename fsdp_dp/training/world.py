@@ -94,9 +94,22 @@ def choose_device(name: str) -> torch.device:
     """The device of this process; on CUDA, the one of its local rank."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    check_device(name)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError, on all ranks of a machine, where one of them was to have a GPU that is not there."""
+    count, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if name == "cuda" and not count:
+        raise ValueError("device=cuda: torch finds no GPU on this machine; take device=cpu, or device=auto.")
+    if name != "cpu" and 0 < count < processes:
+        raise ValueError(
+            f"device={name}: {processes} processes of this machine need a GPU each, and torch finds {count}: start with "
+            f"torchrun --nproc-per-node={count} (NPROC={count} ./scripts/train.sh), or take device=cpu."
+        )
 
 
 def describe_world(config: TrainConfig, device: torch.device, store: dist.Store | None = None) -> World:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fsdp_dp import PrivacyConfig, make_private
+from fsdp_dp.benchmark import __main__ as command
 from fsdp_dp.benchmark import cases, meshes, models, peers, profiling, report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,3 +141,24 @@ def test_page() -> None:
     assert text.startswith("before\n") and text.endswith("\nafter")
     with pytest.raises(ValueError, match="no '<!-- from rows"):
         report.page("nothing", rows())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "name what to measure"),
+        (["llama-2b:flat"], "no model 'llama-2b'; there are llama-tiny"),
+        (["llama-tiny"], "no side '' after the colon; there are plain-fsdp1"),
+        (["llama-tiny@2:flat"], "as in llama-tiny/2@8x128:flat"),
+        (["llama-tiny/0:flat"], "as in llama-tiny/2@8x128:flat"),
+        (["--report", "page.md"], "has none"),
+        (["--report", "page.md", "--output", "nothing.jsonl"], "nothing.jsonl has none"),
+    ],
+)
+def test_a_command_that_cannot_be_is_refused_before_anything_starts(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seen to end in tracebacks of every rank, to do nothing without a word, and to empty the page of its tables."""
+    with pytest.raises(SystemExit) as end:
+        command.options_of(words)
+    assert end.value.code == 2 and message in capsys.readouterr().err

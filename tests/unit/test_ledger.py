@@ -350,6 +350,12 @@ def test_verify_says_whether_ledger_and_checkpoints_agree(path, capsys):
     assert main(["show", str(path.parent / "nowhere")]) == 1
 
 
+def test_verify_says_which_folder_it_wants(tmp_path, capsys):
+    assert main(["verify", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path} holds no ledger" in said and "output_dir" in said and "Errno" not in said
+
+
 def test_lines_at_the_end_that_were_changed_never_lower_the_count(path, capsys):
     """One counts as one more lease for `verify` too; more than one is refused, since a crash cuts no more.
 

@@ -19,7 +19,7 @@ from fsdp_dp.ledger import Ledger
 from fsdp_dp.models.build import parameter_count
 from fsdp_dp.models.objective import BITS_PER_BYTE, bits, hits
 from fsdp_dp.standing import LedgerError, opened
-from fsdp_dp.training.app import as_reported, check_counted, check_extension, explained, lease
+from fsdp_dp.training.app import as_reported, check_counted, check_extension, explained, lease, prepare
 from fsdp_dp.training.batches import endless_permutations
 from fsdp_dp.training.budget import MOST_POINTS, Budget, plan_budget
 from fsdp_dp.training.evaluate import evenly_spaced
@@ -39,6 +39,7 @@ from fsdp_dp.training.report import (
 from fsdp_dp.training.run_folder import check_folder, last_step, whole_lines, write_config
 from fsdp_dp.training.schedule import learning_rate
 from fsdp_dp.training.schema import OptimizerConfig, PrivacyOptions, TrainConfig
+from fsdp_dp.training.world import check_device, choose_device
 
 PRIVACY = PrivacyConfig(
     max_grad_norm=1.0, noise_multiplier=1.0, expected_batch_size=10, dataset_size=1000, target_delta=1e-5, steps=200
@@ -305,6 +306,19 @@ def test_errors_say_what_to_do():
     assert explained(RuntimeError("Connection closed by peer [::1]")).startswith("lost another rank")
     gone = torch.distributed.DistNetworkError("Broken pipe\nException raised from here\nframe #0")
     assert explained(gone).endswith("whose machine is gone (DistNetworkError: Broken pipe)")
+
+
+@pytest.mark.parametrize(("count", "device", "message"), [(0, "cuda", "finds no GPU"), (2, "auto", "torch finds 2")])
+def test_a_gpu_that_is_not_there_is_said_before_the_data_is_read(monkeypatch, count, device, message):
+    """Seen to end in a traceback of torch's where it was found out by taking the GPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=message):
+        prepare(TrainConfig(device=device))
+    with pytest.raises(ValueError, match=message):
+        choose_device(device)
+    check_device("cpu")
 
 
 def test_a_lease_lasts_longer_than_the_way_to_the_next_checkpoint():
