@@ -2,7 +2,8 @@
 
 A scheduler that tells a job to save itself signals every process of it. The ranks handle SIGUSR1 (save, then exit with
 EX_TEMPFAIL, 75); torchrun's agent, which starts them, would die of it and take them along. Here it ignores the signal and
-hands on what the ranks say: 75 if they ask to be started again, torchrun's own exit status otherwise.
+hands on what the ranks say: 75 if they ask to be started again; 2 if one has said what is wrong with its options, which
+torchrun would bury under its own traceback; torchrun's own exit status otherwise.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
+BAD_CONFIGURATION = 2  # of `fsdp_dp.train`, and of argparse
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status. Ranks inherit that the signal is ignored, until they install their own handler."""
@@ -22,8 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         torchrun(list(sys.argv[1:] if arguments is None else arguments))
     except ChildFailedError as error:
-        if any(failure.exitcode == os.EX_TEMPFAIL for failure in error.failures.values()):
-            return os.EX_TEMPFAIL
+        said = {failure.exitcode for failure in error.failures.values()}
+        for status in (os.EX_TEMPFAIL, BAD_CONFIGURATION):
+            if status in said:
+                return status
         raise
     return 0
 

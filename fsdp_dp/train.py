@@ -29,6 +29,8 @@ from fsdp_dp.training.trial import is_task, run_trial
 T = TypeVar("T", bound=TrainConfig)
 
 EXIT_BAD_CONFIGURATION, EXIT_FAILED_TRIAL = 2, 1
+# Hydra's options that print something and end, which one rank does for all.
+SHOWN = frozenset(("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"))
 # How long other ranks give rank 0 to say what is wrong, so that it is said once.
 SECONDS_FOR_RANK_0 = 5
 
@@ -147,6 +149,8 @@ def run_command(
     store_schema(kind)
     launchers.register()
     if os.environ.get("RANK", "0") != "0":
+        if SHOWN.intersection(sys.argv):
+            return
         # Each rank of torchrun makes a sweep's folder, named by its own clock: the runs are in that of rank 0.
         sys.argv.insert(1, "hydra.sweep.dir=outputs/multirun/.other_ranks")
     try:

@@ -13,4 +13,4 @@ cores="$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}"
 
 say "training with $processes processes: fsdp_dp.train $*"
-exec "$python" -m torch.distributed.run --standalone --nproc-per-node="$processes" -m fsdp_dp.train "$@"
+exec "$python" -m fsdp_dp.launch --standalone --nproc-per-node="$processes" -m fsdp_dp.train "$@"

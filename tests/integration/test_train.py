@@ -207,3 +207,15 @@ def test_ctrl_c_ends_a_run_with_its_checkpoint_and_report(corpus, tmp_path):
     assert last < 5000
     assert f"{last} of 5000 steps" in (folder / "report.md").read_text()
     assert (folder / "checkpoints" / f"step-{last:08d}" / ".metadata").exists()
+
+
+def test_the_shipped_command_says_what_is_wrong_once_and_shows_its_help_once():
+    """Seen to bury the message under a traceback of torchrun's, and to show the help as often as there are ranks."""
+    shipped = [part.replace("torch.distributed.run", "fsdp_dp.launch") for part in TWO_RANKS]
+    assert "-m fsdp_dp.launch --standalone --nproc-per-node=" in (ROOT / "scripts" / "train.sh").read_text()
+    wrong, helped = start(shipped, "expriment=quickstart"), start(shipped, "--help")
+    _, said = wrong.communicate(timeout=150)
+    page, _ = helped.communicate(timeout=150)
+    assert (wrong.returncode, helped.returncode) == (2, 0)
+    assert said.count("expriment: no such option") == 1 and "Traceback" not in said
+    assert page.count("Ten options that matter") == 1
