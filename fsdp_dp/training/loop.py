@@ -55,6 +55,13 @@ class Training:
 
 def train(training: Training) -> int:
     """Train from step `start` to step `last`, or until a signal; the last step made, the same on every rank."""
+    try:
+        return _train(training)
+    finally:
+        gc.unfreeze()  # another trial of a sweep may follow in this process
+
+
+def _train(training: Training) -> int:
     config, step = training.config, training.start
     batches, divisor = make_batches(
         training.corpus.train, config, training.world, training.engine, training.start, training.last
