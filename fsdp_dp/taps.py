@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, register_module_forward_hook
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
@@ -139,6 +140,7 @@ class Taps:
         self._versions: dict[nn.Module, list[int]] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self.running: list[nn.Module] = []
+        self._made: tuple[Any, list[int]] | None = None
         self.of_forward: list[tuple[Callable[[], Any], Report]] = []
         self._handles: list[RemovableHandle] = []
         self._following: list[RemovableHandle] = []
@@ -165,6 +167,9 @@ class Taps:
     def follow(self, wanted: bool) -> None:
         """Know from now on which layers are ``running``; or stop to, which spares every call of a layer two hooks."""
         if wanted and not self._following:
+            if _global_forward_hooks:
+                self._following.append(register_module_forward_hook(as_written(self._note_made)))
+                _global_forward_hooks.move_to_end(self._following[0].id, last=False)  # type: ignore[attr-defined]
             for name, layer in self._layers.items():
                 if name:  # the root itself is always followed: its hooks run when this is asked for
                     self._following += self._follow(layer)
@@ -173,6 +178,7 @@ class Taps:
                 handle.remove()
             self._following.clear()
             self.running.clear()
+            self._made = None
 
     def _follow(self, layer: nn.Module) -> list[RemovableHandle]:
         return [
@@ -216,6 +222,19 @@ class Taps:
         if self.running and self.running[-1] is module:
             self.running.pop()
 
+    def _note_made(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """What a layer's forward returned, before hooks on all modules run."""
+        if self.running and self.running[-1] is module:
+            self._made = output, _versions((output,), {})
+
+    def _refuse_changed(self, name: str, made: tuple[Any, list[int]], output: Any) -> None:
+        self._made = None
+        if made[0] is not output or made[1] != _versions((output,), {}):
+            raise UnsupportedModelError(
+                f"Layer '{name}': a hook on all modules (torch.nn.modules.module.register_module_forward_hook) changed "
+                "its output, so what the engine would see is not the layer's own. Register it on the layer instead"
+            )
+
     def _note_versions(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._versions[module] = _versions(args, kwargs)
 
@@ -230,6 +249,8 @@ class Taps:
                     f"Layer '{name}': a forward hook was put before the engine's (prepend=True), so what the engine would "
                     "see is not the layer's own output. Register it without prepend, or before make_private"
                 )
+            if self._made is not None:
+                self._refuse_changed(name, self._made, output)
             report = self._start(name)
             if everything and self._versions.pop(module) != _versions(args, kwargs):
                 raise UnsupportedModelError(
