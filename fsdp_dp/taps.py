@@ -33,7 +33,7 @@ from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.layers import is_product
 from fsdp_dp.layers.leaf import is_proven
 from fsdp_dp.marks import PICKED_REFUSED, is_picked
-from fsdp_dp.node_taps import NodeTap, node_of
+from fsdp_dp.node_taps import NodeTap, come_last, node_of
 from fsdp_dp.records import Call, Report
 from fsdp_dp.shared_values import SharedValue, unwrapped
 
@@ -141,7 +141,7 @@ class Taps:
         self._anchor = torch.zeros((), requires_grad=True)
         self.running: list[nn.Module] = []
         self._made: tuple[Any, list[int]] | None = None
-        self.of_forward: list[tuple[Callable[[], Any], Report]] = []
+        self.of_forward: list[tuple[Callable[[], Any], Report, RemovableHandle | None]] = []
         self._handles: list[RemovableHandle] = []
         self._following: list[RemovableHandle] = []
         self._hook_ids: dict[str, int] = {}
@@ -193,7 +193,7 @@ class Taps:
         apply = _Tap.apply if torch._C._are_functorch_transforms_active() else _apply
         tapped: tuple[Tensor, ...] = apply(self._anchor, call, report, len(outputs), *outputs, *inputs)
         if tapped and not recomputing():
-            self.of_forward.append((weakref.ref(tapped[0].grad_fn), report))
+            self.of_forward.append((weakref.ref(tapped[0].grad_fn), report, None))
         return tapped
 
     def start_forward(self) -> None:
@@ -206,10 +206,16 @@ class Taps:
         nodes = self.of_forward
         self._graph = weakref.ref(graph, lambda _: nodes.clear())
 
+    def start_backward(self) -> None:
+        """The program had until now to put hooks on nodes."""
+        for _, _, handle in self.of_forward:
+            if handle is not None:
+                come_last(handle)
+
     def unreached(self) -> list[Report]:
         """Reports of the forward's taps that the backward which runs now will not come to. Asked once in a backward."""
         taps, self.of_forward = self.of_forward, []
-        return [report for node, report in taps if not _is_reached(node())]
+        return [report for node, report, _ in taps if not _is_reached(node())]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.running.append(module)
@@ -299,8 +305,8 @@ class Taps:
         if found is None:
             return self.through(call, report, [output], inputs)[0]
         node, made = found
-        node.register_hook(NodeTap(name, inputs[0], report, output.shape, made.output_nr))
-        self.of_forward.append((lambda: node, report))
+        handle = node.register_prehook(NodeTap(name, inputs[0], report, output.shape, made.output_nr))
+        self.of_forward.append((lambda: node, report, handle))
         return output
 
     def _refuse_picked(self, name: str, inputs: Sequence[Tensor]) -> None:
