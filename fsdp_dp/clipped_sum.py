@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import Tensor
 
 from fsdp_dp.clipping import RowWeights
+from fsdp_dp.errors import UnsupportedModelError
 from fsdp_dp.gradients import NormTally, NormTerms, PerSampleGradient, combine, is_small_vector, weighted_sums
 from fsdp_dp.groups import Group
 from fsdp_dp.methods import Measured
@@ -83,12 +84,24 @@ class ClippedSum:
         self._of_part[self._plan.unit_of[name]] += 1
 
     def report(self, name: str, gradient: PerSampleGradient | None) -> None:
-        """The backward has come to a use of a parameter; None if the loss does not depend on it."""
+        """The backward has come to a use of a parameter; None if the loss does not depend on it.
+
+        Raises:
+            UnsupportedModelError: there are more uses than the forward had; some were taken for ones without a gradient.
+        """
         if gradient is not None:
             self._uses.setdefault(name, []).append(gradient)
+        elif not self._plan.streams:
+            return  # nobody waits for it before the end, and a backward inside of this one may come to it yet
         group, unit = self._plan.group_of[name], self._plan.unit_of[name]
         self._outstanding[group] -= 1
         self._of_part[unit] -= 1
+        if self._outstanding[group] < 0:
+            raise UnsupportedModelError(
+                f"Parameter '{name}': a backward inside of backward came to its layer, in a graph of its own (a custom "
+                "autograd.Function that runs layers under torch.enable_grad()), when its clipping group was thought to be "
+                "complete. Call the layer outside of the function, or take clipping='flat'"
+            )
         if self._plan.streams and self._outstanding[group] == 0:
             self._clip_ready_groups(group)
         elif not self._plan.streams and self._of_part[unit] == 0:
@@ -186,8 +199,9 @@ class MeasuredNorms:
         self._outstanding[name] += 1
 
     def report(self, name: str, gradient: PerSampleGradient | None) -> None:
-        if gradient is not None:
-            self._uses.setdefault(name, []).append(gradient)
+        if gradient is None:
+            return
+        self._uses.setdefault(name, []).append(gradient)
         self._outstanding[name] -= 1
         if self._outstanding[name] == 0:
             self._measure(name)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _global_forward_hooks
 
 from fsdp_dp.clipped_sum import MeasuredNorms
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
@@ -39,7 +40,8 @@ class Examination:
         self.measured: dict[str, Measured] = {}
         self._first: FirstMicrobatch | None = None
         self._watch: FirstForward | None = None
-        self._watched: set[tuple[bool, ...]] = set()
+        self._watched: set[tuple[Any, ...]] = set()
+        self._kind_now: tuple[Any, ...] = ()
         self._buffer_versions: list[tuple[int, int]] = []
         self._uncompiled = Uncompiled()
         self._divisor = ConstantDivisor()
@@ -55,7 +57,8 @@ class Examination:
         if not microbatch.rehearsal:
             self._keep_to_rehearse(microbatch, args, kwargs)
         self._end_watch()
-        if self._kind(microbatch.rows) not in self._watched or self._buffers_moved() or recorder.meetings.wants:
+        self._kind_now = self._kind(microbatch.rows)
+        if self._kind_now not in self._watched or self._buffers_moved() or recorder.meetings.wants:
             self._uncompiled.start()
             recorder.follow_calls()
             self._watch = FirstForward(root, self._model.names, recorder.running, (args, kwargs), microbatch.rows)
@@ -86,8 +89,8 @@ class Examination:
             self._uncompiled.stop()
         elif watch is not None:
             watch.verify()
-            if watch.settled and self._recorder.current is not None:
-                self._watched.add(self._kind(self._recorder.current.rows))
+            if watch.settled:
+                self._watched.add(self._kind_now)
 
     def _end_watch(self) -> FirstForward | None:
         """Also of a forward whose end nobody told of: hooks are not called when a user interrupts it."""
@@ -193,9 +196,10 @@ class Examination:
         self._watched |= {self._kind(rows) for rows in (1, 2)}
         self._buffer_versions = buffer_versions(self._model.root)
 
-    def _kind(self, rows: int) -> tuple[bool, ...]:
-        """Of a forward: the modes of modules, and whether one row may be taken for what is the same for all."""
-        return rows == 1, *(module.training for module in modules_of(self._model.root))
+    def _kind(self, rows: int) -> tuple[Any, ...]:
+        """Of a forward: the modes of modules, hooks on all of them, and whether one row may be taken for what is the same
+        for all."""
+        return rows == 1, tuple(_global_forward_hooks), *(module.training for module in modules_of(self._model.root))
 
     def _buffers_moved(self) -> bool:
         """Whether a buffer was written since the last training forward began; the next one is then watched again."""

@@ -1,9 +1,9 @@
 """A tap without a place of its own in the graph: it listens to the operator that made a layer's output.
 
 What `taps` puts behind an output costs the host as much as a layer does. A node of the graph can be asked to call a function
-with the gradients that it was given: after all hooks that may change them, of tensors and of nodes, whenever these were
-registered. That is the gradient with respect to the layer's own output, whatever the program did with it since. It is asked
-where this is the same as a tap:
+with the gradients that come to it, before it runs and after all hooks that may change them (see `come_last`); that is the
+gradient with respect to the layer's own output, whatever the program did with it since. It is asked where this is the same as
+a tap:
 
 * the node was made by this call: the layer is of a type with a rule, whose forward ends in an operator of torch;
 * its output is no view, which a write would give another node; or it is all of a product that the layer made;
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
+from torch.utils.hooks import RemovableHandle
 
 from fsdp_dp.errors import PrivacyError
 from fsdp_dp.records import NO_CALL, Report
@@ -51,8 +52,15 @@ def node_of(output: Tensor, is_product: bool) -> tuple[Any, Tensor] | None:
     return None if node is None or isinstance(node, BackwardCFunction) else (node, made)
 
 
+def come_last(handle: RemovableHandle) -> None:
+    """Behind hooks of the program on the same node, which were registered later and may change the gradient."""
+    hooks = handle.hooks_dict_ref()
+    if hooks and next(reversed(hooks)) != handle.id:
+        hooks[handle.id] = hooks.pop(handle.id)
+
+
 class NodeTap:
-    """One call of a layer: reports ``(input, gradient of the output)`` when backward has come to the node.
+    """One call of a layer: reports ``(input, gradient of the output)`` when backward comes to the node.
 
     Args:
         name: of the layer, for messages.
@@ -67,7 +75,7 @@ class NodeTap:
         self._input: Tensor | None = a
         self._report, self._shape, self._number = report, shape, number
 
-    def __call__(self, passed_on: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> None:
+    def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
         a, g = self._input, grads[self._number]
         if a is None:
             self._report(NO_CALL, (), (None,))

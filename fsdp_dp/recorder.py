@@ -122,6 +122,7 @@ class Recorder:
                 )
         if not microbatch.entered:
             microbatch.entered = True
+            self._taps.start_backward()
             self._entered()
             self._batch.poisoned = "the last backward did not finish"
             self.window.close()

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.module import _global_forward_hooks, register_module_forward_hook
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
@@ -33,7 +34,7 @@ from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.layers import is_product
 from fsdp_dp.layers.leaf import is_proven
 from fsdp_dp.marks import PICKED_REFUSED, is_picked
-from fsdp_dp.node_taps import NodeTap, node_of
+from fsdp_dp.node_taps import NodeTap, come_last, node_of
 from fsdp_dp.records import Call, Report
 from fsdp_dp.shared_values import SharedValue, unwrapped
 
@@ -140,7 +141,8 @@ class Taps:
         self._versions: dict[nn.Module, list[int]] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self.running: list[nn.Module] = []
-        self.of_forward: list[tuple[Callable[[], Any], Report]] = []
+        self._made: tuple[Any, list[int]] | None = None
+        self.of_forward: list[tuple[Callable[[], Any], Report, RemovableHandle | None]] = []
         self._handles: list[RemovableHandle] = []
         self._following: list[RemovableHandle] = []
         self._hook_ids: dict[str, int] = {}
@@ -167,6 +169,9 @@ class Taps:
     def follow(self, wanted: bool) -> None:
         """Know from now on which layers are ``running``; or stop to, which spares every call of a layer two hooks."""
         if wanted and not self._following:
+            if _global_forward_hooks:
+                self._following.append(register_module_forward_hook(as_written(self._note_made)))
+                _global_forward_hooks.move_to_end(self._following[0].id, last=False)  # type: ignore[attr-defined]
             for name, layer in self._layers.items():
                 if name:  # the root itself is always followed: its hooks run when this is asked for
                     self._following += self._follow(layer)
@@ -175,6 +180,7 @@ class Taps:
                 handle.remove()
             self._following.clear()
             self.running.clear()
+            self._made = None
 
     def _follow(self, layer: nn.Module) -> list[RemovableHandle]:
         return [
@@ -189,7 +195,7 @@ class Taps:
         apply = _Tap.apply if torch._C._are_functorch_transforms_active() else _apply
         tapped: tuple[Tensor, ...] = apply(self._anchor, call, report, len(outputs), *outputs, *inputs)
         if tapped and not recomputing():
-            self.of_forward.append((weakref.ref(tapped[0].grad_fn), report))
+            self.of_forward.append((weakref.ref(tapped[0].grad_fn), report, None))
         return tapped
 
     def start_forward(self) -> None:
@@ -202,10 +208,16 @@ class Taps:
         nodes = self.of_forward
         self._graph = weakref.ref(graph, lambda _: nodes.clear())
 
+    def start_backward(self) -> None:
+        """The program had until now to put hooks on nodes."""
+        for _, _, handle in self.of_forward:
+            if handle is not None:
+                come_last(handle)
+
     def unreached(self) -> list[Report]:
         """Reports of the forward's taps that the backward which runs now will not come to. Asked once in a backward."""
         taps, self.of_forward = self.of_forward, []
-        return [report for node, report in taps if not _is_reached(node())]
+        return [report for node, report, _ in taps if not _is_reached(node())]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.running.append(module)
@@ -217,6 +229,19 @@ class Taps:
     def _left(self, module: nn.Module) -> None:
         if self.running and self.running[-1] is module:
             self.running.pop()
+
+    def _note_made(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """What a layer's forward returned, before hooks on all modules run."""
+        if self.running and self.running[-1] is module:
+            self._made = output, _versions((output,), {})
+
+    def _refuse_changed(self, name: str, made: tuple[Any, list[int]], output: Any) -> None:
+        self._made = None
+        if made[0] is not output or made[1] != _versions((output,), {}):
+            raise UnsupportedModelError(
+                f"Layer '{name}': a hook on all modules (torch.nn.modules.module.register_module_forward_hook) changed "
+                "its output, so what the engine would see is not the layer's own. Register it on the layer instead"
+            )
 
     def _note_versions(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._versions[module] = _versions(args, kwargs)
@@ -232,6 +257,8 @@ class Taps:
                     f"Layer '{name}': a forward hook was put before the engine's (prepend=True), so what the engine would "
                     "see is not the layer's own output. Register it without prepend, or before make_private"
                 )
+            if self._made is not None:
+                self._refuse_changed(name, self._made, output)
             report = self._start(name)
             if everything and self._versions.pop(module) != _versions(args, kwargs):
                 raise UnsupportedModelError(
@@ -280,8 +307,8 @@ class Taps:
         if found is None:
             return self.through(call, report, [output], inputs)[0]
         node, made = found
-        node.register_hook(NodeTap(name, inputs[0], report, output.shape, made.output_nr))
-        self.of_forward.append((lambda: node, report))
+        handle = node.register_prehook(NodeTap(name, inputs[0], report, output.shape, made.output_nr))
+        self.of_forward.append((lambda: node, report, handle))
         return output
 
     def _refuse_picked(self, name: str, inputs: Sequence[Tensor]) -> None:

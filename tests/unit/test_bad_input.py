@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
@@ -1007,6 +1008,33 @@ def test_hook_before_the_engines(subject: Private) -> None:
         subject.backward(rows())
     with pytest.raises(PrivacyError):
         subject.optimizer.step()
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("change", [lambda out: 2 * out, lambda out: out.mul_(2)])
+def test_hook_on_all_modules(subject: Private, change: Callable[[Tensor], Tensor], later: bool) -> None:
+    """It runs before those of a layer. Seen to fail: the layer's gradient was released without the factor."""
+    if later:
+        subject.backward(rows())
+    handle = register_module_forward_hook(lambda m, a, out: change(out) if m is subject.model[0] else None)  # type: ignore[index]
+    try:
+        with pytest.raises(UnsupportedModelError, match="on all modules"):
+            subject.backward(rows())
+    finally:
+        handle.remove()
+    subject.engine.discard()
+    assert_trains(subject)
+
+
+def test_hook_on_all_modules_that_changes_nothing(subject: Private) -> None:
+    seen: list[nn.Module] = []
+    handle = register_module_forward_hook(lambda m, a, out: seen.append(m))
+    try:
+        assert_trains(subject)
+        assert_trains(subject)
+    finally:
+        handle.remove()
+    assert subject.model[0] in seen  # type: ignore[index]
 
 
 def test_hooks_after_and_before_a_layer_are_harmless(subject: Private) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from fsdp_dp import PrivacyError
+from fsdp_dp import PrivacyError, UnsupportedModelError
 from fsdp_dp.node_taps import NodeTap
 from tests.unit.toys import Private, clipped_sum, flat, moved, private, row_gradients, values
 
@@ -60,6 +60,26 @@ class Doubled(torch.autograd.Function):
         return 2 * g
 
 
+class InGraphOfItsOwn(torch.autograd.Function):
+    """A layer whose backward is run inside of backward, as reversible networks do."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, h: Tensor) -> Tensor:
+        with torch.enable_grad():
+            ctx.h = h.detach().requires_grad_()
+            ctx.y = layer(ctx.h)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
+        torch.autograd.backward(ctx.y, g)
+        return None, ctx.h.grad
+
+
+def in_graphs_of_their_own(layer: nn.Module, h: Tensor) -> Tensor:
+    return layer(h) + InGraphOfItsOwn.apply(layer, h) * InGraphOfItsOwn.apply(layer, h.sin())
+
+
 USES: dict[str, Use] = {
     "plain": lambda layer, h: layer(h),
     "written to": lambda layer, h: written(layer(h), lambda y: y.mul_(h.sin())),
@@ -81,6 +101,7 @@ USES: dict[str, Use] = {
     "detached in part": lambda layer, h: layer(h).detach() + layer(h.tanh()),
     "without positions": lambda layer, h: layer(h[:, 0])[:, None].expand(-1, T, -1),
     "transposed input": lambda layer, h: layer(h.mT.contiguous().mT),
+    "in graphs of their own": in_graphs_of_their_own,
     "recomputed": lambda layer, h: checkpoint(lambda x: layer(x).sin(), h, use_reentrant=False),
     "offloaded": lambda layer, h: offloaded(layer, h),
 }
@@ -122,18 +143,17 @@ def row_loss(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).sin().flatten(1).sum(1).mean()
 
 
-def attached(model: nn.Module) -> Private:
-    return private(
-        model, sampling="external_poisson", max_grad_norm=1.5, expected_batch_size=3 * ROWS, dataset_size=3 * ROWS
-    )
+def attached(model: nn.Module, **changes: Any) -> Private:
+    rows = {"expected_batch_size": 3 * ROWS, "dataset_size": 3 * ROWS}
+    return private(model, sampling="external_poisson", max_grad_norm=1.5, **rows, **changes)
 
 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_as_a_loop_over_rows(layer: str, use: str) -> None:
     """Seen to fail with the hook on the output in the node's place (a hook of the program changes the gradient), with a hook
-    before the node (another one behind it changes the gradient), and with the node of a view in the place of the product's
-    (a write gives the view another)."""
+    before the node (another one behind it changes the gradient), with the node of a view in the place of the product's
+    (a write gives the view another), and with a unit measured while graphs of their own were still to come."""
     model = model_of(layer, use)
     loop = copy.deepcopy(model)
     expected = sum(clipped_sum(row_gradients(loop, row_loss, x), 1.5) for x in batches()) / (3 * ROWS)
@@ -194,6 +214,15 @@ def test_a_second_backward_is_refused(microbatch: int) -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(PrivacyError, match="second backward"):
         loss.backward()
+
+
+def test_a_graph_of_its_own_is_refused_where_groups_are_clipped_in_backward() -> None:
+    """Seen to fail: its layer's group was complete before, and its gradient missing from the release."""
+    subject = attached(model_of("linear", "in graphs of their own"), clipping="layer")
+    with pytest.raises(UnsupportedModelError, match=r"backward inside of backward.*'flat'"):
+        row_loss(subject.model, batches()[0]).backward()
+    with pytest.raises(PrivacyError, match="Nothing was released"):
+        subject.optimizer.step()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own formulas
