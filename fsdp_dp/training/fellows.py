@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_FOR_THE_LAST_LOOK = 10.0
 _KEY = "first failure"
 
 
@@ -44,11 +45,14 @@ class Fellows:
     def watched(self, end: Callable[[str], None]) -> Iterator[None]:
         """While inside, `end(message)` is called, in a thread, when another rank has failed."""
         over = threading.Event()
-        threading.Thread(target=self._watch, args=(over, end), name="fellows", daemon=True).start()
+        thread = threading.Thread(target=self._watch, args=(over, end), name="fellows", daemon=True)
+        thread.start()
         try:
             yield
         finally:
             over.set()
+            # A look at the store that outlives the interpreter aborts a process that had done its work.
+            thread.join(SECONDS_FOR_THE_LAST_LOOK)
 
     def _watch(self, over: threading.Event, end: Callable[[str], None]) -> None:
         while not over.wait(SECONDS_BETWEEN_LOOKS):

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import signal
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -216,6 +217,29 @@ def test_the_first_failure_is_everybodys(monkeypatch):
         time.sleep(0.1)
     assert heard == ["rank 1: ValueError: no luck"]
     assert ranks[11].first_failure("RuntimeError: lost") == "rank 1: ValueError: no luck"
+
+
+class SlowStore:
+    """Whose host takes its time to answer."""
+
+    def __init__(self):
+        self.asked, self.answered = threading.Event(), threading.Event()
+
+    def check(self, keys):
+        self.asked.set()
+        time.sleep(0.3)
+        self.answered.set()
+        return False
+
+
+def test_no_look_at_the_store_outlives_the_run(monkeypatch):
+    """Seen to fail: the thread was left behind in its look, and could abort a run that had ended well as Python went down."""
+    monkeypatch.setattr("fsdp_dp.training.fellows.SECONDS_BETWEEN_LOOKS", 0.01)
+    store = SlowStore()
+    with Fellows(store, 0).watched(lambda message: None):
+        assert store.asked.wait(5)
+    assert store.answered.is_set()
+    assert not any(thread.name == "fellows" and thread.is_alive() for thread in threading.enumerate())
 
 
 def run_config(folder, **changes):
