@@ -242,16 +242,21 @@ def test_forward_differentiation_is_refused(layer: str) -> None:
         row_loss(subject.model, batches()[0])
 
 
-def test_a_forward_without_backward_keeps_nothing() -> None:
-    """Seen to fail: the engine's reference to the nodes kept a whole graph until the next forward."""
+def attached_and_remembered() -> tuple[Private, list[weakref.ref[Tensor]]]:
+    """A model, and what the layer in its middle is given, call after call."""
     seen: list[weakref.ref[Tensor]] = []
 
     def use(m: nn.Module, h: Tensor) -> Tensor:
         seen.append(weakref.ref(h))
-        return m(h)
+        return m(h)  # type: ignore[no-any-return]
 
     torch.manual_seed(0)
-    subject = attached(Model(nn.Linear(D, D), use).double())
+    return attached(Model(nn.Linear(D, D), use).double()), seen
+
+
+def test_a_forward_without_backward_keeps_nothing() -> None:
+    """Seen to fail: the engine's reference to the nodes kept a whole graph until the next forward."""
+    subject, seen = attached_and_remembered()
     row_loss(subject.model, batches()[0]).backward()
     subject.step()
     for x in batches()[1:]:
@@ -263,14 +268,7 @@ def test_a_forward_without_backward_keeps_nothing() -> None:
 
 def test_inputs_are_freed_in_backward() -> None:
     """By the nodes' functions, although the graph lives as long as the loss."""
-    seen: list[weakref.ref[Tensor]] = []
-
-    def use(m: nn.Module, h: Tensor) -> Tensor:
-        seen.append(weakref.ref(h))
-        return m(h)
-
-    torch.manual_seed(0)
-    subject = attached(Model(nn.Linear(D, D), use).double())
+    subject, seen = attached_and_remembered()
     for x in batches():
         loss = row_loss(subject.model, x)
         loss.backward()
