@@ -18,7 +18,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fsdp_dp import PrivacyConfig, make_private
-from fsdp_dp.benchmark import cases, sides
+from fsdp_dp.benchmark import cases, meshes, sides
 from fsdp_dp.benchmark.measure import timed
 from fsdp_dp.benchmark.models import batch
 from fsdp_dp.draw_guard import DrawGuard
@@ -30,7 +30,8 @@ DATASET_SIZE, DRAWS = 10**6, 50
 
 def steps(model_name: str, device: torch.device, repetitions: int) -> tuple[float, float]:
     """Median milliseconds of a step that is not looked at, and of one that is; taken in turn."""
-    (case,) = cases.parse(f"{model_name}:flat", microbatches=4, checkpointing=False)
+    sharding = meshes.parse(meshes.FULL_SHARD, dist.get_world_size())
+    (case,) = cases.parse(f"{model_name}:flat", microbatches=4, checkpointing=False, sharding=sharding)
     model = sides._sharded(case, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     engine = make_private(model, sides._privacy(case), optimizer)
