@@ -166,10 +166,11 @@ class Examination:
         first.loss.stop()
         told = False
         for run in range(first.RUNS if self._model.any_rank(first.shows > 0) else 0):
-            mask_B = torch.ones(first.rows, dtype=torch.bool)
-            self._recorder.current = Microbatch(first.rows, mask_B, vouched=False, norms=MeasuredNorms())
-            self._uncompiled.start()
+            self._start_rehearsal(first.rows)
             first.run_exchanged(run)
+            if self._model.any_rank(first.may_be_noise):
+                self._start_rehearsal(first.rows)
+                first.run_unchanged()
             told |= first.compare()
         self.passed = self._model.any_rank(told)
         if self.passed:  # the program is the same on all ranks, but some had a row of padding only
@@ -177,6 +178,11 @@ class Examination:
             layouts.adopt(self._model.every_rank(layouts.known if told else {}))
         self._forget_first()
         self._recorder.current = current
+
+    def _start_rehearsal(self, rows: int) -> None:
+        mask_B = torch.ones(rows, dtype=torch.bool)
+        self._recorder.current = Microbatch(rows, mask_B, vouched=False, norms=MeasuredNorms())
+        self._uncompiled.start()
 
     def discard(self) -> None:
         self._end_watch()
