@@ -80,8 +80,8 @@ class TensorParallel(ShardedModel):
         if not isinstance(p, DTensor):
             p.grad = gradient.view(p.shape).to(p.dtype)
             return
-        local = gradient.view(p.to_local().shape).to(p.dtype)
-        # The parameter's own layout; `DTensor.from_local` would derive it again, 40 us for each of hundreds.
+        # The parameter's own layout; `to_local` and `DTensor.from_local` would take 40 us for each of hundreds.
+        local = gradient.view(p._local_tensor.shape).to(p.dtype)  # type: ignore[attr-defined]
         p.grad = DTensor(local, p._spec, requires_grad=False)  # type: ignore[call-arg]
 
     def sum_split_norms(self, split: NormTerms, whole: NormTerms) -> NormTerms:
