@@ -616,7 +616,6 @@ class PrivacyEngine:
                 start=p.region.start,
                 count=p.region.count,
                 columns=p.region.columns,
-                ready=self.model.units[p.unit].summed,
             )
             for p in self.model.parameters
         ]

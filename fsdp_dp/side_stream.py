@@ -1,42 +1,16 @@
 """Work beside the main stream of a GPU, and transfers that the host does not wait for.
 
-Norms are taken beside backward, and noise is drawn for the sums of one unit while those of others are on their way: under
-whatever leaves the GPU idle. On a CPU there are no streams and everything is done where it is said. Tensors made beside are
-read on the main stream only after `join`; tensors of the main stream that are read beside must be kept until then.
+Norms are taken beside backward, under whatever leaves the GPU idle. On a CPU there are no streams and everything is done
+where it is said. Tensors made beside are read on the main stream only after `join`; tensors of the main stream that are
+read beside must be kept until then.
 """
 
 from __future__ import annotations
 
-import itertools
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
-
-
-class Moment:
-    """A place in the work of a GPU's current stream, for other streams to wait for; the last one that was marked counts.
-
-    Attributes:
-        number: of two moments, the later one's is higher.
-    """
-
-    __slots__ = ("_event", "number")
-
-    def __init__(self) -> None:
-        self._event, self.number = torch.cuda.Event(), -1
-
-    def mark(self) -> None:
-        self._event.record()
-        self.number = next(_numbers)
-
-    def wait(self) -> None:
-        """Let the current stream wait."""
-        self._event.wait()
-
-
-_numbers = itertools.count()
 
 
 class SideStream:
@@ -52,10 +26,6 @@ class SideStream:
         Entered for every FSDP unit of every backward, one at a time.
         """
         return self._beside
-
-    def from_moments(self) -> AbstractContextManager[Any]:
-        """What is launched inside runs beside all that the current stream was given: it waits for moments, and no more."""
-        return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
     def join(self) -> None:
         """Let the current stream wait for all that was launched beside it."""

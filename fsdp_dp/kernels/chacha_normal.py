@@ -15,11 +15,9 @@ for each segment (a local shard, or a part of one) with addresses and ranges.
 
 from __future__ import annotations
 
-import functools
 import math
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -28,7 +26,7 @@ from torch import Tensor
 
 from fsdp_dp import chacha, noise
 from fsdp_dp.kernels.release import Segment
-from fsdp_dp.side_stream import SideStream, to_device
+from fsdp_dp.side_stream import to_device
 
 LANES = tl.constexpr(noise.LANES)
 PAIRS = tl.constexpr(noise.PAIRS)
@@ -37,8 +35,6 @@ CHUNK = tl.constexpr(noise.CHUNK)
 # What one program makes; measured on an H100 (docs/performance.md).
 _CHUNKS_OF_A_PROGRAM = 1
 _WARPS = 2
-_PROGRAMS_OF_A_LAUNCH = 65536
-"""67 million elements, 0.6 ms: a launch takes the host less."""
 
 _EXACT = tl.constexpr(2.0**50)
 _TWO_32 = tl.constexpr(2.0**32)
@@ -80,35 +76,19 @@ def privatize_all_(
         _check(segment, release, segments[0].out.device)
     scales = (lattice.clamp, 1 / lattice.spacing, units_of_noise, lattice.spacing / divisor)
     head = [*_key_and_release(key, release), *map(_bits, scales)]
-    with _beside(segments):
-        inexact = torch.zeros(1, dtype=torch.int32, device=segments[0].out.device)
-        tables, launches = [], []
-        for kind in dict.fromkeys(map(_kind, segments)):
-            of_kind = sorted((segment for segment in segments if _kind(segment) == kind), key=_order)
-            table, programs, firsts = _table(head, of_kind)
-            tables.append((kind, table, programs, len(of_kind)))
-            firsts.append(programs)
-            launches += [(of_kind[high - 1], kind, table, low, high, firsts) for low, high in _runs(of_kind, firsts)]
-        for latest, kind, table, low, high, firsts in sorted(launches, key=lambda launch: _order(launch[0])):
-            accumulator_dtype, out_dtype, columns, in_place = kind
-            if latest.ready is not None:
-                latest.ready.wait()
-            _privatize[(firsts[high] - firsts[low],)](
-                table, inexact, low, high, firsts[low], ACCUMULATOR=_DTYPES[accumulator_dtype], OUT=_DTYPES[out_dtype],
-                COLUMNS=columns, CLEAR=not in_place, CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS,
-            )  # fmt: skip
-    if inexact.is_cuda:
-        for tensor in (inexact, *(table for _, table, *_ in tables)):
-            tensor.record_stream(torch.cuda.current_stream(tensor.device))
-    for (_, out_dtype, columns, _), table, programs, count in tables:
+    inexact = torch.zeros(1, dtype=torch.int32, device=segments[0].out.device)
+    launches = []
+    for kind in dict.fromkeys(map(_kind, segments)):
+        accumulator_dtype, out_dtype, columns, in_place = kind
+        table, programs, count = _table(head, [segment for segment in segments if _kind(segment) == kind])
+        launches.append((table, programs, count, _DTYPES[out_dtype], columns))
+        _privatize[(programs,)](
+            table, inexact, count, ACCUMULATOR=_DTYPES[accumulator_dtype], OUT=_DTYPES[out_dtype], COLUMNS=columns,
+            CLEAR=not in_place, CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS,
+        )  # fmt: skip
+    for table, programs, count, out_dtype, columns in launches:
         _zero_if_inexact[(programs,)](
-            table,
-            inexact,
-            count,
-            OUT=_DTYPES[out_dtype],
-            COLUMNS=columns,
-            CHUNKS=_CHUNKS_OF_A_PROGRAM,
-            num_warps=_WARPS,
+            table, inexact, count, OUT=out_dtype, COLUMNS=columns, CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS
         )
     return inexact
 
@@ -168,73 +148,31 @@ def _bits(x: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", x))[0])
 
 
-def _table(head: Sequence[int], segments: Sequence[Segment]) -> tuple[Tensor, int, list[int]]:
-    """[Note: the table] on the device, the number of programs, and the first program of each segment."""
-    rows, programs, first_programs = list(head), 0, []
+def _table(head: Sequence[int], segments: Sequence[Segment]) -> tuple[Tensor, int, int]:
+    """[Note: the table] on the device, the number of programs, and the number of segments."""
+    rows, programs = list(head), 0
     for segment in segments:
         width, offset, size = segment.columns or (1, 0, 1)
         addresses = (segment.accumulator.data_ptr(), segment.out.data_ptr())
         rows += [programs, *addresses, segment.parameter, segment.start, segment.count, width, offset, size]
-        first_programs.append(programs)
         chunks = -(-(segment.start + segment.count) // noise.CHUNK) - segment.start // noise.CHUNK
         programs += -(-chunks // _CHUNKS_OF_A_PROGRAM)
     table = to_device(torch.tensor(rows, dtype=torch.int64), segments[0].out.device)
-    return table, programs, first_programs
+    return table, programs, len(segments)
 
 
-def _order(segment: Segment) -> float:
-    """By when sums are complete; those of which it isn't known come last."""
-    return math.inf if segment.ready is None else segment.ready.number
-
-
-def _runs(segments: Sequence[Segment], firsts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Segments, in their order, from and up to, for a launch each: those of one moment, and more where they are few.
-
-    ``firsts``: the first program of each, and behind them the number of programs.
-    """
-    low = 0
-    for high in range(1, len(segments) + 1):
-        ends = high == len(segments)
-        enough = firsts[high] - firsts[low] >= _PROGRAMS_OF_A_LAUNCH
-        if ends or (enough and segments[high].ready is not segments[high - 1].ready):
-            yield low, high
-            low = high
-
-
-@contextmanager
-def _beside(segments: Sequence[Segment]) -> Iterator[None]:
-    """On a stream of their own, where sums may be read there as soon as they are complete, and nothing else is written.
-
-    What is written in the place of a sum is in memory that only the sum has used since; other memory may have been read
-    by kernels that the current stream has not come to yet.
-    """
-    if not all(segment.in_place and segment.ready is not None for segment in segments):
-        yield
-        return
-    side = _side_stream(segments[0].out.device)
-    with side.from_moments():
-        yield
-    side.join()
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> SideStream:
-    return SideStream(device)
-
-
-@triton.jit(do_not_specialize=["low", "high", "before"])
+@triton.jit(do_not_specialize=["segments"])
 def _privatize(
-    table, inexact, low, high, before,
+    table, inexact, segments,
     ACCUMULATOR: tl.constexpr, OUT: tl.constexpr, COLUMNS: tl.constexpr, CLEAR: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """One program, after ``before`` others: `CHUNKS` chunks of the segment that `_find` gives, from sum to gradient."""
-    program = tl.program_id(0) + before
-    row = _find(table, program, low, high)
+    """One program: `CHUNKS` chunks of the segment that `_find` gives, from accumulator to gradient."""
+    row = _find(table, segments)
     accumulator = tl.load(row + _ACCUMULATOR).to(tl.pointer_type(ACCUMULATOR))
     out = tl.load(row + _OUT).to(tl.pointer_type(OUT))
     clamp, units = _float64(table + _CLAMP), _float64(table + _UNITS)
     units_of_noise, scale = _float64(table + _UNITS_OF_NOISE), _float64(table + _SCALE)
-    chunk, begin, least, most = _range(row, program, CHUNKS)
+    chunk, begin, least, most = _range(row, CHUNKS)
     first, words = _make_words(table, row, chunk, CHUNKS)
     exact = tl.full([LANES * CHUNKS], True, tl.int1)
     for pair in tl.static_range(PAIRS):
@@ -268,9 +206,9 @@ def _zero_if_inexact(
 ):  # fmt: skip
     """One program: the same chunks as in `_privatize`, zeroed if any program of that launch found an inexact sum."""
     if tl.load(inexact) != 0:
-        row = _find(table, tl.program_id(0), segments * 0, segments)
+        row = _find(table, segments)
         out = tl.load(row + _OUT).to(tl.pointer_type(OUT))
-        _, begin, least, most = _range(row, tl.program_id(0), CHUNKS)
+        _, begin, least, most = _range(row, CHUNKS)
         slot = tl.arange(0, CHUNK * CHUNKS)
         inside, place = (slot >= least) & (slot < most), begin + slot
         if COLUMNS:
@@ -285,7 +223,7 @@ def _zero_if_inexact(
 def _standard_normal(table, CHUNKS: tl.constexpr):
     row = table + _HEAD
     out = tl.load(row + _OUT).to(tl.pointer_type(tl.float64))
-    chunk, begin, least, most = _range(row, tl.program_id(0), CHUNKS)
+    chunk, begin, least, most = _range(row, CHUNKS)
     first, words = _make_words(table, row, chunk, CHUNKS)
     for pair in tl.static_range(PAIRS):
         cosine, sine = _normal_pair(words[4 * pair], words[4 * pair + 1], words[4 * pair + 2], words[4 * pair + 3])
@@ -306,8 +244,10 @@ def _keystream(head, out, blocks):
 
 
 @triton.jit
-def _find(table, program, low, high):
-    """The row of the segment of a program, among rows ``low`` to ``high``: the last whose first is not beyond it."""
+def _find(table, segments):
+    """The row of the segment of this program: the last one whose first program is not beyond it, by bisection."""
+    program = tl.program_id(0)
+    low, high = segments * 0, segments
     while high - low > 1:
         middle = (low + high) // 2
         begun = tl.load(table + _HEAD + middle * _FIELDS + _FIRST_PROGRAM) <= program
@@ -316,10 +256,10 @@ def _find(table, program, low, high):
 
 
 @triton.jit
-def _range(row, program, CHUNKS: tl.constexpr):
-    """A program's first chunk; the place in the shard of its slot 0; which of its slots, from and up to, are in the shard."""
+def _range(row, CHUNKS: tl.constexpr):
+    """This program's first chunk; where in the shard its slot 0 is; from which of its slots to which they are inside."""
     start, count = tl.load(row + _START), tl.load(row + _COUNT)
-    chunk = start // CHUNK + (program - tl.load(row + _FIRST_PROGRAM)).to(tl.int64) * CHUNKS
+    chunk = start // CHUNK + (tl.program_id(0) - tl.load(row + _FIRST_PROGRAM)).to(tl.int64) * CHUNKS
     begin = chunk * CHUNK - start
     least, most = tl.maximum(-begin, 0), tl.minimum(count - begin, CHUNK * CHUNKS)
     return chunk, begin, least.to(tl.int32), most.to(tl.int32)

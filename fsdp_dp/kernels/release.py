@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fsdp_dp import kernels, noise
-from fsdp_dp.side_stream import Moment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +25,6 @@ class Segment:
             the accumulator itself.
         parameter: canonical index of the parameter, part of the noise nonce.
         start, count: the run of global elements that the shard is, or lies in.
-        ready: on a GPU, when the sum was complete; None if the current stream may still be writing it.
         columns: (width, offset, size) if the shard is columns `offset .. offset + size` of the run seen as rows of
             `width` (`sharding.Region`).
     """
@@ -37,7 +35,6 @@ class Segment:
     start: int
     count: int
     columns: tuple[int, int, int] | None = None
-    ready: Moment | None = None
 
     @property
     def in_place(self) -> bool:

@@ -17,8 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fsdp_dp.side_stream import Moment
-
 MAX_UNDER_WAY = 2
 
 
@@ -43,7 +41,6 @@ class Unit(abc.ABC):
         shard_group: ranks that hold the other shards of the unit; None where this rank holds all of it.
         replicate_group: ranks that hold the same shard; None where nobody does.
         fresh: ``buffer`` holds nothing of this logical batch, so the next sum replaces it.
-        summed: on a GPU, when the last sum was in the accumulators; None if that is not known.
         given_away: its memory belongs to released gradients; until the next sum it takes no room and reads as zeros.
     """
 
@@ -51,7 +48,6 @@ class Unit(abc.ABC):
         self, buffer: Tensor, shard_group: dist.ProcessGroup | None, replicate_group: dist.ProcessGroup | None
     ) -> None:
         self.buffer, self.fresh, self.given_away = buffer, True, False
-        self.summed: Moment | None = None
         self.accumulators: dict[str, Tensor] = {}
         self.shard_group, self.replicate_group = _unless_alone(shard_group), _unless_alone(replicate_group)
 
@@ -76,7 +72,6 @@ class Unit(abc.ABC):
         for x in (self.buffer, *self.accumulators.values()):
             x.set_(nothing, 0, x.shape, (0,))  # type: ignore[call-overload]
         self.fresh = self.given_away = True
-        self.summed = None
 
     def make_room(self) -> None:
         """Memory of its own again, after `give_away`."""
@@ -98,20 +93,13 @@ class Unit(abc.ABC):
             else:
                 self.accumulators[name].add_(gradient.flatten().to(self.buffer.device))
         self.fresh = False
-        self.mark_summed()
-
-    def mark_summed(self) -> None:
-        """The current stream was given what completes the sums, so far."""
-        if self.buffer.is_cuda:
-            self.summed = self.summed or Moment()
-            self.summed.mark()
 
     def zero_if_fresh(self) -> None:
         """What the accumulators hold if nothing was added to them."""
         if self.fresh:
             self.make_room()
             self.buffer.zero_()
-            self.fresh, self.summed = False, None
+            self.fresh = False
 
 
 class Sums:
@@ -226,12 +214,12 @@ class _Sum:
     def finish(self) -> None:
         assert self._work is not None
         self._work.wait()  # on CUDA, lets the current stream wait: what comes next on it reads the sum
-        if not self._replaces:
-            if self._overwrites:
-                self._unit.buffer.copy_(self._shard)
-            else:
-                self._unit.buffer.add_(self._shard.to(self._unit.buffer.device))
-        self._unit.mark_summed()
+        if self._replaces:
+            return
+        if self._overwrites:
+            self._unit.buffer.copy_(self._shard)
+        else:
+            self._unit.buffer.add_(self._shard.to(self._unit.buffer.device))
 
 
 def start_reduce_scatter(shard: Tensor, bucket: Tensor, group: dist.ProcessGroup) -> dist.Work:

@@ -172,35 +172,6 @@ def test_interpreted_release_is_the_references(
         assert off.isfinite().all() and not mine.accumulator.any()
 
 
-@dataclasses.dataclass
-class StubMoment:
-    """When a sum is complete, without a GPU: keeps who waited for it."""
-
-    number: int
-    waited: list[int]
-
-    def wait(self) -> None:
-        self.waited.append(self.number)
-
-
-def test_interpreted_release_launches_what_is_complete_first(
-    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Gradients are those of a single launch. Seen to fail with every launch's programs counted from 0."""
-    expected, waited = segments(), list[int]()
-    interpreted.privatize_all_(expected, **ARGUMENTS)
-    monkeypatch.setattr(interpreted, "_PROGRAMS_OF_A_LAUNCH", 1)
-    late, soon = StubMoment(9, waited), StubMoment(4, waited)
-    found = [
-        dataclasses.replace(segment, out=segment.accumulator, ready=late if i == 0 else soon)
-        for i, segment in enumerate(segments())
-    ]
-    interpreted.privatize_all_(found, **ARGUMENTS)
-    assert waited == sorted(waited) and set(waited) == {4, 9}
-    for mine, reference in zip(found, expected, strict=True):
-        assert torch.equal(mine.out, reference.out)
-
-
 def test_interpreted_release_finds_nan_and_clamps_infinity(interpreted: ModuleType) -> None:
     broken = segments()
     broken[1].accumulator[17] = torch.nan
