@@ -26,18 +26,20 @@ class Case:
     microbatches: int
     checkpointing: bool
     sharding: Sharding
+    loader: bool = False
 
     @property
     def name(self) -> str:
         kept = " checkpointed" if self.checkpointing else ""
-        return f"{self.model}@{self.shape.rows}x{self.shape.tokens}{kept} {self.microbatches} microbatch(es)"
+        fed = " through a loader" if self.loader else ""
+        return f"{self.model}@{self.shape.rows}x{self.shape.tokens}{kept}{fed} {self.microbatches} microbatch(es)"
 
     @property
     def backend(self) -> str:
         return "FSDP1" if self.side.endswith("fsdp1") else "FSDP2"
 
 
-def parse(text: str, *, microbatches: int, checkpointing: bool, sharding: Sharding) -> list[Case]:
+def parse(text: str, *, microbatches: int, checkpointing: bool, sharding: Sharding, loader: bool = False) -> list[Case]:
     """``llama-13b/8@2x1024:plain-fsdp2,flat`` as cases: of the model's layers the first eight.
 
     Raises:
@@ -57,6 +59,9 @@ def parse(text: str, *, microbatches: int, checkpointing: bool, sharding: Shardi
             f"case '{text}': side '{unmeshed[0]}' is measured with --sharding full_shard, found {sharding.name}; "
             f"sides of any sharding are {', '.join(ON_ANY_MESH)}"
         )
+    peers = [side for side in sides.split(",") if side.startswith("opacus")]
+    if peers and loader:
+        raise ValueError(f"case '{text}': side '{peers[0]}' is not measured with --loader")
     shape = MODELS[known]
     if not re.fullmatch(r"[^/@]*(/[1-9]\d*)?(@[1-9]\d*x[1-9]\d*)?", name):
         raise ValueError(f"case '{text}': layers and size are numbers, as in {known}/2@8x128:flat")
@@ -73,6 +78,7 @@ def parse(text: str, *, microbatches: int, checkpointing: bool, sharding: Shardi
             microbatches=microbatches,
             checkpointing=checkpointing,
             sharding=sharding,
+            loader=loader,
         )
         for side in sides.split(",")
     ]

@@ -13,17 +13,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fsdp_dp.benchmark import peers, profiling, sides
+from fsdp_dp.benchmark import meshes, peers, profiling, sides
 from fsdp_dp.benchmark.cases import Case
 from fsdp_dp.benchmark.collectives import Collectives
+from fsdp_dp.benchmark.feeding import Feed
 from fsdp_dp.benchmark.models import flops
 
 
 def measure(case: Case, device: torch.device, *, warmup: int, steps: int, profile: bool) -> dict[str, Any]:
     """Run a case and take it down again; times are of the slowest rank's clock, memory of this rank."""
-    step, end, compared = sides.build(case, device)
+    feed = Feed(case, device, meshes.data_rank(meshes.mesh_of(case.sharding, device.type)))
+    step, end, compared = sides.build(case, device, feed)
     try:
-        row = _row(case, step, device, warmup=warmup, steps=steps)
+        row = _row(case, step, device, feed, warmup=warmup, steps=steps)
         row["replicas"] = compared()
         return row | ({"profile": profiling.account(step)} if profile else {})
     finally:
@@ -33,7 +35,9 @@ def measure(case: Case, device: torch.device, *, warmup: int, steps: int, profil
         release(device)
 
 
-def _row(case: Case, step: Callable[[], None], device: torch.device, *, warmup: int, steps: int) -> dict[str, Any]:
+def _row(
+    case: Case, step: Callable[[], None], device: torch.device, feed: Feed, *, warmup: int, steps: int
+) -> dict[str, Any]:
     for _ in range(warmup):
         step()
     with Collectives() as collectives:
@@ -59,6 +63,7 @@ def _row(case: Case, step: Callable[[], None], device: torch.device, *, warmup: 
         "ms_range": [round(times[0], 2), round(times[-1], 2)],
         "peak_GiB": round(peak / 2**30, 2),
         **_rates(case, statistics.median(times)),
+        **(_rows_of(feed, steps, sum(times), device) if case.loader else {}),
         "collectives": dict(collectives.counts),
         "collectives_MB": {kind: round(sent / 1e6, 1) for kind, sent in collectives.sent.items()},
         "collectives_bytes": dict(collectives.sent),
@@ -72,6 +77,14 @@ def _rates(case: Case, ms: float) -> dict[str, float]:
         "tokens_per_s_per_gpu": round(rows * case.shape.tokens / ms * 1e3, 1),
         "model_TFLOPs_per_gpu": round(rows * flops(case.shape) / ms / 1e9, 2),
     }
+
+
+def _rows_of(feed: Feed, steps: int, ms: float, device: torch.device) -> dict[str, float]:
+    """Real rows a second, of all data-parallel ranks, and the share of padding: of the timed steps together."""
+    counts = torch.tensor([sum(feed.rows[-steps:]), sum(feed.places[-steps:])], dtype=torch.float64, device=device)
+    dist.all_reduce(counts)
+    rows, places = counts.tolist()
+    return {"rows_per_s": round(rows / ms * 1e3, 2), "padding": round(1 - rows / places, 4)}
 
 
 def timed(step: Callable[[], None], device: torch.device) -> float:

@@ -53,7 +53,7 @@ def tables(rows: Sequence[Row]) -> str:
     sections = []
     for case in dict.fromkeys(map(compared, rows)):
         of_case = [row for row in rows if compared(row) == case]
-        below = [*_differences(of_case), *_account(of_case)]
+        below = [*_real_rows(of_case), *_differences(of_case), *_account(of_case)]
         sections.append("\n".join([f"## {case[0]}", "", *_stamp(of_case), "", *_HEADER, *_lines(of_case), *below]))
     return "\n\n".join(sections)
 
@@ -92,6 +92,16 @@ def _lines(rows: Sequence[Row]) -> Iterable[str]:
             f"{row['peak_GiB']:.2f} GiB | {memory} | {row['tokens_per_s_per_gpu']:.0f} | "
             f"{row['model_TFLOPs_per_gpu']:.1f} | {sent} |"
         )
+
+
+def _real_rows(rows: Sequence[Row]) -> list[str]:
+    """Through a loader: what a user gets."""
+    return [
+        line
+        for row in rows
+        if "rows_per_s" in row
+        for line in ("", f"{row['side']}: {row['rows_per_s']} rows a second on all GPUs; padding {row['padding']:.1%}.")
+    ]
 
 
 def _differences(rows: Sequence[Row]) -> list[str]:

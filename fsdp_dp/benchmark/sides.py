@@ -18,32 +18,35 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from fsdp_dp.benchmark import meshes, peers
 from fsdp_dp.benchmark.cases import Case
-from fsdp_dp.benchmark.models import Block, Transformer, batch, initialize
+from fsdp_dp.benchmark.feeding import DATASET_SIZE, Feed
+from fsdp_dp.benchmark.models import Block, Transformer, initialize
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.engine import make_private
 
 Step = Callable[[], None]
-NOISE_MULTIPLIER, MAX_GRAD_NORM, DATASET_SIZE = 1.0, 1.0, 10**7
+NOISE_MULTIPLIER, MAX_GRAD_NORM = 1.0, 1.0
 DTYPE = torch.bfloat16
 PEERS = {"opacus": peers.ghost, "opacus-hooks": peers.hooks}
 
 
-def build(case: Case, device: torch.device) -> tuple[Step, Callable[[], None], Callable[[], str]]:
+def build(
+    case: Case, device: torch.device, feed: Feed | None = None
+) -> tuple[Step, Callable[[], None], Callable[[], str]]:
     """One logical batch of this side, what ends it, and how its replicas compare (see `meshes.replicas`)."""
     mesh = meshes.mesh_of(case.sharding, device.type)
-    first = 100 * meshes.data_rank(mesh)
-    data = [batch(case.shape, case.shape.rows, first + i, device) for i in range(case.microbatches)]
+    feed = feed or Feed(case, device, meshes.data_rank(mesh))
     torch.manual_seed(0)  # copies start from the same weights, and so do all sides
     if case.side in PEERS:
+        data = list(next(feed.batches(None)))
         return PEERS[case.side](case, data, device, _mechanism(case)), lambda: None, lambda: "none"
     model = _sharded(case, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    end: Callable[[], None] = lambda: None  # noqa: E731
-    if not case.side.startswith("plain"):
-        end = make_private(model, _privacy(case), optimizer).detach
+    engine = None if case.side.startswith("plain") else make_private(model, _privacy(case), optimizer)
+    end: Callable[[], None] = engine.detach if engine is not None else lambda: None
+    batches = feed.batches(engine)
 
     def step() -> None:
-        for inputs, targets in data:
+        for inputs, targets in next(batches):
             model(inputs, targets).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -59,7 +62,7 @@ def _privacy(case: Case) -> PrivacyConfig:
         expected_batch_size=_rows_of_a_step(case),
         dataset_size=DATASET_SIZE,
         target_delta=1e-8,
-        sampling="external_poisson",
+        sampling="poisson" if case.loader else "external_poisson",
         clipping=clipping,
     )
 

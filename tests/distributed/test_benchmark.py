@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import warnings
 import zlib
 from dataclasses import replace
 from datetime import timedelta
@@ -20,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fsdp_dp.benchmark import __main__ as benchmark
 from fsdp_dp.benchmark import cases, measure, meshes, peers, sides
+from tests.distributed.backends import quiet_torch
 from tests.distributed.harness import run
 
 CPU = torch.device("cpu")
@@ -85,10 +87,28 @@ def test_opacus_gradient_is_ours() -> None:
             assert norm > 0.1 and off / norm < 1e-3, (pair, off, norm)
 
 
+def loaded_rows(rank: int, world_size: int) -> list[dict[str, Any]]:
+    """Of plain training and of ours, through loaders of their own."""
+    text = "llama-tiny:plain-fsdp2,flat"
+    sides_of_it = cases.parse(text, microbatches=2, checkpointing=False, sharding=ALL, loader=True)
+    with quiet_torch():
+        warnings.filterwarnings("ignore", "DTensor random operators may not have complete support on cpu")
+        return [measure.measure(side, CPU, warmup=1, steps=6, profile=False) for side in sides_of_it]
+
+
+def test_through_a_loader_rows_are_counted_without_padding() -> None:
+    plain, private = run(loaded_rows, 2, timeout=200.0)[0]
+    assert plain["padding"] == 0 and 0 < private["padding"] < 0.8
+    for row in (plain, private):
+        assert row["rows_per_s"] > 0, row
+    with pytest.raises(ValueError, match="not measured with --loader"):
+        cases.parse("llama-tiny:opacus", microbatches=1, checkpointing=False, sharding=ALL, loader=True)
+
+
 def rows_of_failures(rank: int, world_size: int, output: str) -> None:
     """`flat` cannot be built on any rank, `layer` fails in its first step on rank 1, beside sides that run."""
 
-    def build(case: cases.Case, device: torch.device) -> Any:
+    def build(case: cases.Case, device: torch.device, feed: Any) -> Any:
         if case.side == "flat":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         return (fail if case.side == "layer" and rank == 1 else lambda: None), lambda: None, lambda: "none"
