@@ -487,6 +487,7 @@ class PrivacyEngine:
             self._batch.poison("a forward raised an exception")
             return None
         assert recorder.current is not None
+        self.model.after_forward()
         return self._examination.bounded(recorder.current, output)
 
     def _enter_backward(self) -> None:

@@ -158,12 +158,16 @@ class ShardedModel(abc.ABC):
         """
         return self._sums.places(self.units[unit])
 
+    def after_forward(self) -> None:
+        """Called at the end of every training forward, under which the last microbatch's sums travelled."""
+        self._sums.settle()
+
     def finish_accumulate(self) -> None:
         """Wait until all that `start_accumulate` began is in the accumulators.
 
         Asked for by a release alone, so that the last sums of a microbatch travel while the next one is run forward.
         """
-        self._sums.finish()
+        self._sums.settle()
         for unit in self.units:
             unit.zero_if_fresh()
 

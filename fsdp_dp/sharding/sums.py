@@ -2,6 +2,7 @@
 
     start   wait for the sum before the last one, hand the last one on to its all-reduce; fill a bucket, reduce-scatter it
     finish  the same until none is under way
+    settle  the same, and give the memory back until the next start
 
 So the collectives of one unit run while the weighted sums of the next are computed, and every rank issues them in the
 order of the calls. Always SUM, in the format of the accumulators: float32 or float64.
@@ -113,6 +114,7 @@ class Sums:
         self._memories = deque(_Memory(device) for _ in range(MAX_UNDER_WAY))
         self._under_way: deque[_Sum] = deque()
         self._reserved = False
+        self._device = device
 
     @torch.no_grad()
     def places(self, unit: Unit) -> Mapping[str, Tensor]:
@@ -154,6 +156,13 @@ class Sums:
         while self._under_way:
             self._finish_first()
 
+    def settle(self) -> None:
+        """`finish`; and until the next sum, buckets take no room on a GPU, beside activations and the optimizer's tensors."""
+        self.finish()
+        if _room_is_dear(self._device):
+            for memory in self._memories:
+                memory.give_back()
+
     def _finish_first(self) -> None:
         first = self._under_way.popleft()
         first.hand_on()
@@ -174,12 +183,19 @@ class _Memory:
             found = self._tensors[role, dtype] = torch.empty(numel, dtype=dtype, device=self.device)
             if role == "bucket":
                 self._buckets.clear()  # which may be views of the one before
+        elif not found.untyped_storage().nbytes():
+            found.untyped_storage().resize_(found.nbytes)
         return found[:numel]
 
+    def give_back(self) -> None:
+        """Take no room until asked for again; views stay what they are, of memory that may then be elsewhere."""
+        for tensor in self._tensors.values():
+            tensor.untyped_storage().resize_(0)
+
     def bucket(self, unit: Unit) -> Bucket:
+        memory = self.take("bucket", unit.buffer.numel() * unit.shards, unit.buffer.dtype)
         found = self._buckets.get(unit)
         if found is None:
-            memory = self.take("bucket", unit.buffer.numel() * unit.shards, unit.buffer.dtype)
             found = self._buckets[unit] = unit.bucket(memory)
         return found
 
@@ -226,6 +242,11 @@ def start_reduce_scatter(shard: Tensor, bucket: Tensor, group: dist.ProcessGroup
     """Sum ``bucket`` over the group, cut into ``shard``-sized pieces; torch 2.13 renamed the collective."""
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return reduce_scatter(shard, bucket, group=group, async_op=True)
+
+
+def _room_is_dear(device: torch.device) -> bool:
+    """On a CPU new pages cost more time than their room is worth."""
+    return device.type == "cuda"
 
 
 def dedicated(group: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -5,12 +5,14 @@ Other units follow in the same memory, so what a sum does not write there, for w
 
 from collections.abc import Mapping, Sequence
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from fsdp_dp import gradients, make_private
 from fsdp_dp.kernels import outer
+from fsdp_dp.sharding import sums
 from tests.distributed.harness import run
 from tests.unit.toys import clipped_sum, config, flat, row_gradients
 
@@ -69,9 +71,9 @@ def microbatches(step: int, rank: int) -> list[tuple[Tensor, int]]:
     return [(x, (number + rank) % 4 if step else 3) for number, x in enumerate(xs)]
 
 
-def weighted_outers(sums: Sequence[tuple[Tensor, Tensor, Tensor | None]], weight_B: Tensor) -> list[Tensor]:
+def weighted_outers(products: Sequence[tuple[Tensor, Tensor, Tensor | None]], weight_B: Tensor) -> list[Tensor]:
     found = []
-    for a, g, place in sums:
+    for a, g, place in products:
         total = torch.einsum("b,btp,btd->pd", weight_B, g, a)
         if place is not None:
             written.append(place)
@@ -98,9 +100,12 @@ PLAYED: Mapping[str, object] = {
 }
 
 
-def last_release(rank: int, world_size: int) -> tuple[Tensor, Tensor, int]:
-    """The parameters before it, what it moved them by, and how many sums were written to their place."""
+def last_release(rank: int, world_size: int, room_is_dear: bool) -> tuple[Tensor, Tensor, int, set[int]]:
+    """The parameters before it, what it moved them by, how many sums were written to their place; and the bytes of buckets
+    where activations (at the end of a forward) and the optimizer have theirs."""
     vars(outer).update(PLAYED)
+    vars(sums)["_room_is_dear"] = lambda device: room_is_dear
+    held: set[int] = set()
     model, rows = Model(), world_size * MICROBATCHES * ROWS
     for block in model.blocks:
         for unit in (block.alone, block):  # type: ignore[union-attr]
@@ -108,22 +113,33 @@ def last_release(rank: int, world_size: int) -> tuple[Tensor, Tensor, int]:
     fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     options = {"expected_batch_size": rows, "dataset_size": rows, "sampling": "external_poisson"}
-    make_private(model, config(max_grad_norm=BOUND, **options), optimizer)
+    engine = make_private(model, config(max_grad_norm=BOUND, **options), optimizer)
+
+    def note(*_: object) -> None:
+        tensors = [x for memory in engine.model._sums._memories for x in memory._tensors.values()]
+        held.add(sum(x.untyped_storage().nbytes() for x in tensors))
+
     for step in range(STEPS):
         before = flat({n: p.full_tensor() for n, p in model.named_parameters()})  # type: ignore[operator]
         for x, branch in microbatches(step, rank):
-            row_loss(model, x, branch).backward()
+            loss = row_loss(model, x, branch)
+            note()
+            loss.backward()
+        engine.privatize()
+        note()
         optimizer.step()
         optimizer.zero_grad()
     after = flat({n: p.full_tensor() for n, p in model.named_parameters()})  # type: ignore[operator]
-    return before.detach(), (before - after).detach() * rows, len(written)
+    return before.detach(), (before - after).detach() * rows, len(written), held
 
 
-def test_the_clipped_sum_of_both_ranks() -> None:
+@pytest.mark.parametrize("room_is_dear", [False, True])
+def test_the_clipped_sum_of_both_ranks(room_is_dear: bool) -> None:
     """Seen to fail: memory for the shard of a second microbatch cost the bucket its places, and what had been written there
     was copied onto itself; and, with `fill` not clearing what is missing, by what an earlier unit had left."""
-    before, released, in_place = run(last_release, RANKS)[0]
+    before, released, in_place, held = run(last_release, RANKS, room_is_dear)[0]
     assert in_place > STEPS * MICROBATCHES
+    assert held == {0} if room_is_dear else max(held) > 0
     model = Model()
     nn.utils.vector_to_parameters(before, model.parameters())
     of_rows = torch.cat(

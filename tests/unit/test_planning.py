@@ -49,17 +49,18 @@ def test_what_is_kept_is_known_to_the_byte(side):
     optimizer = at(traced(side), "optimizer")
     shard, rotary = 4 * WHOLE // RANKS, 2 * 2 * 4 * 8 * 4  # fp32; a table of cos and sin in each block
     assert optimizer[PARAMETERS] == shard + rotary
-    assert optimizer[GRADIENTS] == shard
+    assert shard <= optimizer[GRADIENTS] + optimizer.get(SUMS, 0) <= shard + 100  # gradients are released in their place
     counters = 4 * (3 + 9 * 2)  # Adam's step counts
     assert optimizer[STATE] == 2 * shard + counters
-    assert optimizer.get(SUMS, 0) <= 100  # gradients are released in their place
 
 
-def test_a_private_side_keeps_two_buckets_of_the_largest_unit():
+def test_a_private_side_has_two_buckets_of_the_largest_unit_while_it_sums():
+    """And none beside the activations of the loss. Seen to fail where `settle` gave nothing back."""
     root, block = 4 * (2 * 64 * 16 + 16), 4 * (WHOLE - 2 * 64 * 16 - 16) // 2
     shards = (root + max(root, block)) // RANKS
-    kept = at(traced("flat"), "optimizer")[UNITS]
+    kept = at(traced("flat"), "sum")[UNITS]
     assert 2 * max(root, block) <= kept <= 2 * root + 2 * block + shards
+    assert at(traced("flat"), "loss")[UNITS] == at(traced("plain"), "loss")[UNITS]
 
 
 def test_flat_clipping_keeps_the_factors_of_every_linear():
