@@ -70,11 +70,12 @@ class Bounds:
         """What a row's gradient may weigh in a group, as computed."""
         return self.of_groups[group] * (self.for_a_row / self.max_grad_norm)
 
-    def count(self, group: int, rows: RowWeights, mask_B: Tensor, bound: float) -> None:
-        """Rows of a finished microbatch within the group's bound, and beyond it: ±1/2 each, padding nothing."""
+    def count(self, groups: Sequence[int], rows: RowWeights, mask_B: Tensor, bounds: Sequence[float]) -> None:
+        """Rows ``[K, B]`` of a finished microbatch within each group's bound, and beyond it: ±1/2 each, padding nothing."""
         if self._privacy.adaptive_bounds is not None:
-            within_B = rows.keep_B & (rows.norm_B <= bound)
-            self._excess[group] += torch.where(mask_B, torch.where(within_B, 0.5, -0.5), 0.0).sum()
+            for number, (group, bound) in enumerate(zip(groups, bounds, strict=True)):
+                within_B = rows.keep_B[number] & (rows.norm_B[number] <= bound)
+                self._excess[group] += torch.where(mask_B, torch.where(within_B, 0.5, -0.5), 0.0).sum()
 
     def discard_counts(self) -> None:
         self._excess.zero_()

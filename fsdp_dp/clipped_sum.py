@@ -2,7 +2,8 @@
 
     use      one call of a layer, reported by its tap: per-sample gradients of the layer's parameters   [layers]
     group    once all uses of its parameters are in: norms, weights, weighted sums; its records are free from here on
-             (a single group takes the norms of a unit as soon as it can, beside backward)
+             (a single group takes the norms of a unit as soon as it can, beside backward; groups of one block are clipped
+             together, once the last of them is complete)
     unit     once all its parameters are summed: reduce-scattered                                       [sharding]
 
 What backward never reports (a layer that the loss does not use) is taken care of at its end. Units are reduced in one
@@ -13,20 +14,20 @@ A single group needs every norm, so it waits for the end of backward, where no c
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
 from fsdp_dp.clipping import RowWeights
 from fsdp_dp.errors import UnsupportedModelError
-from fsdp_dp.gradients import NormTally, NormTerms, PerSampleGradient, combine, is_small_vector, weighted_sums
-from fsdp_dp.groups import Group
+from fsdp_dp.gradients import NormTally, PerSampleGradient, TermsOfGroups, combine, is_small_vector, weighted_sums
+from fsdp_dp.groups import Group, groups_of_blocks
 from fsdp_dp.methods import Measured
 from fsdp_dp.sharding import ShardedModel
 from fsdp_dp.side_stream import SideStream
 
-Weigh = Callable[[int, NormTerms], RowWeights]
+Weigh = Callable[[Sequence[int], TermsOfGroups], RowWeights]
 
 
 class ClippingPlan:
@@ -35,7 +36,8 @@ class ClippingPlan:
     Attributes:
         groups: in the order of registration; backward is expected to finish them from the last to the first.
         streams: groups are clipped within backward, not at its end.
-        parts: of every group, unit -> its parameters, in the order in which units are reduced.
+        batches: groups that are clipped together, in as many launches as one of them; expected in this order.
+        parts: of every batch, unit -> its parameters, in the order in which units are reduced.
         side: where the norms of a group that does not stream are taken.
     """
 
@@ -45,15 +47,22 @@ class ClippingPlan:
         self.group_of = {name: index for index, group in enumerate(groups) for name in group.parameters}
         self.unit_of = {p.name: p.unit for p in model.parameters}
         self.is_split = {p.name: p.split for p in model.parameters}
-        self.group_order = list(reversed(range(len(groups))))
+        self.batches = groups_of_blocks(groups, self.unit_of)
+        self.batch_of = {group: number for number, batch in enumerate(self.batches) for group in batch}
+        self.owner_of = {
+            name: batch.index(self.group_of[name]) for batch in self.batches for name in self._names(batch)
+        }
         self.unit_order = list(reversed(range(model.unit_count)))
         self.parameters_of_unit = Counter(self.unit_of.values())
-        self.parts = [self._by_unit(group) for group in groups]
+        self.parts = [self._by_unit(batch) for batch in self.batches]
         self.side = SideStream(model.device)
 
-    def _by_unit(self, group: Group) -> dict[int, list[str]]:
+    def _names(self, batch: Sequence[int]) -> list[str]:
+        return [name for group in batch for name in self.groups[group].parameters]
+
+    def _by_unit(self, batch: Sequence[int]) -> dict[int, list[str]]:
         units: dict[int, list[str]] = defaultdict(list)
-        for name in sorted(group.parameters, key=lambda name: -self.unit_of[name]):
+        for name in sorted(self._names(batch), key=lambda name: -self.unit_of[name]):
             units[self.unit_of[name]].append(name)
         return units
 
@@ -63,24 +72,26 @@ class ClippedSum:
 
     Args:
         rows: of the microbatch, on this rank.
-        weigh: from the index of a group and its norms to the weights of the rows.
+        weigh: from the indices of groups and their norms to the weights of the rows, ``[K, B]``.
     """
 
     def __init__(self, plan: ClippingPlan, rows: int, weigh: Weigh) -> None:
         self._plan, self._rows, self._weigh = plan, rows, weigh
         self._uses: dict[str, list[PerSampleGradient]] = {}
-        self._outstanding, self._of_part = Counter[int](), Counter[int]()
+        self._outstanding, self._of_batch, self._of_part = Counter[int](), Counter[int](), Counter[int]()
         self._gradients: dict[str, PerSampleGradient] = {}
         self._whole = NormTally(rows, plan.model.device)
         self._split = NormTally(rows, plan.model.device) if plan.model.split_group is not None else None
-        self._groups, self._units = list(plan.group_order), list(plan.unit_order)
+        self._batches, self._units = list(range(len(plan.batches))), list(plan.unit_order)
         self._begun = False
         self._unsummed = Counter(plan.parameters_of_unit)
         self._sums: dict[int, dict[str, Tensor]] = defaultdict(dict)
 
     def expect(self, name: str) -> None:
         """The forward uses a parameter (once more)."""
-        self._outstanding[self._plan.group_of[name]] += 1
+        group = self._plan.group_of[name]
+        self._outstanding[group] += 1
+        self._of_batch[self._plan.batch_of[group]] += 1
         self._of_part[self._plan.unit_of[name]] += 1
 
     def report(self, name: str, gradient: PerSampleGradient | None) -> None:
@@ -94,7 +105,9 @@ class ClippedSum:
         elif not self._plan.streams:
             return  # nobody waits for it before the end, and a backward inside of this one may come to it yet
         group, unit = self._plan.group_of[name], self._plan.unit_of[name]
+        batch = self._plan.batch_of[group]
         self._outstanding[group] -= 1
+        self._of_batch[batch] -= 1
         self._of_part[unit] -= 1
         if self._outstanding[group] < 0:
             raise UnsupportedModelError(
@@ -102,15 +115,15 @@ class ClippedSum:
                 "autograd.Function that runs layers under torch.enable_grad()), when its clipping group was thought to be "
                 "complete. Call the layer outside of the function, or take clipping='flat'"
             )
-        if self._plan.streams and self._outstanding[group] == 0:
-            self._clip_ready_groups(group)
+        if self._plan.streams and self._of_batch[batch] == 0:
+            self._clip_ready_batches(batch)
         elif not self._plan.streams and self._of_part[unit] == 0:
-            self._measure(self._plan.parts[group][unit], self._plan.side.beside)
+            self._measure(self._plan.parts[batch][unit], self._plan.side.beside)
 
     def finish(self) -> None:
         """The backward is over: what was not reported has no gradient."""
-        while self._groups:
-            self._clip(self._groups[0])
+        while self._batches:
+            self._clip(self._batches[0])
         del self._weigh  # it refers back to the microbatch, which would wait for the garbage collector
 
     @property
@@ -118,38 +131,40 @@ class ClippedSum:
         """The per-sample gradients that are kept at this moment."""
         return [gradient for uses in self._uses.values() for gradient in uses] + list(self._gradients.values())
 
-    def _clip_ready_groups(self, latest: int) -> None:
+    def _clip_ready_batches(self, latest: int) -> None:
         """Norms that ranks add up are taken in order; others as they come, so that records are freed at once.
 
         The first time, groups that nothing is expected of are ready as well; from then on only the ``latest`` can be.
         """
         in_order = self._plan.model.split_group is not None
         if self._begun and not in_order:
-            if latest in self._groups:
+            if latest in self._batches:
                 self._clip(latest)
             return
         self._begun = True
-        for index in list(self._groups):
-            if self._outstanding[index] == 0:
-                self._clip(index)
+        for batch in list(self._batches):
+            if self._of_batch[batch] == 0:
+                self._clip(batch)
             elif in_order:
                 return
 
-    def _clip(self, index: int) -> None:
-        self._groups.remove(index)
-        self._measure(self._plan.groups[index].parameters)
+    def _clip(self, batch: int) -> None:
+        self._batches.remove(batch)
+        groups, owners = self._plan.batches[batch], self._plan.owner_of
+        for names in self._plan.parts[batch].values():
+            self._measure(names)
         self._plan.side.join()
-        rows = self._weigh(index, self._norm_terms())
+        rows = self._weigh(groups, self._terms_of(len(groups)))
         # A single group has the vectors of all units, which are summed together.
         vectors = {} if self._plan.streams else {n: g for n, g in self._gradients.items() if is_small_vector(g)}
-        sums_of_vectors = weighted_sums(vectors, rows.weight_B, rows.keep_B)
-        for unit, names in self._plan.parts[index].items():
+        sums_of_vectors = weighted_sums(vectors, rows.weight_B, rows.keep_B, owners=owners)
+        for unit, names in self._plan.parts[batch].items():
             of_unit = {name: self._gradients.pop(name) for name in names if name in self._gradients}
             # A unit that is summed as a whole, and is the next to be reduced, needs no room besides its bucket.
             alone = self._units[:1] == [unit] and self._unsummed[unit] == len(names)
             places = self._plan.model.places(unit) if alone else {}
             others = {name: gradient for name, gradient in of_unit.items() if name not in vectors}
-            self._sums[unit] |= weighted_sums(others, rows.weight_B, rows.keep_B, places)
+            self._sums[unit] |= weighted_sums(others, rows.weight_B, rows.keep_B, places, owners)
             if vectors:
                 self._sums[unit] |= {name: sums_of_vectors.pop(name) for name in of_unit if name in vectors}
             self._unsummed[unit] -= len(names)
@@ -168,15 +183,22 @@ class ClippedSum:
         is_split, now = self._plan.is_split, self._plan.streams
         with where():
             if self._split is None:
-                self._whole.add(list(gradients.values()), all_wait=now)
+                self._add(self._whole, gradients, all_wait=now)
             else:
-                self._split.add([g for name, g in gradients.items() if is_split[name]], all_wait=now)
-                self._whole.add([g for name, g in gradients.items() if not is_split[name]], all_wait=now)
+                self._add(self._split, {n: g for n, g in gradients.items() if is_split[n]}, all_wait=now)
+                self._add(self._whole, {n: g for n, g in gradients.items() if not is_split[n]}, all_wait=now)
 
-    def _norm_terms(self) -> NormTerms:
+    def _add(self, tally: NormTally, gradients: Mapping[str, PerSampleGradient], *, all_wait: bool) -> None:
+        owner_of = self._plan.owner_of
+        tally.add(list(gradients.values()), [owner_of[name] for name in gradients], all_wait=all_wait)
+
+    def _terms_of(self, groups: int) -> TermsOfGroups:
         """Squared norms over what was measured, and over all ranks that hold a part of a row's gradient."""
-        whole = self._whole.total()
-        return whole if self._split is None else self._plan.model.sum_split_norms(self._split.total(), whole)
+        whole = self._whole.measured(groups)
+        if self._split is None:
+            return whole
+        split = self._split.measured(groups).of_groups()
+        return TermsOfGroups.of(self._plan.model.sum_split_norms(split, whole.of_groups()))
 
     def _reduce_ready_units(self) -> None:
         while self._units and self._unsummed[self._units[0]] == 0:

@@ -16,7 +16,7 @@ import dataclasses
 import math
 import struct
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -40,7 +40,7 @@ from fsdp_dp.coverage import (
 )
 from fsdp_dp.errors import BudgetExceededError, NoEpsilonWarning, PrivacyError, UnsupportedModelError
 from fsdp_dp.examination import Examination
-from fsdp_dp.gradients import NormTerms
+from fsdp_dp.gradients import TermsOfGroups
 from fsdp_dp.groups import Place, blocks_of_units, clipping_groups
 from fsdp_dp.guards import Mechanism, ReleaseGuard
 from fsdp_dp.kernels.release import Segment, Verdict, privatize_all_
@@ -468,7 +468,7 @@ class PrivacyEngine:
         mask, from_loader = intake.next_mask(rows, pending=self._batch.pending > 0)
         vouched = from_loader or self.privacy.sampling == "external_poisson"
         microbatch = Microbatch(rows, to_device(mask.to(torch.bool), self.model.device), vouched)
-        microbatch.sums = ClippedSum(self._plan, rows, lambda group, terms: self._weigh(microbatch, group, terms))
+        microbatch.sums = ClippedSum(self._plan, rows, lambda groups, terms: self._weigh(microbatch, groups, terms))
         return microbatch
 
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -499,13 +499,13 @@ class PrivacyEngine:
             microbatch.sums.finish()
             self._account_rows(microbatch)
 
-    def _weigh(self, microbatch: Microbatch, group: int, terms: NormTerms) -> RowWeights:
-        """Clip weights of a group's rows, from their norms."""
-        bound = self._bounds.of_row_in(group)
+    def _weigh(self, microbatch: Microbatch, groups: Sequence[int], terms: TermsOfGroups) -> RowWeights:
+        """Clip weights ``[K, B]`` of some groups' rows, from their norms."""
+        bounds = [self._bounds.of_row_in(group) for group in groups]
         rows = row_weights(
             terms,
             microbatch.mask_B,
-            bound=bound,
+            bound=bounds,
             loss_factor=microbatch.rows if self.privacy.loss_reduction == "mean" else 1,
             numerics=self.privacy.numerics,
             dtype=self.dtype,
@@ -513,7 +513,7 @@ class PrivacyEngine:
             stability=self.privacy.clip_stability,
             totals=microbatch.totals,
         )
-        self._bounds.count(group, rows, microbatch.mask_B, bound)
+        self._bounds.count(groups, rows, microbatch.mask_B, bounds)
         return rows
 
     def _account_rows(self, microbatch: Microbatch) -> None:

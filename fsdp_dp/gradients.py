@@ -86,6 +86,37 @@ class NormTerms:
         return NormTerms.unstack(torch.zeros(3, rows, dtype=torch.float64, device=device))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TermsOfGroups:
+    """Terms of whatever was measured by itself, ``terms_n3B`` float64, and which of some groups each of the n belongs to."""
+
+    terms_n3B: Tensor
+    owners: tuple[int, ...]
+    groups: int
+
+    def of_groups(self) -> NormTerms:
+        """Those of every group, ``[K, B]`` each."""
+        whole = self.terms_n3B
+        if self.groups == 1:
+            return NormTerms.unstack((whole[0] if len(whole) == 1 else whole.sum(0))[:, None])
+        if self.owners == tuple(range(self.groups)):
+            return NormTerms.unstack(whole.transpose(0, 1))
+        entries = whole.unbind()
+        none = torch.zeros_like(whole[0]) if set(range(self.groups)) - set(self.owners) else None
+        sums = []
+        for group in range(self.groups):
+            own = [x for x, owner in zip(entries, self.owners, strict=True) if owner == group]
+            sums.append(none if not own else own[0] if len(own) == 1 else torch.stack(own).sum(0))
+        return NormTerms.unstack(torch.stack(sums, 1))  # type: ignore[arg-type]
+
+    @staticmethod
+    def of(terms: NormTerms) -> TermsOfGroups:
+        """What is known of groups ``[K, B]``, or of one ``[B]``."""
+        stacked = torch.stack([terms.norm_sq, terms.error, terms.rounding_sq], -2)
+        terms_n3B = stacked if stacked.ndim == 3 else stacked[None]
+        return TermsOfGroups(terms_n3B=terms_n3B, owners=tuple(range(len(terms_n3B))), groups=len(terms_n3B))
+
+
 class PerSampleGradient(Protocol):
     """The gradient of one parameter for every row of a microbatch, in whatever form is cheapest."""
 
@@ -267,12 +298,16 @@ def _fused_norm_terms(outers: Sequence[OuterProduct]) -> NormTerms:
     return NormTerms.unstack(norms.terms().sum(0))
 
 
-def _add_sharing_inputs(norms: fused.GhostNorms, outers: Sequence[OuterProduct]) -> None:
-    groups: dict[tuple[int, ...], tuple[Tensor, list[Tensor]]] = {}
-    for outer in outers:
+def _add_sharing_inputs(
+    norms: fused.GhostNorms, outers: Sequence[OuterProduct], owners: Sequence[int] | None = None
+) -> None:
+    inputs: dict[tuple[int, ...], tuple[Tensor, list[Tensor], list[int]]] = {}
+    for number, outer in enumerate(outers):
         a = outer.a_BTD
-        groups.setdefault((a.data_ptr(), *a.shape, *a.stride()), (a, []))[1].append(outer.g_BTP)
-    norms.add(list(groups.values()))
+        _, gs, whose = inputs.setdefault((a.data_ptr(), *a.shape, *a.stride()), (a, [], []))
+        gs.append(outer.g_BTP)
+        whose.append(0 if owners is None else owners[number])
+    norms.add([(a, gs) for a, gs, _ in inputs.values()], [whose for *_, whose in inputs.values()])
 
 
 def _token_norms(a_BTD: Tensor, g_BTP: Tensor) -> tuple[Tensor, Tensor]:
@@ -496,51 +531,71 @@ def combine(uses: Sequence[PerSampleGradient]) -> PerSampleGradient:
 
 
 class NormTally:
-    """Norm terms of the parameters that are added, until `total`, in as few kernels as they can be measured in.
+    """Norm terms of the parameters that are added, until `measured`, in as few kernels as they can be measured in.
 
-    Stored gradients of vectors wait for `total`, and so does the end of what `fused.GhostNorms` measures.
+    Stored gradients of vectors wait for `measured`, and so does the end of what `fused.GhostNorms` measures.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self._rows, self._device = rows, device
         self._ghosts: fused.GhostNorms | None = None
         self._terms: list[Tensor] = []
-        self._waiting: dict[torch.dtype, list[Tensor]] = {}
+        self._owners: list[int] = []
+        self._waiting: dict[tuple[int, torch.dtype], list[Tensor]] = {}
 
-    def add(self, gradients: Sequence[PerSampleGradient], *, all_wait: bool = False) -> None:
-        """With ``all_wait``, all stored gradients wait."""
-        outers, now = [], dict[torch.dtype, list[Tensor]]()
-        for gradient in gradients:
+    def add(
+        self, gradients: Sequence[PerSampleGradient], owners: Sequence[int] | None = None, *, all_wait: bool = False
+    ) -> None:
+        """``owners`` says which group each is in, 0 if nothing is said. With ``all_wait``, all stored gradients wait."""
+        outers: list[OuterProduct] = []
+        of_outers: list[int] = []
+        now: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        for number, gradient in enumerate(gradients):
+            owner = 0 if owners is None else owners[number]
             if isinstance(gradient, OuterProduct) and gradient.in_fused_gram:
                 outers.append(gradient)
+                of_outers.append(owner)
             elif isinstance(gradient, Materialized | IndexedRows):
                 value = gradient.value if isinstance(gradient, Materialized) else gradient.value_BTP
                 waits = self._waiting if all_wait or is_small_vector(gradient) else now
-                waits.setdefault(value.dtype, []).append(value)
+                waits.setdefault((owner, value.dtype), []).append(value)
             else:
-                self._terms.append(gradient.norm_terms().stack())
+                self._take(owner, gradient.norm_terms())
         if outers:
             self._ghosts = self._ghosts or fused.GhostNorms(self._rows, self._device)
-            _add_sharing_inputs(self._ghosts, outers)
-        self._terms += [_stored_norm_terms(values).stack() for values in now.values()]
+            _add_sharing_inputs(self._ghosts, outers, of_outers)
+        self._measure_stored(now)
 
-    def total(self) -> NormTerms:
-        """Of all that was added since the last call."""
-        parts = [*self._terms, *(_stored_norm_terms(values).stack() for values in self._waiting.values())]
-        stacked = [torch.stack(parts)] if parts else []
-        stacked += [self._ghosts.terms()] if self._ghosts is not None else []
-        self._terms, self._waiting, self._ghosts = [], {}, None
-        if not stacked:
-            return NormTerms.zeros(self._rows, self._device)
-        terms = stacked[0] if len(stacked) == 1 else torch.cat(stacked)
-        return NormTerms.unstack(terms[0] if len(terms) == 1 else terms.sum(0))
+    def _take(self, owner: int, terms: NormTerms) -> None:
+        self._terms.append(terms.stack())
+        self._owners.append(owner)
+
+    def _measure_stored(self, values: Mapping[tuple[int, torch.dtype], list[Tensor]]) -> None:
+        for (owner, _), of_owner in values.items():
+            self._take(owner, _stored_norm_terms(of_owner))
+
+    def measured(self, groups: int = 1) -> TermsOfGroups:
+        """Of all that was added since the last call, to so many groups."""
+        self._measure_stored(self._waiting)
+        owners = self._owners
+        parts = [torch.stack(self._terms)] if self._terms else []
+        if self._ghosts is not None:
+            owners = owners + self._ghosts.owners
+            parts.append(self._ghosts.terms())
+        self._terms, self._owners, self._waiting, self._ghosts = [], [], {}, None
+        if not parts:
+            parts, owners = [torch.zeros(1, 3, self._rows, dtype=torch.float64, device=self._device)], [0]
+        return TermsOfGroups(
+            terms_n3B=parts[0] if len(parts) == 1 else torch.cat(parts), owners=tuple(owners), groups=groups
+        )
 
 
 def total_norm_terms(gradients: Sequence[PerSampleGradient], rows: int, device: torch.device) -> NormTerms:
     """The sum of the norm terms of several parameters."""
     tally = NormTally(rows, device)
     tally.add(gradients, all_wait=True)
-    return tally.total()
+    terms = tally.measured().of_groups()
+    return NormTerms(norm_sq=terms.norm_sq[0], error=terms.error[0], rounding_sq=terms.rounding_sq[0])
 
 
 def is_small_vector(gradient: PerSampleGradient) -> bool:
@@ -554,27 +609,39 @@ def _is_small(gradient: PerSampleGradient) -> bool:
 
 def weighted_sums(
     gradients: Mapping[str, PerSampleGradient],
-    weight_B: Tensor,
-    keep_B: Tensor,
+    weight_KB: Tensor,
+    keep_KB: Tensor,
     into: Mapping[str, Tensor] | None = None,
+    owners: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """``weighted_sum`` of each; small stored gradients together, in one product.
 
-    ``weight_B`` is zero for rows that are not kept, as `clipping.RowWeights` has it: all that kernels ask about them. Sums
-    that kernels make are written to their place ``into``, if there is one (see `fused.weighted_outers`).
+    Weights are ``[B]``, the same for all, or ``[K, B]``, of which each takes its owner's. A weight is zero for rows that are
+    not kept, as `clipping.RowWeights` has it: all that kernels ask about them. Sums that kernels make are written to their
+    place ``into``, if there is one (see `fused.weighted_outers`).
     """
     into = into or {}
     together = {n: g for n, g in gradients.items() if isinstance(g, OuterProduct) and g.is_fused}
     small = {n: g.value for n, g in gradients.items() if n not in together and _is_small(g)}  # type: ignore[attr-defined]
     others = {n: g for n, g in gradients.items() if n not in together and n not in small}
-    sums = {n: g.weighted_sum(weight_B, keep_B) for n, g in others.items()}
+    rows = [(weight_KB, keep_KB)] if owners is None else list(zip(weight_KB.unbind(), keep_KB.unbind(), strict=True))
+    owner_of = dict.fromkeys(gradients, 0) if owners is None else owners
+    sums = {n: g.weighted_sum(*rows[owner_of[n]]) for n, g in others.items()}
     if together:
-        found = fused.weighted_outers([(g.a_BTD, g.g_BTP, into.get(n)) for n, g in together.items()], weight_B)
+        found = fused.weighted_outers(
+            [(g.a_BTD, g.g_BTP, into.get(n)) for n, g in together.items()],
+            weight_KB,
+            None if owners is None else [owners[n] for n in together],
+        )
         sums |= dict(zip(together, found, strict=True))
-    for part in _portions(small):
-        joint = Materialized(_side_by_side(list(part.values()))).weighted_sum(weight_B, keep_B)
-        pieces = joint.split([x.numel() // len(x) for x in part.values()])
-        sums |= {n: piece.view(x.shape[1:]) for (n, x), piece in zip(part.items(), pieces, strict=True)}
+    of_owner: dict[int, dict[str, Tensor]] = {}
+    for name, value in small.items():
+        of_owner.setdefault(owner_of[name], {})[name] = value
+    for owner, values in of_owner.items():
+        for part in _portions(values):
+            joint = Materialized(_side_by_side(list(part.values()))).weighted_sum(*rows[owner])
+            pieces = joint.split([x.numel() // len(x) for x in part.values()])
+            sums |= {n: piece.view(x.shape[1:]) for (n, x), piece in zip(part.items(), pieces, strict=True)}
     return sums
 
 

@@ -129,12 +129,39 @@ def _given_bounds(names: Sequence[str], bounds: Mapping[str, float], max_grad_no
     return {name: float(bounds[name]) for name in names}
 
 
-def blocks_of_units(unit_of: Mapping[str, int]) -> dict[str, str]:
-    """Parameter -> name of its FSDP unit: the path that all parameters of the unit share, ``"root"`` where that is none."""
+def groups_of_blocks(groups: Sequence[Group], unit_of: Mapping[str, int]) -> list[tuple[int, ...]]:
+    """Groups that can wait for each other without keeping records for long: those inside of one block of the model.
+
+    A block is a unit below which no other unit lies; the layers of others, as embeddings and head, are a whole backward
+    apart. In the order in which backward is expected to finish them: from the last to the first.
+    """
+    paths = _paths(unit_of)
+    outer = {
+        unit
+        for unit, path in paths.items()
+        for other, its in paths.items()
+        if other != unit and its[: len(path)] == path
+    }
+    together: dict[tuple[object, ...], list[int]] = {}
+    for number, group in enumerate(groups):
+        units = {unit_of[name] for name in group.parameters}
+        alone = len(units) > 1 or len(paths) == 1 or bool(units & outer)
+        together.setdefault(("group", number) if alone else ("unit", *units), []).append(number)
+    return sorted(map(tuple, together.values()), key=lambda batch: -batch[0])
+
+
+def _paths(unit_of: Mapping[str, int]) -> dict[int, list[str]]:
+    """Unit -> the path that all its parameters share."""
     paths: dict[int, list[str]] = {}
     for name, unit in unit_of.items():
         path = name.split(".")[:-1]
         paths[unit] = _common_start(paths.get(unit, path), path)
+    return paths
+
+
+def blocks_of_units(unit_of: Mapping[str, int]) -> dict[str, str]:
+    """Parameter -> name of its FSDP unit: the path that all parameters of the unit share, ``"root"`` where that is none."""
+    paths = _paths(unit_of)
     names = {unit: ".".join(path) or "root" for unit, path in paths.items()}
     unique = {
         unit: name if list(names.values()).count(name) == 1 else f"{name} ({unit})" for unit, name in names.items()

@@ -63,6 +63,9 @@ _LONGEST_SQ = tl.constexpr(2.0**126)
 Inputs = Sequence[tuple[Tensor, Sequence[Tensor]]]
 """``(a_BTD, gs)``: an input, and the output gradients ``[B, T, P_l]`` of the layers that were given it."""
 
+_Owned = Sequence[tuple[Tensor, Sequence[Tensor], Sequence[int]]]
+"""The same, with whose each layer is."""
+
 
 class GhostNorms:
     """Collects layers, in one launch for those that are added together, and measures all of them in a last one.
@@ -70,6 +73,9 @@ class GhostNorms:
     Args:
         rows: of every layer.
         roundoff: of one accumulation step of a product on this device (`numerics.tensor_core_roundoff`).
+
+    Attributes:
+        owners: whose each of the layers is that `terms` tells of next, in its order.
     """
 
     def __init__(self, rows: int, device: torch.device, roundoff: float) -> None:
@@ -78,11 +84,14 @@ class GhostNorms:
         self._used = 0
         self._layers: list[tuple[int, ...]] = []
         self._measured: list[Tensor] = []
+        self.owners: list[int] = []
 
-    def add(self, inputs: Inputs) -> None:
-        """All tensors of a launch have one dtype, and are as `outer` hands them over."""
-        for part in _launches(inputs, self._rows, self._device):
-            self._add(part)
+    def add(self, inputs: Inputs, owners: Sequence[Sequence[int]] | None = None) -> None:
+        """All tensors of a launch have one dtype, and are as `outer` hands them over. ``owners`` of every input's layers."""
+        owned = [(a, gs, [0] * len(gs) if owners is None else owners[number]) for number, (a, gs) in enumerate(inputs)]
+        for part in _launches(owned, self._rows, self._device):
+            self._add([(a, gs) for a, gs, _ in part])
+            self.owners += [owner for *_, of_input in part for owner in of_input]
 
     def _add(self, inputs: Inputs) -> None:
         B = self._rows
@@ -105,7 +114,7 @@ class GhostNorms:
     def terms(self) -> Tensor:
         """float64 ``[n, 3, B]``, each as `NormTerms.stack`; their sum is that of all layers since the last call."""
         self._measure()
-        measured, self._measured = self._measured, []
+        measured, self._measured, self.owners = self._measured, [], []
         return measured[0] if len(measured) == 1 else torch.cat(measured)
 
     def _take(self, numel: int) -> int:
@@ -136,24 +145,25 @@ _ROOM = 1 << 18
 """Sums that wait for a last launch, if one layer does not have more."""
 
 
-def _launches(inputs: Inputs, rows: int, device: torch.device) -> Iterator[Inputs]:
+def _launches(inputs: _Owned, rows: int, device: torch.device) -> Iterator[_Owned]:
     """Parts that one launch takes: of one dtype and one size of tiles, not too many inputs and layers.
 
     Where each fills the GPU, narrow ones are apart from those that are contracted in chunks, at whose ends loads stop.
     """
-    alike: dict[tuple[torch.dtype, bool, bool], list[tuple[Tensor, Sequence[Tensor]]]] = {}
-    apart = sum(rows * _pairs(a.shape[1], device) for a, _ in inputs) >= _programs_that_fill(device)
-    for a, gs in inputs:
+    alike: dict[tuple[torch.dtype, bool, bool], list[tuple[Tensor, Sequence[Tensor], Sequence[int]]]] = {}
+    apart = sum(rows * _pairs(a.shape[1], device) for a, *_ in inputs) >= _programs_that_fill(device)
+    for a, gs, owners in inputs:
         wide = apart and max(x.shape[2] for x in (a, *gs)) > CHUNK.value
         of_form = alike.setdefault((a.dtype, a.shape[1] <= _SHORT, wide), [])
-        of_form += [(a, gs[first : first + MOST_LAYERS]) for first in range(0, len(gs), MOST_LAYERS)]
+        for first in range(0, len(gs), MOST_LAYERS):
+            of_form.append((a, gs[first : first + MOST_LAYERS], owners[first : first + MOST_LAYERS]))
     for of_form in alike.values():
-        part: list[tuple[Tensor, Sequence[Tensor]]] = []
-        for a, gs in of_form:
-            if len(part) == MOST_INPUTS or sum(len(layers) for _, layers in part) + len(gs) > MOST_LAYERS:
+        part: list[tuple[Tensor, Sequence[Tensor], Sequence[int]]] = []
+        for a, gs, owners in of_form:
+            if len(part) == MOST_INPUTS or sum(len(layers) for _, layers, _ in part) + len(gs) > MOST_LAYERS:
                 yield part
                 part = []
-            part.append((a, gs))
+            part.append((a, gs, owners))
         yield part
 
 

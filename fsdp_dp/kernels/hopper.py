@@ -27,8 +27,9 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 MOST = 8
 """Sums of one launch: the Linears of a block."""
 
-FIELDS = gl.constexpr(7)
-"""What the table says of each of them: T, P, D, ``rows``, ``slice_stride``, ``row_stride`` and its first tile."""
+FIELDS = gl.constexpr(8)
+"""What the table says of each of them: T, P, D, ``rows``, ``slice_stride``, ``row_stride``, its first tile and where the
+weights of its rows begin."""
 
 
 def form_of_weighted_outers(dtype: torch.dtype, tiles: Tiles) -> tuple[Any, tuple[Any, ...], tuple[Any, Any]]:
@@ -102,6 +103,7 @@ def _load(shared, where, weight, factors):
     for program in range(gl.program_id(0), programs, gl.num_programs(0)):
         number, own, p, d = _tile(table, count, program, tiles_g.shape[2], tiles_a.shape[2])
         T = gl.load(own).to(gl.int32)
+        of_rows = weight + gl.load(own + 7)
         g, a = g0, a0
         if number == 1:
             g, a = g1, a1
@@ -118,7 +120,7 @@ def _load(shared, where, weight, factors):
         if number == 7:
             g, a = g7, a7
         for i in range(B):
-            if gl.load(weight + i) != 0:
+            if gl.load(of_rows + i) != 0:
                 for t in range(0, T, DEPTH):
                     stage = filled % STAGES
                     mbarrier.wait(empty.index(stage), (filled // STAGES + 1) & 1)
@@ -148,10 +150,11 @@ def _multiply(shared, where, weight, outs, ALIGNED: gl.constexpr, WARPS: gl.cons
     for program in range(gl.program_id(0), programs, gl.num_programs(0)):
         number, own, p, d = _tile(table, count, program, ROWS, COLUMNS)
         T = gl.load(own).to(gl.int32)
+        of_rows = weight + gl.load(own + 7)
         total = gl.zeros([ROWS, COLUMNS], gl.float32, layout)
         last = 1.0
         for i in range(B):
-            w = gl.load(weight + i)
+            w = gl.load(of_rows + i)
             if w != 0:
                 total = total * (last / w)
                 last = w

@@ -35,15 +35,18 @@ def _runs_on(device: torch.device) -> bool:
     return kernels.available(device) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def weighted_outers(sums: Sequence[tuple[Tensor, Tensor, Tensor | None]], weight_B: Tensor) -> list[Tensor]:
+def weighted_outers(
+    sums: Sequence[tuple[Tensor, Tensor, Tensor | None]], weight_KB: Tensor, owners: Sequence[int] | None = None
+) -> list[Tensor]:
     """``sum_i w_i g_i^T a_i`` ``[P, D]`` float32 of every ``(a_BTD, g_BTP, out)``, in ``out`` where one is given.
 
-    Rows of weight zero are not looked at. An ``out`` may be ``[W, P / W, D]`` with any strides but a last one of 1.
+    ``weight_KB`` is ``[B]``, the same weights for all sums, or ``[K, B]``, of which every sum takes its owner's. Rows of
+    weight zero are not looked at. An ``out`` may be ``[W, P / W, D]`` with any strides but a last one of 1.
     """
     from fsdp_dp.kernels import weighted_outer as implementation
 
     whole = [(_readable(a), _readable(g), _room(a, g) if out is None else out) for a, g, out in sums]
-    implementation.weighted_outers(whole, weight_B)
+    implementation.weighted_outers(whole, weight_KB, owners)
     return [out for _, _, out in whole]
 
 
@@ -64,9 +67,19 @@ class GhostNorms:
 
         self._norms = ghost_norm.GhostNorms(rows, device, tensor_core_roundoff(device))
 
-    def add(self, inputs: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> None:
-        """``(a_BTD, gs)``: each input once, with the output gradients ``[B, T, P_l]`` of the layers that were given it."""
-        self._norms.add([(_readable(a), [_readable(g) for g in gs]) for a, gs in inputs])
+    def add(
+        self, inputs: Sequence[tuple[Tensor, Sequence[Tensor]]], owners: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        """``(a_BTD, gs)``: each input once, with the output gradients ``[B, T, P_l]`` of the layers that were given it.
+
+        ``owners`` says of each of these layers which clipping group it is in, 0 if nothing is said.
+        """
+        self._norms.add([(_readable(a), [_readable(g) for g in gs]) for a, gs in inputs], owners)
+
+    @property
+    def owners(self) -> list[int]:
+        """Whose each of the n is that `terms` gives next."""
+        return self._norms.owners
 
     def terms(self) -> Tensor:
         """float64 ``[n, 3, B]``, whose sum over n is that of all layers since the last call."""

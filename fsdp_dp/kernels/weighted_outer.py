@@ -40,51 +40,57 @@ GROUP = tl.constexpr(8)
 """Tiles of consecutive programs share their columns in groups of this many rows of tiles, so that L2 holds them."""
 
 
-def weighted_outers(sums: Sequence[tuple[Tensor, Tensor, Tensor]], weight_B: Tensor) -> None:
+def weighted_outers(
+    sums: Sequence[tuple[Tensor, Tensor, Tensor]], weight_KB: Tensor, owners: Sequence[int] | None = None
+) -> None:
     """Write ``sum_i w_i g_i^T a_i`` into ``out`` for every ``(a_BTD, g_BTP, out)``, in as few launches as it can be done.
 
     Args:
         sums: factors of half precision as `outer` hands them over, both of one dtype; ``out`` is float32 ``[P, D]``, or
             ``[W, P / W, D]`` with any strides but a last one of 1 (slices of a bucket).
-        weight_B: float32, non-negative; a row of weight zero does not take part, whatever it holds.
+        weight_KB: float32, contiguous, non-negative; a row of weight zero does not take part, whatever it holds. ``[B]`` for
+            all sums, or ``[K, B]``, of which every sum takes the line that ``owners`` says.
     """
-    device = weight_B.device
+    device = weight_KB.device
     if not hand_scheduled(device):
-        for a, g, out in sums:
-            _weighted_outer_alone(a, g, weight_B, out)
+        for number, (a, g, out) in enumerate(sums):
+            _weighted_outer_alone(a, g, weight_KB if owners is None else weight_KB[owners[number]], out)
         return
     from fsdp_dp.kernels import hopper
 
-    of_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor, Tensor]]] = {}
-    for one in sums:
-        of_dtype.setdefault(one[0].dtype, []).append(one)
+    of_dtype: dict[torch.dtype, list[_Owned]] = {}
+    for number, one in enumerate(sums):
+        of_dtype.setdefault(one[0].dtype, []).append((*one, 0 if owners is None else owners[number]))
     for dtype, alike in of_dtype.items():
         for first in range(0, len(alike), hopper.MOST):
-            _weighted_outers_by_hand(alike[first : first + hopper.MOST], weight_B, dtype)
+            _weighted_outers_by_hand(alike[first : first + hopper.MOST], weight_KB, dtype)
 
 
-def _weighted_outers_by_hand(
-    sums: Sequence[tuple[Tensor, Tensor, Tensor]], weight_B: Tensor, dtype: torch.dtype
-) -> None:
+_Owned = tuple[Tensor, Tensor, Tensor, int]
+
+
+def _weighted_outers_by_hand(sums: Sequence[_Owned], weight_KB: Tensor, dtype: torch.dtype) -> None:
     """In one launch, of the tiles of one sum after another."""
-    outs = [out for _, _, out in sums]
-    form = _form(tuple((a.shape[1], g.shape[2], a.shape[2]) for a, g, _ in sums), dtype, weight_B.device)
+    outs = [out for _, _, out, _ in sums]
+    B = weight_KB.shape[-1]
+    form = _form(tuple((a.shape[1], g.shape[2], a.shape[2]) for a, g, *_ in sums), dtype, weight_KB.device)
     strides = [_strides(out) for out in outs]
     entries = tuple(
-        (*sizes, *places, first) for sizes, places, first in zip(form.sizes, strides, form.first_tiles, strict=True)
+        (*sizes, *places, first, owner * B)
+        for sizes, places, first, (*_, owner) in zip(form.sizes, strides, form.first_tiles, sums, strict=True)
     )
-    on_16 = tuple(x.data_ptr() % 16 == 0 for x in (weight_B, *outs))
+    on_16 = tuple(x.data_ptr() % 16 == 0 for x in (weight_KB, *outs))
     aligned = all(on_16) and all(stride % 16 == 0 for _, *both in strides for stride in both)
-    gs = [Block(g, form.block_of_g, form.layout_of_g) for _, g, _ in sums]
-    as_ = [Block(a, form.block_of_a, form.layout_of_a) for a, _, _ in sums]
+    gs = [Block(g, form.block_of_g, form.layout_of_g) for _, g, *_ in sums]
+    as_ = [Block(a, form.block_of_a, form.layout_of_a) for a, *_ in sums]
     launch(
         form.kernel,
-        (form.programs(len(weight_B)), 1, 1),
+        (form.programs(B), 1, 1),
         (
             *(gs + gs[:1] * form.absent),
             *(as_ + as_[:1] * form.absent),
             *(outs + outs[:1] * form.absent),
-            *(weight_B, table(entries, weight_B.device), len(sums), len(weight_B), form.tiles_in_all),
+            *(weight_KB, table(entries, weight_KB.device), len(sums), B, form.tiles_in_all),
             *(aligned, *form.constants),
         ),
         warps=form.tiles.warps,

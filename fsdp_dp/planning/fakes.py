@@ -146,20 +146,29 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
-def _weighted_outers(sums: Sequence[tuple[Tensor, Tensor, Tensor | None]], weight_B: Tensor) -> list[Tensor]:
+def _weighted_outers(
+    sums: Sequence[tuple[Tensor, Tensor, Tensor | None]], weight_KB: Tensor, owners: Sequence[int] | None = None
+) -> list[Tensor]:
     _held_at_once = [_readable(x) for a, g, _ in sums for x in (a, g)]
     return [torch.empty(g.shape[2], a.shape[2], dtype=torch.float32) if out is None else out for a, g, out in sums]
 
 
 class _GhostNorms:
     def __init__(self, rows: int, device: torch.device) -> None:
-        self._terms = torch.zeros(1, 3, rows, dtype=torch.float64, device=device)
+        self._rows, self._device = rows, device
+        self.owners: list[int] = []
 
-    def add(self, inputs: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> None:
+    def add(
+        self, inputs: Sequence[tuple[Tensor, Sequence[Tensor]]], owners: Sequence[Sequence[int]] | None = None
+    ) -> None:
         _held_at_once = [_readable(x) for a, gs in inputs for x in (a, *gs)]
+        self.owners += (
+            [owner for of_input in owners for owner in of_input] if owners else [0 for _, gs in inputs for _ in gs]
+        )
 
     def terms(self) -> Tensor:
-        return self._terms
+        owners, self.owners = self.owners, []
+        return torch.zeros(len(owners), 3, self._rows, dtype=torch.float64, device=self._device)
 
 
 def _norm_rows(a_BTC: Tensor, g_BTC: Tensor, eps: float, *, centered: bool, with_shift: bool) -> tuple[Tensor, Any]:

@@ -80,6 +80,27 @@ def test_weighted_sums_together(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_each_sum_has_the_weights_of_its_owner(
+    dtype: torch.dtype, by_hand: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some rows of which are zero for one owner and not for another."""
+    from fsdp_dp.kernels import weighted_outer
+
+    if not outer.usable(*factors(1, 8, 8, 8, dtype)):
+        pytest.skip("the kernels are for Hopper")
+    if not by_hand:
+        monkeypatch.setattr(weighted_outer, "hand_scheduled", lambda device: False)
+    pairs = [factors(3, 100, D, P, dtype) for D, P in [(256, 256), (256, 512), (8, 8), (512, 256)]]
+    weight = torch.rand(3, 3, device=DEVICE)
+    weight[0, 1] = weight[2, 0] = 0.0
+    owners = [2, 0, 1, 2]
+    found = outer.weighted_outers([(a, g, None) for a, g in pairs], weight, owners)
+    for (a, g), x, owner in zip(pairs, found, owners, strict=True):
+        assert off(x, wanted(a, g, weight[owner])) < 2e-5
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_ghost_norms_together(dtype: torch.dtype) -> None:
     """Of the inputs of a block and more, as alone."""
     sizes = [

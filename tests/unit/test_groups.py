@@ -196,6 +196,41 @@ def test_finished_groups_hold_nothing(clipping: str, most: int) -> None:
     assert max(model.held) == most
 
 
+class Blocks(nn.Module):
+    """Two Linears in each of a list's blocks, between a first and a last one; probes as in `Deep`."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)) for _ in range(depth))
+        self.held: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x.register_hook(self._look)
+            x = block(x)
+        x.register_hook(self._look)
+        return self.last(x)
+
+    def _look(self, grad: torch.Tensor) -> None:
+        self.held.append(len(self.look()))
+
+
+def test_layers_of_a_block_wait_for_each_other_and_others_for_nobody() -> None:
+    """Weights are asked for once a block; the last layer is not held until the first one is reached.
+
+    Seen to fail when a unit with units below it is taken for a block.
+    """
+    model, asked = Blocks(3), []
+    engine = make_private(model, privacy_config(max_grad_norm=1.0, clipping="layer"))
+    weigh = engine._weigh
+    engine._weigh = lambda microbatch, groups, terms: asked.append(len(groups)) or weigh(microbatch, groups, terms)
+    model.look = lambda: engine._recorder.current.sums.held
+    model(torch.randn(4, 3, 6)).square().mean((1, 2)).mean().backward()
+    assert asked == [1, 2, 2, 2, 1] and model.held == [0, 0, 0, 0]
+
+
 def test_a_group_that_the_loss_does_not_reach_is_finished_at_the_end() -> None:
     case = CASES["branches"]
     model, (inputs, _) = case.model(), case.batch()

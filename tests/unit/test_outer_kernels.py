@@ -44,7 +44,7 @@ def weighted_outer() -> Iterator[SimpleNamespace]:
             weighted_outer.weighted_outers([(a, g, out)], weight)
             return out
 
-        yield SimpleNamespace(weighted_outer=alone)
+        yield SimpleNamespace(weighted_outer=alone, together=weighted_outer.weighted_outers)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,14 @@ def test_weights_of_very_different_size(weighted_outer: SimpleNamespace) -> None
     assert off(found, torch.einsum("b,btp,btd->pd", weight.double(), g.double(), a.double())) < 1e-6
     alone = weighted_outer.weighted_outer(a[1:2], g[1:2], weight[1:2], torch.empty(8, 8))
     assert off(alone, weight[1].double() * (g[1].double().T @ a[1].double())) < 1e-6
+
+
+def test_each_sum_has_the_weights_of_its_owner(weighted_outer: SimpleNamespace) -> None:
+    sums = [(*factors(3, 5, 16, 8, torch.float16), torch.empty(8, 16)) for _ in range(3)]
+    weight = torch.tensor([[0.5, 0.0, 2.0], [1.0, 0.25, 0.0]])
+    weighted_outer.together(sums, weight, [1, 0, 1])
+    for (a, g, out), owner in zip(sums, [1, 0, 1], strict=True):
+        assert off(out, torch.einsum("b,btp,btd->pd", weight[owner].double(), g.double(), a.double())) < 1e-6
 
 
 def test_weighted_sum_in_slices_of_a_bucket(weighted_outer: SimpleNamespace) -> None:
@@ -201,6 +209,30 @@ def test_inputs_that_are_added_together_are_measured_as_alone(ghost_norm: Module
     norms.add(inputs)
     alone = sum(terms_of(ghost_norm, a, [g]).stack() for a, gs in inputs for g in gs)
     torch.testing.assert_close(norms.terms().sum(0), alone, rtol=1e-12, atol=0)
+
+
+def test_layers_stay_with_their_owners(ghost_norm: ModuleType) -> None:
+    """Launches put short inputs, wide ones and other formats apart: the order of the terms is another one then.
+
+    Seen to fail when owners are kept in the order in which layers were added.
+    """
+    inputs, owners, expected = [], [], {}
+    for number, (T, D, widths, dtype) in enumerate([
+        (70, 8, [8, 16], torch.bfloat16), (5, 8, [8] * 9, torch.float16), (70, 16, [24], torch.bfloat16),
+        (5, 8, [16], torch.float16),
+    ]):  # fmt: skip
+        a, g = factors(2, T, D, sum(widths), dtype)
+        gs = [x.contiguous() for x in g.split(widths, 2)]
+        inputs.append((a, gs))
+        owners.append([10 * number + layer for layer in range(len(gs))])
+        expected |= {10 * number + layer: terms_of(ghost_norm, a, [x]).stack() for layer, x in enumerate(gs)}
+    norms = ghost_norm.GhostNorms(2, torch.device("cpu"), ROUNDOFF)
+    norms.add(inputs[:2], owners[:2])
+    norms.add(inputs[2:], owners[2:])
+    found = dict(zip(norms.owners, norms.terms(), strict=True))
+    assert found.keys() == expected.keys()
+    for owner, terms in expected.items():
+        torch.testing.assert_close(found[owner], terms, rtol=1e-12, atol=0)
 
 
 def test_wide_gram_matrices_are_contracted_in_chunks(ghost_norm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

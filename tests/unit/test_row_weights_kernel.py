@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fsdp_dp import clipping
 from fsdp_dp.clipping import RowTotals, RowWeights, row_weights
-from fsdp_dp.gradients import NormTerms
+from fsdp_dp.gradients import NormTerms, TermsOfGroups
 from tests.unit.interpreted import interpreter
 
 NAN, INF = float("nan"), float("inf")
@@ -25,11 +25,11 @@ def kernel() -> Iterator[ModuleType]:
 
 
 def by_both(
-    monkeypatch: pytest.MonkeyPatch, terms: NormTerms, mask_B: Tensor, **options: object
+    monkeypatch: pytest.MonkeyPatch, terms: NormTerms | TermsOfGroups, mask_B: Tensor, **options: object
 ) -> tuple[RowWeights, RowWeights]:
     totals = [RowTotals.zeros(mask_B) for _ in range(2)]
     for x in totals:
-        x.norm_sq_B[0], x.dropped_B[1:3] = 2.0, True
+        x.norm_sq_B[:1], x.dropped_B[1:3] = 2.0, True
     reference = row_weights(terms, mask_B, dtype=torch.float32, totals=totals[0], **options)  # type: ignore[arg-type]
     monkeypatch.setattr(clipping, "_has_kernel", lambda mask_B, dtype: True)
     found = row_weights(terms, mask_B, dtype=torch.float32, totals=totals[1], **options)  # type: ignore[arg-type]
@@ -73,6 +73,37 @@ def test_as_in_torch(
     assert torch.equal(found.keep_B, expected.keep_B)
     assert torch.equal(found.weight_B, expected.weight_B)
     torch.testing.assert_close(found.norm_B, expected.norm_B, rtol=1e-15, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("numerics", ["certified", "nominal"])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_groups_that_are_weighed_together_have_the_weights_that_each_has_alone(
+    rows: int, numerics: str, kernel: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many measurements, of one, of none; what cannot be measured in one group leaves the others alone.
+
+    Seen to fail when a group reads the entries of the one before it, and when it has that one's bound.
+    """
+    owners = (2, 0, 0, 3) + (2,) * 20
+    each = [spread_terms(rows + number) for number in range(len(owners))]
+    terms = torch.stack([x.stack()[:, :rows] for x in each])
+    terms[1, 0, 0] = NAN
+    measured = TermsOfGroups(terms_n3B=terms, owners=owners, groups=4)
+    options = {"loss_factor": 3, "numerics": numerics}
+    bounds = (0.3, 0.7, 20.0, 1e-4)
+    mask_B = torch.arange(rows) % 7 != 6
+    found, expected = by_both(monkeypatch, measured, mask_B, bound=bounds, **options)
+    monkeypatch.undo()
+    assert torch.equal(found.keep_B, expected.keep_B) and not found.keep_B[0, 0] and bool(found.keep_B[1, 0])
+    torch.testing.assert_close(found.weight_B, expected.weight_B, rtol=2e-7, atol=0)
+    torch.testing.assert_close(found.norm_B, expected.norm_B, rtol=1e-14, atol=0, equal_nan=True)
+    for group, bound in enumerate(bounds):
+        own = [x for x, owner in zip(terms, owners, strict=True) if owner == group]
+        alone = NormTerms.unstack(torch.stack(own).sum(0)) if own else NormTerms.zeros(rows, mask_B.device)
+        chosen = row_weights(alone, mask_B, bound=bound, dtype=torch.float32, **options)  # type: ignore[arg-type]
+        assert torch.equal(expected.keep_B[group], chosen.keep_B)
+        assert torch.equal(expected.weight_B[group], chosen.weight_B)
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
