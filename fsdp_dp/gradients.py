@@ -6,6 +6,7 @@ never stored. What is stored is one of
 * `OuterProduct`   ``G_i = sum_t g_it a_it^T``     (Linear weights; book-keeping, arXiv 2210.00038, section 3)
 * `IndexedRows`    ``G_i[v] = sum_{t: x_it = v} h_it``   (Embedding weights)
 * `Materialized`   ``G_i`` itself, where that is small (biases, norm layers)
+* `Formed`         ``G_i`` of a Linear, formed and measured by one kernel
 * `TiedSum`        an outer product plus indexed rows  (an embedding that is also the output head)
 
 and each can answer the three questions of a private step: how long is every row (`norm_terms`), what is the weighted
@@ -202,6 +203,41 @@ class Materialized:
         return self
 
 
+@dataclasses.dataclass(frozen=True)
+class Formed:
+    """``G_i`` of a Linear as a kernel stored it, ``value_BPD``, with the ``terms`` ``[3, B]`` of the norm of just that.
+
+    In bfloat16 the gradient of a row is rounded before it is measured: what is summed is what was measured, too.
+    """
+
+    value_BPD: Tensor
+    terms: Tensor
+    norm_cost: ClassVar[float] = 0.0
+
+    @property
+    def method(self) -> str:
+        return "store" if self.value_BPD.dtype == torch.float32 else "store rounded"
+
+    def norm_terms(self) -> NormTerms:
+        return NormTerms.unstack(self.terms)
+
+    def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
+        return self.sum_into(_kept(weight_B, keep_B))
+
+    def sum_into(self, weight_B: Tensor, out: Tensor | None = None) -> Tensor:
+        """Of rows whose weight is not zero, in ``out`` if there is one."""
+        return fused.weighted_rows(self.value_BPD, weight_B.float(), out)
+
+    def dense(self) -> Tensor:
+        return self.value_BPD.float()
+
+    def regroup(self, rows: int) -> Materialized:
+        return Materialized(self.dense()).regroup(rows)
+
+    def settle(self) -> Formed:
+        return self
+
+
 def _stored_norm_terms(values: Sequence[Tensor]) -> NormTerms:
     """Norms over several stored gradients of one dtype, together."""
     norm_sq, error = _norm_sq(*values)
@@ -257,11 +293,17 @@ class OuterProduct:
 
     def settle(self) -> PerSampleGradient:
         """``G_i`` itself where it is what the norm needs and takes little more room than its factors, else unchanged."""
-        return Materialized(self.dense()) if self.method == "store" else self
+        if self.method != "store":
+            return self
+        if self.is_fused and fused.forms_well(self.a_BTD, self.g_BTP):
+            return Formed(*fused.stored_rows(self.a_BTD, self.g_BTP, torch.float32))
+        return Materialized(self.dense())
 
     def norm_terms(self) -> NormTerms:
         if self.in_fused_gram:
             return _fused_norm_terms([self])
+        if self.is_fused:
+            return NormTerms.unstack(fused.instantiated_norms([(self.a_BTD, self.g_BTP)])[0])
         T, D, P = *self.a_BTD.shape[1:], self.g_BTP.shape[2]
         step = _rows_per_chunk(T * T * 4 if self.uses_gram else D * P)
         norms = _gram_norms if self.uses_gram else _instantiated_norms
@@ -548,13 +590,18 @@ class NormTally:
     ) -> None:
         """``owners`` says which group each is in, 0 if nothing is said. With ``all_wait``, all stored gradients wait."""
         outers: list[OuterProduct] = []
+        formed: list[tuple[Tensor, Tensor]] = []
         of_outers: list[int] = []
+        of_formed: list[int] = []
         now: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         for number, gradient in enumerate(gradients):
             owner = 0 if owners is None else owners[number]
             if isinstance(gradient, OuterProduct) and gradient.in_fused_gram:
                 outers.append(gradient)
                 of_outers.append(owner)
+            elif isinstance(gradient, OuterProduct) and gradient.is_fused:
+                formed.append((gradient.a_BTD, gradient.g_BTP))
+                of_formed.append(owner)
             elif isinstance(gradient, Materialized | IndexedRows):
                 value = gradient.value if isinstance(gradient, Materialized) else gradient.value_BTP
                 waits = self._waiting if all_wait or is_small_vector(gradient) else now
@@ -564,6 +611,9 @@ class NormTally:
         if outers:
             self._ghosts = self._ghosts or fused.GhostNorms(self._rows, self._device)
             _add_sharing_inputs(self._ghosts, outers, of_outers)
+        if formed:
+            self._terms += fused.instantiated_norms(formed).unbind()
+            self._owners += of_formed
         self._measure_stored(now)
 
     def _take(self, owner: int, terms: NormTerms) -> None:
@@ -626,7 +676,13 @@ def weighted_sums(
     others = {n: g for n, g in gradients.items() if n not in together and n not in small}
     rows = [(weight_KB, keep_KB)] if owners is None else list(zip(weight_KB.unbind(), keep_KB.unbind(), strict=True))
     owner_of = dict.fromkeys(gradients, 0) if owners is None else owners
-    sums = {n: g.weighted_sum(*rows[owner_of[n]]) for n, g in others.items()}
+    sums = {}
+    for name, gradient in others.items():
+        weight_B, keep_B = rows[owner_of[name]]
+        if isinstance(gradient, Formed):
+            sums[name] = gradient.sum_into(weight_B, into.get(name))
+        else:
+            sums[name] = gradient.weighted_sum(weight_B, keep_B)
     if together:
         found = fused.weighted_outers(
             [(g.a_BTD, g.g_BTP, into.get(n)) for n, g in together.items()],

@@ -1,6 +1,7 @@
 """The kernels over (a, g) on one GPU, for a block's Linears: each layer by itself, all together, and cuBLAS' plain products.
 
-python scripts/benchmark_kernels.py
+python scripts/benchmark_kernels.py           all of it
+python scripts/benchmark_kernels.py formed    only the gradients of rows, formed: one layer, long rows, with TFLOP/s
 
 Random bf16, medians of 20 after warm-up, ms; host: microseconds until a launch has been given. Needs a Hopper GPU and Triton.
 """
@@ -18,10 +19,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fsdp_dp.kernels import outer
+from fsdp_dp import gradients
+from fsdp_dp.kernels import instantiate, outer
+from fsdp_dp.numerics import exact_arithmetic
 
 # (name, rows, positions, width, hidden)
 BLOCKS = [("1.3B", 16, 1024, 2048, 5504), ("6.7B", 2, 1024, 4096, 11008), ("1280 x 5120", 20, 100, 1280, 5120)]
+
+# (rows, positions, width in, width out)
+LAYERS = [(B, T, 2048, P) for B, T in ((16, 1024), (4, 4096), (2, 8192), (1, 16384)) for P in (2048, 5504)]
 
 
 def milliseconds(run: Callable[[], object]) -> float:
@@ -81,12 +87,71 @@ def measure(name: str, rows: int, positions: int, width: int, hidden: int) -> No
         print(f"{name:12} {what:16} {milliseconds(run):7.3f} ms   host {host_microseconds(run):6.0f} us")
 
 
+def measure_formed(rows: int, positions: int, width: int, hidden: int) -> None:
+    """Ways to a layer's norms and weighted sum through the gradients of its rows, part by part, and through Grams."""
+    a, g = (torch.randn(rows, positions, columns, device="cuda").bfloat16() for columns in (width, hidden))
+    weight, keep = torch.rand(rows, device="cuda"), torch.ones(rows, dtype=torch.bool, device="cuda")
+    out = torch.empty(hidden, width, device="cuda")
+    product = 2 * rows * positions * width * hidden
+
+    def grams() -> Tensor:
+        found = outer.GhostNorms(rows, a.device)
+        found.add([(a, [g])])
+        return found.terms()
+
+    def reference() -> list[Tensor]:
+        return [gradients._instantiated_norms(x, y).stack() for x, y in zip(a.split(1), g.split(1), strict=True)]
+
+    stored = torch.bmm(g.mT, a, out_dtype=torch.float32)  # type: ignore[call-overload]
+    rounded = stored.bfloat16()
+    by_hand = instantiate.hand_scheduled(a.device)
+    runs: dict[str, Callable[[], object]] = {
+        "bmm, float32": lambda: torch.bmm(g.mT, a, out_dtype=torch.float32),  # type: ignore[call-overload]
+        "bmm, bfloat16": lambda: torch.bmm(g.mT, a),
+        "dropped, torch": reference,
+        "dropped, kernel": lambda: outer.instantiated_norms([(a, g)]),
+        "lengths alone": lambda: instantiate._lengths([a, g]),
+        "stored, float32": lambda: outer.stored_rows(a, g, torch.float32),
+        "stored, bfloat16": lambda: outer.stored_rows(a, g, torch.bfloat16),
+        "norm of stored, torch": lambda: gradients.Materialized(stored).norm_terms(),
+        "sum of stored, torch": lambda: gradients.Materialized(stored).weighted_sum(weight, keep),
+        "sum of float32": lambda: outer.weighted_rows(stored, weight, out),
+        "sum of bfloat16": lambda: outer.weighted_rows(rounded, weight, out),
+        "Gram": grams,
+        "sum of factors": lambda: outer.weighted_outers([(a, g, out)], weight),
+    }
+    if by_hand:
+        for what in ("dropped, kernel", "stored, float32", "stored, bfloat16"):
+            runs[f"{what}, Triton"] = _by_triton(runs[what])
+    name = f"{rows} x {positions}, {width} x {hidden}"
+    for what, run in runs.items():
+        took = milliseconds(run)
+        rate = "" if "sum of stored" in what or "lengths" in what else f"{product / took / 1e9:6.0f} TFLOP/s"
+        print(f"{name:24} {what:25} {took:7.3f} ms   {rate}")
+
+
+def _by_triton(run: Callable[[], object]) -> Callable[[], object]:
+    """The same by the kernel that Triton schedules."""
+
+    def by_triton() -> object:
+        before, instantiate.hand_scheduled = instantiate.hand_scheduled, lambda device: False
+        try:
+            return run()
+        finally:
+            instantiate.hand_scheduled = before
+
+    return by_triton
+
+
 def main() -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise SystemExit("benchmark_kernels: needs a Hopper GPU (compute capability 9.0)")
     print(torch.cuda.get_device_name(), torch.__version__)
-    for block in BLOCKS:
-        measure(*block)
+    with exact_arithmetic(torch.device("cuda")):
+        for block in BLOCKS if sys.argv[1:] != ["formed"] else ():
+            measure(*block)
+        for layer in LAYERS:
+            measure_formed(*layer)
 
 
 if __name__ == "__main__":

@@ -38,13 +38,19 @@ def form_of_weighted_outers(dtype: torch.dtype, tiles: Tiles) -> tuple[Any, tupl
     return (
         _weighted_outers,
         constants,
-        (_layout(tiles.depth, tiles.rows, dtype), _layout(tiles.depth, tiles.columns, dtype)),
+        (layout_of((1, tiles.depth, tiles.rows), dtype), layout_of((1, tiles.depth, tiles.columns), dtype)),
     )
 
 
+def dtype_of(dtype: torch.dtype) -> gl.dtype:
+    """Gluon's name of a torch format."""
+    return _DTYPES[dtype]
+
+
 @functools.cache
-def _layout(depth: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([1, depth, width], _DTYPES[dtype])
+def layout_of(block: tuple[int, int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """In shared memory, as tensor cores read it."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
 
 
 @gluon.jit(do_not_specialize=["count", "B", "programs"])

@@ -59,6 +59,38 @@ def weighted_outer(a_BTD: Tensor, g_BTP: Tensor, weight_B: Tensor, out: Tensor |
     return weighted_outers([(a_BTD, g_BTP, out)], weight_B)[0]
 
 
+def instantiated_norms(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """float64 ``[n, 3, B]`` of ``(a_BTD, g_BTP)`` each: the norm terms of gradients that are formed and dropped."""
+    from fsdp_dp.kernels import instantiate
+
+    readable = [(_readable(a), _readable(g)) for a, g in pairs]
+    return instantiate.norm_terms(readable, tensor_core_roundoff(pairs[0][0].device))
+
+
+def forms_well(a_BTD: Tensor, g_BTP: Tensor) -> bool:
+    """Whether `stored_rows` has a tile for every multiprocessor; for less, whole matrix products have smaller ones."""
+    from fsdp_dp.kernels import instantiate
+
+    return instantiate.fills(len(a_BTD), a_BTD.shape[2], g_BTP.shape[2], a_BTD.device)
+
+
+def stored_rows(a_BTD: Tensor, g_BTP: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The gradient of every row ``[B, P, D]``, rounded to ``dtype``, and float64 ``[3, B]``: the norm terms of just that."""
+    from fsdp_dp.kernels import instantiate
+
+    return instantiate.store(_readable(a_BTD), _readable(g_BTP), dtype)
+
+
+def weighted_rows(stored_BPD: Tensor, weight_B: Tensor, out: Tensor | None = None) -> Tensor:
+    """``sum_i w_i G_i`` float32 of stored gradients, in one pass; ``out`` and rows of weight zero as in `weighted_outers`."""
+    from fsdp_dp.kernels import instantiate
+
+    if out is None:
+        out = torch.empty(stored_BPD.shape[1:], dtype=torch.float32, device=stored_BPD.device)
+    instantiate.weighted_rows(stored_BPD, weight_B, out)
+    return out
+
+
 class GhostNorms:
     """Norm terms of layers ``[B, ...]`` that `usable` takes, whose measurement ends in one launch (see `ghost_norm`)."""
 
