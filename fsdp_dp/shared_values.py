@@ -49,9 +49,11 @@ _ELEMENTWISE = frozenset(
 )
 _JOINING = frozenset({"cat", "concat", "concatenate", "stack"})
 _ROWWISE = frozenset(
-    "linear matmul __matmul__ __rmatmul__ bmm einsum embedding layer_norm group_norm rms_norm prelu bilinear "
-    "conv1d conv2d conv3d".split()
+    "linear matmul __matmul__ __rmatmul__ bmm embedding layer_norm group_norm rms_norm prelu bilinear "
+    "conv1d conv2d conv3d cdist".split()
 )
+_OF_ROWS = frozenset({"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "cdist"})
+"""Of values that the program expanded to the rows."""
 _PRODUCTS = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm"})
 _KEEPS_SHAPE = frozenset("to type type_as float half bfloat16 double clone contiguous detach __neg__ neg".split())
 _EXPANDING = frozenset({"expand", "expand_as", "broadcast_to", "repeat"})
@@ -273,6 +275,13 @@ class _Use:
             if dim % (ndim + (self.name == "stack")) == self._row_dimension():
                 raise _unsupported(self.first, f"{self.name} along the rows")
             return self.call(lambda x: self._lined_up(x, ndim) if isinstance(x, SharedValue) else x)
+        if self.name == "broadcast_tensors":
+            ndim = max(x.ndim for x in self.leaves if isinstance(x, Tensor))
+            return self.call(lambda x: self._lined_up(x, ndim) if isinstance(x, SharedValue) else x)
+        if self.name == "einsum":
+            return self._einsum()
+        if self.name in _OF_ROWS and all(x.expanded is not None for x in self.shared) and self._layout() == "rows":
+            return self.call(lambda x: x.expanded if isinstance(x, SharedValue) else x)
         if self.name in _ROWWISE or self._looks_up():
             return self._row_by_row()
         if self.name == "__setitem__" and isinstance(self.leaves[0], Tensor):
@@ -352,8 +361,6 @@ class _Use:
         """A function of a weight, applied to each row with the row's own copy of the weight."""
         layout, B = self._layout(), self.rows
         place = 1 if layout == "second" else 0
-        if self.name == "einsum":
-            self._check_einsum()
         if self.name in _PRODUCTS and any(x.ndim < 2 for x in self.row_data):
             raise _unsupported(self.first, f"{self.name} with a vector of rows")
         if self.name in ("matmul", "__matmul__") and self.leaves[0] is self.first and self.row_data[0].ndim < 3:
@@ -380,16 +387,28 @@ class _Use:
         out = self._by_row(one_row, inputs)
         return out.flatten(0, 1) if layout == "merged" else out.squeeze(place + 1).movedim(0, place)
 
-    def _check_einsum(self) -> None:
-        """Rows are the first letter of the data and of the result, and no letter of the shared values."""
+    def _einsum(self) -> Tensor:
+        """With the letter of the rows in front of the shared values' own, or where they have it: each row's own value."""
+        merged = self._layout() == "merged"
         equation = next(x for x in self.leaves if isinstance(x, str)).replace(" ", "")
         terms, _, result = equation.partition("->")
-        operands = [x for x in self.leaves if isinstance(x, Tensor)]
-        letters = terms.split(",")
-        mine = {t[0] for t, x in zip(letters, operands, strict=True) if not isinstance(x, SharedValue) and t}
-        theirs = {c for t, x in zip(letters, operands, strict=True) if isinstance(x, SharedValue) for c in t}
-        if "." in equation or not result or mine != {result[0]} or result[0] in theirs:
+        letters, operands = terms.split(","), [x for x in self.leaves if isinstance(x, Tensor)]
+        of_data = [t for t, x in zip(letters, operands, strict=True) if any(x is data for data in self.row_data)]
+        rows = {t[self._row_dimension()] for t in of_data if "." not in t}
+        row = next(iter(rows), "")
+        if "." in equation or len(rows) != 1 or result.count(row) != 1 or any(t.count(row) != 1 for t in of_data):
             raise _unsupported(self.first, f"einsum('{equation}')")
+        for i, x in enumerate(operands):
+            if not isinstance(x, SharedValue):
+                continue
+            if row not in letters[i]:
+                letters[i], operands[i] = row + letters[i], self._repeated(x.per_row) if merged else x.per_row
+                continue
+            k = letters[i].index(row)
+            if merged or letters[i].count(row) != 1 or x.shape[k] != self.rows:
+                raise _unsupported(self.first, f"einsum('{equation}')")
+            operands[i] = x.per_row.diagonal(0, 0, k + 1).movedim(-1, k)
+        return torch.einsum(f"{','.join(letters)}->{result}", *operands)
 
 
 def share(tensor: Tensor, rows: int, record: Callable[[Tensor], Tensor], owner: str, meetings: Meetings) -> SharedValue:

@@ -184,9 +184,6 @@ _REFUSED: dict[tuple[type[nn.Module], ...], str] = {
         "is recurrent inside one fused kernel, where the gradient of a step cannot be recorded; use attention or "
         "convolutions, or a loop over a cell (nn.LSTMCell, nn.GRUCell)"
     ),
-    (nn.modules.conv._ConvTransposeNd,): (
-        "is a transposed convolution, which has no rule; use nn.Upsample and a convolution, or nn.PixelShuffle"
-    ),
 }  # fmt: skip
 
 

@@ -104,11 +104,12 @@ EXACT: dict[str, tuple[Use, dict[str, Tensor]]] = {
         lambda m, x: torch.fft.irfft(torch.fft.rfft(x, dim=1) * torch.view_as_complex(m.w), n=T, dim=1),
         {"w": normal(2, D, 2)},
     ),
+    "distances": (lambda m, x: torch.cdist(x, m.p.expand(len(x), -1, -1)), {"p": normal(D, D)}),
+    "distances without a batch": (lambda m, x: torch.cdist(x, m.p), {"p": normal(D, D)}),
     "codebook distances": (lambda m, x: (x.unsqueeze(2) - m.p).square().sum(-1), {"p": normal(D, D)}),
     "condition": (lambda m, x: x * m.p if m.p.sum() > -100 else x, {"p": normal(D)}),
 }  # fmt: skip
 REFUSED: dict[str, tuple[Use, dict[str, Tensor]]] = {
-    "distances": (lambda m, x: torch.cdist(x, m.p.expand(len(x), -1, -1)), {"p": normal(D, D)}),
     "scattered": (
         lambda m, x: x.scatter(1, torch.zeros(len(x), 1, D).long(), m.p.expand(len(x), 1, D)), {"p": normal(1, 1, D)},
     ),

@@ -126,6 +126,15 @@ CASES: dict[str, Case] = {
     ),
     "conv 2d of an expanded input": Case(nn.Conv2d(3, 4, 3), normal(1, 1, 8, 7).expand(3, 3, 8, 7)),
     "conv 2d of one row": Case(nn.Conv2d(3, 4, 3), normal(1, 3, 8, 7)),
+    "transposed conv": Case(nn.ConvTranspose2d(4, 3, 2, stride=2), normal(3, 4, 3, 5)),
+    "transposed conv 1d": Case(nn.ConvTranspose1d(4, 6, 3, 2, padding=1, output_padding=1, groups=2), normal(3, 4, 5)),
+    "transposed conv, dilated": Case(
+        nn.ConvTranspose2d(2, 3, (3, 2), 2, padding=1, output_padding=(2, 1), dilation=3, bias=False),
+        normal(3, 2, 4, 3),
+    ),
+    "transposed conv 3d": Case(
+        nn.ConvTranspose3d(2, 3, (2, 3, 1), (1, 2, 2), padding=(0, 2, 0)), normal(2, 2, 2, 3, 2)
+    ),
     "conv 3d": Case(nn.Conv3d(2, 3, (2, 3, 1), padding=(1, 0, 1), stride=(1, 2, 1)), normal(3, 2, 3, 6, 2)),
 }
 for mode in ("reflect", "replicate", "circular"):
@@ -306,9 +315,12 @@ def test_rounding_of_a_convolutions_norm_is_within_its_bound(name: str) -> None:
 def test_supported_layers_are_the_stated_ones() -> None:
     """What is in the table says what it does; so does what is refused."""
     assert Projection.documented_as in supported()
-    stated = "Conv1D Conv1d Conv2d Conv3d Embedding EmbeddingBag GroupNorm InstanceNorm1d InstanceNorm2d InstanceNorm3d"
+    stated = (
+        "Conv1D Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Embedding EmbeddingBag GroupNorm "
+        "InstanceNorm1d InstanceNorm2d InstanceNorm3d"
+    )
     assert list(supported()) == [*stated.split(), "LayerNorm", "Linear", "MultiheadAttention", "RMSNorm"]
-    assert list(refused()) == ["BatchNorm", "RNNBase", "ConvTransposeNd"]
+    assert list(refused()) == ["BatchNorm", "RNNBase"]
     assert all(text.endswith(".") for text in supported().values())
     for case in CASES.values():
         assert has_rule(case.layer) and refusal(case.layer) is None

@@ -79,6 +79,15 @@ USES: dict[str, tuple[tuple[int, ...], Callable[..., Tensor], tuple[Tensor, ...]
     "matrix from the left": ((6, T), lambda p, x: p @ x, (X,)),
     "linear": ((7, D), lambda p, x: F.linear(x, p), (X,)),
     "einsum": ((D, 7), lambda p, x: torch.einsum("btd,dp->btp", x, p), (X,)),
+    "einsum with rows in its own": (
+        (1, 1, D), lambda p, x: torch.einsum("bd,btd->tb", p.expand(B, 1, D)[:, 0], x).T, (X,)
+    ),
+    "einsum from the left": ((7, D), lambda p, x: torch.einsum("pd,btd->btp", p, x), (X,)),
+    "state of a cell": (
+        (D,), lambda p, x: torch.gru_cell(x[:, 0], p.expand(B, D), *normal(2, 3 * D, D).unbind(0)), (X,)
+    ),
+    "broadcast": ((D,), lambda p, x: torch.broadcast_tensors(x, p)[1] * x, (X,)),
+    "distances": ((6, D), lambda p, x: torch.cdist(x, p), (X,)),
     "layer norm": ((D,), lambda p, x: F.layer_norm(x, (D,), p), (X,)),
     "convolution": ((6, T, 3), lambda p, x: F.conv1d(x, p, padding=1), (X,)),
     "addcmul": ((D,), lambda p, x: torch.addcmul(x, x, p), (X,)),
@@ -94,6 +103,11 @@ USES: dict[str, tuple[tuple[int, ...], Callable[..., Tensor], tuple[Tensor, ...]
     "sequence first, positions": ((T, 1, D), lambda p, x: x + p, (SEQUENCE_FIRST,)),
     "sequence first, scale": ((D,), lambda p, x: x * p, (SEQUENCE_FIRST,)),
     "sequence first, matrix": ((D, 7), lambda p, x: x @ p, (SEQUENCE_FIRST,)),
+    "sequence first, einsum": ((2, D, 7), lambda p, x: torch.einsum("tbd,hdp->tbhp", x, p), (SEQUENCE_FIRST,)),
+    "sequence first, einsum with rows in its own": (
+        (T, 1, D), lambda p, x: torch.einsum("tbd,sbd->tbs", x, p.expand(-1, B, -1) * 2), (SEQUENCE_FIRST,)
+    ),
+    "windows, einsum": ((D, 7), lambda p, x: torch.einsum("wtd,dp->wtp", x, p), (WINDOWS,)),
     "windows, scale": ((D,), lambda p, x: x * p, (WINDOWS,)),
     "windows, positions": ((1, T, D), lambda p, x: x + p, (WINDOWS,)),
     "windows, matrix": ((D, 7), lambda p, x: x @ p, (WINDOWS,)),
