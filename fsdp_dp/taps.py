@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fsdp_dp.attention import Attentions
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
+from fsdp_dp.graph_identity import TappedClasses
 from fsdp_dp.layers import is_product
 from fsdp_dp.layers.leaf import is_proven
 from fsdp_dp.marks import PICKED_REFUSED, is_picked
@@ -150,6 +151,7 @@ class Taps:
         self.picked: set[str] = set()
         # Of an FSDP unit the output must be no view: a write to that would drop FSDP's own hook.
         self._products = {n for n, layer in layers.items() if is_product(layer) and not isinstance(layer, FSDPModule)}
+        self._classes = TappedClasses(layers.values())
         for name, layer in layers.items():
             everything = keeps(layer) == "all"
             if everything:
@@ -162,6 +164,7 @@ class Taps:
 
     def remove(self) -> None:
         self.follow(False)
+        self._classes.remove()
         self._attentions.remove()
         for handle in self._handles:
             handle.remove()
