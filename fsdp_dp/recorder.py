@@ -76,8 +76,9 @@ class Recorder:
         self.meetings = Meetings(self.layouts)
         self.window = FreezeWindow({p.name: p.parameter for p in model.parameters}, batch.refusals_poison)
         self._taps = Taps(
-            layers, keeps, self._start_record, self._share_output, self._is_plain, lambda: self.meetings.rows
-        )
+            layers, keeps, self._start_record, self._share_output, self._is_plain, lambda: self.meetings.rows,
+            model.root, lambda: self.meetings.learning,
+        )  # fmt: skip
         self._shared_parameters = SharedParameters(bare, self._is_sharing, self._share_parameter)
         self._habits: dict[str, Habit] = {}
         self._same_for_all_rows: set[str] = set()

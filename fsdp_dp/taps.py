@@ -30,7 +30,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from torch.utils.hooks import RemovableHandle
 
 from fsdp_dp.attention import Attentions
+from fsdp_dp.compiled import CompiledModule, as_written, compiled_modules
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
+from fsdp_dp.graph_identity import TappedClasses
 from fsdp_dp.layers import is_product
 from fsdp_dp.layers.leaf import is_proven
 from fsdp_dp.marks import PICKED_REFUSED, is_picked
@@ -100,11 +102,6 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` leaves ``function`` out of its graphs, where it would run once, or keep buffers that are reused."""
-    return torch.compiler.disable(function, reason="fsdp_dp records what layers were given")  # type: ignore[no-any-return]
-
-
 def _is_reached(node: Any) -> bool:
     """Whether the current backward runs this node of the graph (None: the graph is gone)."""
     return node is not None and torch._C._will_engine_execute_node(node)
@@ -121,6 +118,8 @@ class Taps:
             outputs that are the same for all rows, else None.
         is_plain: whether the layer's calls are now known to be of rows alone, if its input looks like it.
         rows: how many the microbatch has.
+        root: the model.
+        is_watched: whether this forward is one whose calls are looked at.
 
     Attributes:
         running: the stack of layers whose forward is running now, while calls are followed.
@@ -135,6 +134,8 @@ class Taps:
         share: Callable[[str, Sequence[Tensor], Sequence[Tensor]], Callable[[Tensor], SharedValue] | None],
         is_plain: Callable[[str], bool],
         rows: Callable[[], int],
+        root: nn.Module,
+        is_watched: Callable[[], bool],
     ) -> None:
         self._layers = layers
         self._start, self._share, self._is_plain, self._rows = start, share, is_plain, rows
@@ -150,18 +151,34 @@ class Taps:
         self.picked: set[str] = set()
         # Of an FSDP unit the output must be no view: a write to that would drop FSDP's own hook.
         self._products = {n for n, layer in layers.items() if is_product(layer) and not isinstance(layer, FSDPModule)}
+        self._compiled = [
+            CompiledModule(
+                name, module, start=start, is_plain=is_plain, is_watched=is_watched, recomputing=recomputing,
+                append=lambda node: self.of_forward.append(node),
+            )
+            for module, name in compiled_modules(root, layers.values()).items()
+        ]  # fmt: skip
+        self._compiled_in = {layer: compiled for compiled in self._compiled for layer in compiled.module.modules()}
+        self._classes = TappedClasses(layers.values())
         for name, layer in layers.items():
             everything = keeps(layer) == "all"
             if everything:
                 enter = as_written(self._note_versions)
                 self._handles.append(layer.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-            leave = as_written(self._leave(name, everything))
+            leave, compiled = as_written(self._leave(name, everything)), self._compiled_in.get(layer)
+            if compiled is not None:
+                leave = compiled.hook(name, layer, leave, everything=everything)
             hook = layer.register_forward_hook(leave, prepend=True, with_kwargs=True)
+            if compiled is not None:
+                compiled.hooked(name, hook)
             self._handles += [hook] if name else [hook, *self._follow(layer)]
             self._hook_ids[name] = hook.id
 
     def remove(self) -> None:
         self.follow(False)
+        for compiled in self._compiled:
+            compiled.remove()
+        self._classes.remove()
         self._attentions.remove()
         for handle in self._handles:
             handle.remove()
@@ -202,6 +219,8 @@ class Taps:
         """Nothing of an earlier forward is known any more, also of one whose end nobody told of."""
         self.of_forward = []
         self.follow(False)
+        for compiled in self._compiled:
+            compiled.start_forward()
 
     def let_go_with(self, graph: object) -> None:
         """The forward's nodes are forgotten with ``graph``, which its outputs keep: they would keep all that it saved."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from fsdp_dp.gradients import PerSampleGradient
+from fsdp_dp.graph_identity import untapped
 from fsdp_dp.records import ALL_LAYOUTS, Layout, Record
 
 Rule = Callable[..., dict[str, PerSampleGradient]]
@@ -91,8 +92,8 @@ def _known(module: nn.Module) -> _Entry:
 
 
 def layer_type(module: nn.Module) -> type[nn.Module]:
-    """The class of a layer as its author knows it: ``fully_shard`` on a layer puts a class of its own on top."""
-    kind = type(module)
+    """The class of a layer as its author knows it: taps, and ``fully_shard`` on it, put a class of their own on top."""
+    kind = untapped(type(module))
     others = [base for base in kind.__bases__ if base.__name__ != "FSDPModule"]
     return others[0] if len(kind.__bases__) == 2 and len(others) == 1 else kind
 

@@ -1,0 +1,199 @@
+"""Layers of a module that `torch.compile` compiled are recorded by probes (see `probes`), so that it stays one graph.
+
+Whether a layer has probes, and of what shapes, is guarded by the compiler. It takes them once in a call of the module,
+and only where it is given and gives tensors of the shapes that it had when inputs like these came first; else it breaks
+the graph, as every tapped layer outside of such modules does. At the end of a call every layer must have been recorded as
+often as it was when the module ran as it is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from fsdp_dp.errors import UnsupportedModelError
+from fsdp_dp.probes import Call, Form, Leave, Probes, Slot, recorded
+from fsdp_dp.records import Report
+
+_KINDS_KEPT = 100
+
+
+def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` leaves ``function`` out of its graphs, where it would run once, or keep buffers that are reused."""
+    return torch.compiler.disable(function, reason="fsdp_dp records what layers were given")  # type: ignore[no-any-return]
+
+
+@dataclasses.dataclass
+class Habits:
+    """How a module calls its layers, for inputs of one kind.
+
+    Attributes:
+        forms: of those that probes will do for.
+        calls: how often each is called.
+    """
+
+    forms: dict[str, Form]
+    calls: Counter[str]
+
+
+class CompiledModule:
+    """A module that `torch.compile` compiled, with layers that are tapped.
+
+    Args:
+        name, module: itself.
+        start: as `Taps` is given it.
+        is_plain: whether a layer's calls are known to be of rows alone.
+        is_watched: whether this forward runs as it is written, to be looked at.
+        recomputing: whether this call is one of activation checkpointing, in backward.
+        append: told of the node in front of a call, and what to do if backward does not come to it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        start: Callable[[str], Report],
+        is_plain: Callable[[str], bool],
+        is_watched: Callable[[], bool],
+        recomputing: Callable[[], bool],
+        append: Callable[[Any], None],
+    ) -> None:
+        self._name, self.module = name, module
+        self._layers: dict[str, tuple[nn.Module, Slot]] = {}
+        self._start, self._is_plain, self._is_watched = start, is_plain, is_watched
+        self._recomputing, self._append = recomputing, append
+        self._before = vars(module).get("_compiled_call_impl")
+        self._inner: Callable[..., Any] = self._before or module._call_impl
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._known: dict[Hashable, Habits] = {}
+        self._learned: dict[Hashable, Habits] = {}
+        self._ever_called: set[str] = set()
+        self._now: Call | None = None
+        self._call_impl = as_written(self._call)
+        vars(module)["_compiled_call_impl"] = self._call_impl
+
+    def hook(self, name: str, layer: nn.Module, leave: Leave, *, everything: bool) -> Leave:
+        """The forward hook of a layer in it, which calls ``leave``, or takes probes if that needs the first input alone."""
+
+        def noted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            tapped = leave(module, args, kwargs, output)
+            if self._now is not None and torch.is_grad_enabled():
+                self._now.tapped[name] += 1
+                self._now.seen[name] = None if everything else Form.of(args, kwargs, output)
+            return tapped
+
+        slot = layer.__dict__["_fsdp_dp_slot"] = Slot(as_written(noted))
+        self._layers[name] = layer, slot
+        return recorded
+
+    def hooked(self, name: str, handle: RemovableHandle) -> None:
+        if name in self._layers:
+            self._layers[name][1].hook_id = handle.id
+
+    def remove(self) -> None:
+        for layer, _ in self._layers.values():
+            del layer.__dict__["_fsdp_dp_slot"]
+        if vars(self.module).get("_compiled_call_impl") is self._call_impl:
+            del vars(self.module)["_compiled_call_impl"]
+            if self._before is not None:
+                vars(self.module)["_compiled_call_impl"] = self._before
+
+    def start_forward(self) -> None:
+        """What the last forward showed is used from now on: not within it, whose recomputation makes the same graphs."""
+        if self._learned:
+            if len(self._known) + len(self._learned) > _KINDS_KEPT:
+                self._known.clear()
+            self._known.update(self._learned)
+            self._learned = {}
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if self._now is not None or not torch.is_grad_enabled():
+            return self._inner(*args, **kwargs)
+        call = Call((self.module.training, *_kind(args, kwargs)))
+        node = self._hand_out(call)
+        self._now = call
+        try:
+            output = self._inner(*args, **kwargs)
+            taken = [name for name in call.forms if self._layers[name][1].taken]
+        finally:
+            self._now = None
+            for name in call.forms:
+                slot = self._layers[name][1]
+                slot.g, slot.a, slot.taken = None, None, False
+        if not self._recomputing():
+            self._check(call, taken)
+            call.reports = {name: self._start(name) for name in taken}
+            if taken:
+                self._append((weakref.ref(node), call.not_reached, None))
+        return output
+
+    def _hand_out(self, call: Call) -> Any:
+        known = self._known.get(call.kind)
+        if known is None:
+            return None
+        call.forms = {name: form for name, form in known.forms.items() if self._can_take(name)}
+        if not call.forms:
+            return None
+        if self._recomputing():
+            for name in call.forms:
+                self._start(name)  # refuses what cannot be recorded so
+        probes = Probes.apply(self._anchor, call)
+        for name, g, a in zip(call.forms, probes[::2], probes[1::2], strict=True):
+            slot = self._layers[name][1]
+            slot.g, slot.a = g, a
+        return probes[0].grad_fn
+
+    def _can_take(self, name: str) -> bool:
+        layer, slot = self._layers[name]  # a hook before it would be refused by `leave`
+        return self._is_plain(name) and next(iter(layer._forward_hooks), None) == slot.hook_id
+
+    def _check(self, call: Call, taken: Iterable[str]) -> None:
+        """Raises UnsupportedModelError if a layer was not recorded as often as when the module ran as it is written."""
+        calls = call.tapped + Counter(taken)
+        known = self._known.get(call.kind) or self._learned.get(call.kind)
+        if self._is_watched() or known is None:
+            missing = set() if self._is_watched() else self._ever_called - calls.keys()
+            forms = {n: form for n, form in call.seen.items() if form is not None and calls[n] == 1}
+            self._learned[call.kind] = Habits(forms, calls)
+            self._ever_called |= calls.keys()
+        else:
+            missing = {name for name in known.calls | calls if known.calls[name] != calls[name]}
+        if missing:
+            name = min(missing)
+            raise UnsupportedModelError(
+                f"Layer '{name}' was recorded {calls[name]} times in a call of the compiled module '{self._name}', and not "
+                "as often when that ran as it is written, so a part of its gradient may be lost. Leave it uncompiled if "
+                "anything but its mode and the shapes of its inputs decides which layers it calls"
+            )
+
+
+def _kind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, ...]:
+    """Of inputs: calls of one kind make tensors of the same shapes."""
+    leaves = args if not kwargs and all(type(x) is Tensor for x in args) else tree_leaves((args, kwargs))
+    device = next((x.device.type for x in leaves if isinstance(x, Tensor)), "cpu")
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return autocast, *((x.shape, x.dtype) for x in leaves if isinstance(x, Tensor))
+
+
+def compiled_modules(root: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, str]:
+    """The outermost compiled modules in ``root``, and their names; no layer, and not the root, which the engine hooks on."""
+    layers, optimized = set(layers), sys.modules.get("torch._dynamo.eval_frame")
+    found: dict[nn.Module, str] = {}
+    inner: set[nn.Module] = set()
+    for name, module in root.named_modules():
+        is_compiled = optimized is not None and isinstance(module, optimized.OptimizedModule)
+        is_compiled |= vars(module).get("_compiled_call_impl") is not None
+        if is_compiled and module is not root and module not in inner and module not in layers:
+            found[module] = name
+            inner.update(module.modules())
+    return found

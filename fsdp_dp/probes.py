@@ -1,0 +1,158 @@
+"""What the graph of a compiled block has of a layer's record: two inputs without memory, and two outputs of its backward.
+
+A layer's *probes* are tensors that are made in front of the block's call, all by one node. In the graph the layer's output
+goes through an identity (`_Handover`) whose backward returns (g, a), the gradient of the output and what the layer was given,
+as the gradients of its probes; and the node is given them. So the graph has no side effect:
+
+* what is recorded is an output, which cannot be dropped as dead code, be merged with another, or be made while tracing;
+* the compiler gives outputs memory that it neither uses again nor takes for its own, so the engine keeps them as they are;
+* ``a`` is saved for backward by the graph, so checkpointing and offloading around the block apply to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fsdp_dp.errors import PrivacyError
+from fsdp_dp.records import NO_CALL, Report
+
+Leave = Callable[..., Any]
+
+
+class Slot:
+    """What a compiled graph finds at a layer.
+
+    Attributes:
+        leave: the layer's forward hook, which breaks graphs.
+        hook_id: of the hook that stands for it.
+        g, a: its probes, while its module is called.
+        taken: the layer took them.
+    """
+
+    def __init__(self, leave: Leave) -> None:
+        self.leave, self.hook_id = leave, -1
+        self.g: Tensor | None = None
+        self.a: Tensor | None = None
+        self.taken = False
+
+
+def recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """A forward hook, the same function for all layers: the compiler guards what it reads here, but not which hook it is."""
+    slot: Any = module._fsdp_dp_slot
+    if torch.compiler.is_dynamo_compiling() and _takes(slot, args, kwargs, output):
+        slot.taken = True
+        return _Handover.apply(output, args[0], slot.g, slot.a)
+    return slot.leave(module, args, kwargs, output)
+
+
+def _takes(slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+    """Whether the layer can take its probes, of which there are two for each call of the block."""
+    if slot.taken or kwargs or len(args) != 1 or not torch.is_grad_enabled():
+        return False
+    return _is_like(output, slot.g) and _is_like(args[0], slot.a)
+
+
+def _is_like(x: Any, probe: Tensor | None) -> bool:
+    return probe is not None and type(x) is Tensor and x.shape == probe.shape and x.dtype == probe.dtype
+
+
+class _Handover(torch.autograd.Function):
+    """Identity on a layer's output, in the graph; no view, so that the program may write to it. Inductor makes no copy."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, a: Tensor, probe_g: Tensor, probe_a: Tensor) -> Tensor:
+        ctx.save_for_backward(a)
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (a,) = ctx.saved_tensors
+        return g, None, g, a
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What a layer was given and gave."""
+
+    g: torch.Size
+    g_dtype: torch.dtype
+    a: torch.Size
+    a_dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Form | None:
+        """None where probes would not do."""
+        if kwargs or len(args) != 1 or type(output) is not Tensor or type(args[0]) is not Tensor:
+            return None
+        a = args[0]
+        if not (a.is_floating_point() and output.is_floating_point() and a.device == output.device):
+            return None  # ids are no gradient
+        return Form(output.shape, output.dtype, a.shape, a.dtype, a.device)
+
+    def probes(self) -> tuple[Tensor, Tensor]:
+        return (
+            torch.empty_strided(self.g, (0,) * len(self.g), dtype=self.g_dtype, device=self.device),
+            torch.empty_strided(self.a, (0,) * len(self.a), dtype=self.a_dtype, device=self.device),
+        )
+
+
+class Probes(torch.autograd.Function):
+    """The node in front of a call that makes its probes, and is given their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, call: Call) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        return tuple(probe for form in call.forms.values() for probe in form.probes())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None]:
+        ctx.call.came(grads)
+        return None, None
+
+
+class Call:
+    """One call of a compiled module.
+
+    Attributes:
+        forms: of layers that were given probes, in the order of their calls.
+        tapped: how often layers were recorded by taps of their own.
+        seen: what those were given.
+        reports: of layers that took their probes.
+    """
+
+    def __init__(self, kind: Hashable) -> None:
+        self.kind = kind
+        self.forms: dict[str, Form] = {}
+        self.tapped: Counter[str] = Counter()
+        self.seen: dict[str, Form | None] = {}
+        self.reports: dict[str, Report] = {}
+        self._came = False
+
+    def came(self, grads: Sequence[Tensor | None]) -> None:
+        """The gradients of all probes, after the module's backward."""
+        if self._came:
+            raise PrivacyError("backward came twice to one call of a compiled module; call backward once")
+        self._came = True
+        pairs = list(zip(self.forms, grads[::2], grads[1::2], strict=True))
+        for name, g, a in reversed(pairs):
+            if name not in self.reports:
+                if g is not None or a is not None:
+                    raise PrivacyError(f"Layer '{name}': a compiled graph recorded it, unknown to the engine")
+            elif g is None or not g.numel():
+                self.reports[name](NO_CALL, (), (None,))
+            elif a is None:
+                raise PrivacyError(f"Layer '{name}': a compiled graph gave its gradient without its input")
+            else:
+                self.reports[name](NO_CALL, (a.detach(),), (g.detach(),))
+
+    def not_reached(self, *_: Any) -> None:
+        for report in self.reports.values():
+            report(NO_CALL, (), (None,))
