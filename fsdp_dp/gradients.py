@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fsdp_dp import planner
 from fsdp_dp.kernels import outer as fused
+from fsdp_dp.kernels import vectors
 from fsdp_dp.numerics import (
     SPLIT_ROUNDOFF,
     accumulate_dtype,
@@ -624,11 +625,30 @@ class NormTally:
         for (owner, _), of_owner in values.items():
             self._take(owner, _stored_norm_terms(of_owner))
 
+    def _measured_together(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """Of the small ones among those that wait and that one launch takes; the others go on waiting."""
+        small: dict[str, Tensor] = {}
+        owners: dict[str, int] = {}
+        for (owner, _), values in sorted(self._waiting.items(), key=lambda item: item[0][0]):
+            for x in [x for x in values if x.numel() <= len(x) * SMALL and vectors.usable(x)]:
+                name = str(len(small))
+                small[name], owners[name] = x, owner
+            values[:] = [x for x in values if x.numel() > len(x) * SMALL or not vectors.usable(x)]
+        self._waiting = {key: values for key, values in self._waiting.items() if values}
+        return [
+            vectors.squared_norms(_side_by_side(list(part.values())), _widths(part), [owners[n] for n in part])
+            for part in _portions(small)
+        ]
+
     def measured(self, groups: int = 1) -> TermsOfGroups:
         """Of all that was added since the last call, to so many groups."""
+        of_vectors = self._measured_together()
         self._measure_stored(self._waiting)
         owners = self._owners
         parts = [torch.stack(self._terms)] if self._terms else []
+        for terms, whose in of_vectors:
+            owners = owners + list(whose)
+            parts.append(terms)
         if self._ghosts is not None:
             owners = owners + self._ghosts.owners
             parts.append(self._ghosts.terms())
@@ -691,14 +711,27 @@ def weighted_sums(
         )
         sums |= dict(zip(together, found, strict=True))
     of_owner: dict[int, dict[str, Tensor]] = {}
+    at_once: dict[str, Tensor] = {}
     for name, value in small.items():
-        of_owner.setdefault(owner_of[name], {})[name] = value
+        (at_once if vectors.usable(value) else of_owner.setdefault(owner_of[name], {}))[name] = value
+    for part in _portions(at_once):
+        whole = _side_by_side(list(part.values()))
+        joint = vectors.weighted_sum(whole, weight_KB, _widths(part), [owner_of[n] for n in part])
+        sums |= _taken_apart(joint, part)
     for owner, values in of_owner.items():
         for part in _portions(values):
             joint = Materialized(_side_by_side(list(part.values()))).weighted_sum(*rows[owner])
-            pieces = joint.split([x.numel() // len(x) for x in part.values()])
-            sums |= {n: piece.view(x.shape[1:]) for (n, x), piece in zip(part.items(), pieces, strict=True)}
+            sums |= _taken_apart(joint, part)
     return sums
+
+
+def _widths(values: Mapping[str, Tensor]) -> list[int]:
+    return [x.numel() // len(x) for x in values.values()]
+
+
+def _taken_apart(joint: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    pieces = joint.split(_widths(values))
+    return {n: piece.view(x.shape[1:]) for (n, x), piece in zip(values.items(), pieces, strict=True)}
 
 
 def _portions(values: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

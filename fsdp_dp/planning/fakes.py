@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fsdp_dp import clipping, engine, gradients, kernels, numerics
 from fsdp_dp.engine import PrivacyEngine
-from fsdp_dp.kernels import norm_rows, outer
+from fsdp_dp.kernels import norm_rows, outer, vectors
 from fsdp_dp.kernels.release import Verdict
 from fsdp_dp.recorder import Recorder
 from fsdp_dp.sharding import ShardedModel, sums, tensor_parallel
@@ -64,6 +64,7 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
             (outer, "GhostNorms", _GhostNorms),
             (clipping, "_has_kernel", lambda mask_B, dtype: False),
             (norm_rows, "norm_rows", _norm_rows),
+            (vectors, "usable", lambda x: False),
             (F, "rms_norm", _fused_rms_norm),
         ]
     with ExitStack() as stack:

@@ -227,8 +227,7 @@ def test_layers_stay_with_their_owners(ghost_norm: ModuleType) -> None:
         owners.append([10 * number + layer for layer in range(len(gs))])
         expected |= {10 * number + layer: terms_of(ghost_norm, a, [x]).stack() for layer, x in enumerate(gs)}
     norms = ghost_norm.GhostNorms(2, torch.device("cpu"), ROUNDOFF)
-    norms.add(inputs[:2], owners[:2])
-    norms.add(inputs[2:], owners[2:])
+    norms.add(inputs, owners)
     found = dict(zip(norms.owners, norms.terms(), strict=True))
     assert found.keys() == expected.keys()
     for owner, terms in expected.items():

@@ -1,0 +1,108 @@
+"""Norms and weighted sums of the stored gradients of many vectors, side by side ``[B, N]``, in one launch each.
+
+In the step: `gradients` comes here for float32 vectors on a GPU; `gradients._stored_norm_terms` and
+`gradients.Materialized.weighted_sum` are the references. Squares of float32 numbers are exact in float64 and do not vanish
+there, so a norm has the error of float64 sums alone.
+"""
+
+# Triton's jit reads no annotations but its own.
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fsdp_dp.kernels.launching import launch
+from fsdp_dp.kernels.tables import table
+from fsdp_dp.numerics import gamma
+
+_COLUMNS = 1024
+_SUMMED_COLUMNS = 128
+
+
+@functools.lru_cache(maxsize=1024)
+def _runs(widths: tuple[int, ...], owners: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """First column, last one and owner of every run of vectors of one owner."""
+    runs: list[tuple[int, int, int]] = []
+    end = 0
+    for width, owner in zip(widths, owners, strict=True):
+        first, end = end, end + width
+        if runs and runs[-1][2] == owner:
+            runs[-1] = (runs[-1][0], end, owner)
+        else:
+            runs.append((first, end, owner))
+    return tuple(runs)
+
+
+def squared_norms(
+    joined_BN: Tensor, widths: tuple[int, ...], owners: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """See `vectors`."""
+    B, N = joined_BN.shape
+    runs, device = _runs(widths, owners), joined_BN.device
+    terms = torch.empty(len(runs), 3, B, dtype=torch.float64, device=device)
+    relative, rounding = gamma(N + 8, torch.float64), gamma(4, torch.float32) ** 2
+    launch(
+        _squared_norms, (B, len(runs), 1),
+        (joined_BN, terms, table(runs, device), B, N, relative, rounding, _COLUMNS), warps=4,
+    )  # fmt: skip
+    return terms, tuple(owner for *_, owner in runs)
+
+
+@triton.jit(do_not_specialize=["B"])
+def _squared_norms(
+    x, terms, runs, B, N, RELATIVE: tl.constexpr, ROUNDING: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    row, run = tl.program_id(0), tl.program_id(1)
+    first, end = tl.load(runs + 3 * run).to(tl.int32), tl.load(runs + 3 * run + 1).to(tl.int32)
+    own = x + row.to(tl.int64) * N
+    total = tl.zeros([COLUMNS], tl.float64)
+    for start in range(first, end, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        value = tl.load(own + column, mask=column < end, other=0.0).to(tl.float64)
+        total += value * value
+    square = tl.sum(total, 0)
+    out = terms + run.to(tl.int64) * 3 * B + row
+    tl.store(out, square)
+    tl.store(out + B, square * tl.full((), RELATIVE, tl.float64))
+    tl.store(out + 2 * B, square * tl.full((), ROUNDING, tl.float64))
+
+
+def weighted_sum(joined_BN: Tensor, weight_KB: Tensor, widths: tuple[int, ...], owners: tuple[int, ...]) -> Tensor:
+    """See `vectors`."""
+    B, N = joined_BN.shape
+    device = joined_BN.device
+    out = torch.empty(N, dtype=torch.float32, device=device)
+    programs = _programs(_runs(widths, owners))
+    launch(
+        _weighted_sum, (len(programs), 1, 1),
+        (joined_BN, weight_KB, out, table(programs, device), B, N, _SUMMED_COLUMNS), warps=4,
+    )  # fmt: skip
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _programs(runs: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
+    """The same of what a program sums."""
+    return tuple((at, end, owner) for first, end, owner in runs for at in range(first, end, _SUMMED_COLUMNS))
+
+
+@triton.jit(do_not_specialize=["B"])
+def _weighted_sum(x, weight, out, programs, B, N, COLUMNS: tl.constexpr):
+    own = programs + 3 * tl.program_id(0)
+    column = tl.load(own).to(tl.int32) + tl.arange(0, COLUMNS)
+    inside = column < tl.load(own + 1).to(tl.int32)
+    weight += tl.load(own + 2) * B
+    of_row = x + column
+    total = tl.zeros([COLUMNS], tl.float32)
+    for i in range(B):
+        w = tl.load(weight + i)
+        if w != 0:  # what a row of weight zero holds may be anything
+            total += w * tl.load(of_row, mask=inside, other=0.0)
+        of_row += N
+    tl.store(out + column, total, mask=inside)
