@@ -71,10 +71,12 @@ def microbatches(step: int, rank: int) -> list[tuple[Tensor, int]]:
     return [(x, (number + rank) % 4 if step else 3) for number, x in enumerate(xs)]
 
 
-def weighted_outers(products: Sequence[tuple[Tensor, Tensor, Tensor | None]], weight_B: Tensor) -> list[Tensor]:
+def weighted_outers(
+    products: Sequence[tuple[Tensor, Tensor, Tensor | None]], weight_KB: Tensor, owners: Sequence[int]
+) -> list[Tensor]:
     found = []
-    for a, g, place in products:
-        total = torch.einsum("b,btp,btd->pd", weight_B, g, a)
+    for (a, g, place), owner in zip(products, owners, strict=True):
+        total = torch.einsum("b,btp,btd->pd", weight_KB[owner], g, a)
         if place is not None:
             written.append(place)
             total = place.copy_(total.view(place.shape))
@@ -85,9 +87,11 @@ def weighted_outers(products: Sequence[tuple[Tensor, Tensor, Tensor | None]], we
 class GhostNorms:
     def __init__(self, rows: int, device: torch.device) -> None:
         self._terms: list[Tensor] = []
+        self.owners: list[int] = []
 
-    def add(self, inputs: Sequence[tuple[Tensor, Sequence[Tensor]]]) -> None:
+    def add(self, inputs: Sequence[tuple[Tensor, Sequence[Tensor]]], owners: Sequence[Sequence[int]]) -> None:
         self._terms += [gradients._gram_norms(a, g).stack() for a, gs in inputs for g in gs]
+        self.owners += [owner for of_input in owners for owner in of_input]
 
     def terms(self) -> Tensor:
         return torch.stack(self._terms)
@@ -97,6 +101,8 @@ PLAYED: Mapping[str, object] = {
     "usable": lambda a, g: True,
     "weighted_outers": weighted_outers,
     "GhostNorms": GhostNorms,
+    "forms_well": lambda a, g: False,
+    "instantiated_norms": lambda pairs: torch.stack([gradients._instantiated_norms(a, g).stack() for a, g in pairs]),
 }
 
 
