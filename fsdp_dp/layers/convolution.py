@@ -51,10 +51,11 @@ def transposed_convolution(
     out: dict[str, PerSampleGradient] = {}
     if "weight" in wanted:
         padding: list[int] = []
+        assert not isinstance(module.padding, str)
         steps = zip(module.kernel_size, module.stride, module.dilation, module.padding, strict=True)
         for (kernel, stride, dilation, before), n, m in zip(steps, a.shape[2:], g.shape[2:], strict=True):
             span = (n - 1) * stride + dilation * (kernel - 1) + 1  # of all windows; output_padding lies behind them
-            padding = [int(before), span - m - int(before), *padding]
+            padding = [before, span - m - before, *padding]
         adjoint = dataclasses.replace(geometry(module), padding=tuple(padding))
         out["weight"] = PatchProduct(g, a, adjoint)
     if "bias" in wanted:
