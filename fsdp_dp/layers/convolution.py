@@ -51,8 +51,8 @@ def transposed_convolution(
     out: dict[str, PerSampleGradient] = {}
     if "weight" in wanted:
         padding: list[int] = []
-        before_each: tuple[int, ...] = module.padding  # type: ignore[assignment]  # a word for convolutions alone
-        steps = zip(module.kernel_size, module.stride, module.dilation, before_each, strict=True)
+        assert not isinstance(module.padding, str)
+        steps = zip(module.kernel_size, module.stride, module.dilation, module.padding, strict=True)
         for (kernel, stride, dilation, before), n, m in zip(steps, a.shape[2:], g.shape[2:], strict=True):
             span = (n - 1) * stride + dilation * (kernel - 1) + 1  # of all windows; output_padding lies behind them
             padding = [before, span - m - before, *padding]
