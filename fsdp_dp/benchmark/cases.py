@@ -13,6 +13,7 @@ from fsdp_dp.benchmark.meshes import FULL_SHARD, Sharding
 from fsdp_dp.benchmark.models import MODELS, Shape
 
 SIDES = ("plain-fsdp1", "plain-fsdp2", "flat", "block", "layer", "flat-fsdp1", "opacus", "opacus-hooks")
+COMPILED = ("plain-fsdp1", "plain-fsdp2", "flat", "block", "layer", "flat-fsdp1")
 ON_ANY_MESH = ("plain-fsdp2", "flat", "block", "layer")
 
 
@@ -26,10 +27,11 @@ class Case:
     microbatches: int
     checkpointing: bool
     sharding: Sharding
+    compiled: bool = False
 
     @property
     def name(self) -> str:
-        kept = " checkpointed" if self.checkpointing else ""
+        kept = (" checkpointed" if self.checkpointing else "") + (" compiled" if self.compiled else "")
         return f"{self.model}@{self.shape.rows}x{self.shape.tokens}{kept} {self.microbatches} microbatch(es)"
 
     @property
@@ -37,11 +39,13 @@ class Case:
         return "FSDP1" if self.side.endswith("fsdp1") else "FSDP2"
 
 
-def parse(text: str, *, microbatches: int, checkpointing: bool, sharding: Sharding) -> list[Case]:
+def parse(
+    text: str, *, microbatches: int, checkpointing: bool, sharding: Sharding, compiled: bool = False
+) -> list[Case]:
     """``llama-13b/8@2x1024:plain-fsdp2,flat`` as cases: of the model's layers the first eight.
 
     Raises:
-        ValueError: there is no such model or side, a size is not one, or the side has no such sharding.
+        ValueError: there is no such model or side, a size is not one, or the side has no such sharding or is not compiled.
     """
     name, _, sides = text.partition(":")
     model, _, size = name.partition("@")
@@ -56,6 +60,11 @@ def parse(text: str, *, microbatches: int, checkpointing: bool, sharding: Shardi
         raise ValueError(
             f"case '{text}': side '{unmeshed[0]}' is measured with --sharding full_shard, found {sharding.name}; "
             f"sides of any sharding are {', '.join(ON_ANY_MESH)}"
+        )
+    written = [side for side in sides.split(",") if side not in COMPILED]
+    if written and compiled:
+        raise ValueError(
+            f"case '{text}': side '{written[0]}' runs as it is written; sides of --compile are {', '.join(COMPILED)}"
         )
     shape = MODELS[known]
     if not re.fullmatch(r"[^/@]*(/[1-9]\d*)?(@[1-9]\d*x[1-9]\d*)?", name):
@@ -73,6 +82,7 @@ def parse(text: str, *, microbatches: int, checkpointing: bool, sharding: Shardi
             microbatches=microbatches,
             checkpointing=checkpointing,
             sharding=sharding,
+            compiled=compiled,
         )
         for side in sides.split(",")
     ]
