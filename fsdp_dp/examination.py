@@ -36,7 +36,7 @@ class Examination:
 
     def __init__(self, model: ShardedModel, batch: LogicalBatch, recorder: Recorder) -> None:
         self._model, self._batch, self._recorder = model, batch, recorder
-        self.passed = self._passed_over = False
+        self.passed = self._passed_over = self._checked = False
         self.measured: dict[str, Measured] = {}
         self._first: FirstMicrobatch | None = None
         self._watch: FirstForward | None = None
@@ -57,6 +57,8 @@ class Examination:
         if not microbatch.rehearsal:
             self._keep_to_rehearse(microbatch, args, kwargs)
         self._end_watch()
+        if self._first is not None and not self._checked:
+            self._uncompiled.start()  # under the mode that listens to the loss graphs would be others, and broken by it
         self._kind_now = self._kind(microbatch.rows)
         if self._kind_now not in self._watched or self._buffers_moved() or recorder.meetings.wants:
             self._uncompiled.start()
@@ -155,7 +157,7 @@ class Examination:
         Raises:
             PrivacyError: a row's gradient changed with other rows, or this could not be found out.
         """
-        first, current = self._first, self._recorder.current
+        first, current, self._checked = self._first, self._recorder.current, True
         if first is None or not first.was_measured:
             return
         if first.loss.asked is False:

@@ -45,6 +45,7 @@ def main() -> None:
                 checkpointing=options.checkpointing,
                 sharding=options.sharding,
                 loader=options.loader,
+                compiled=options.compile,
             ):
                 if report.key(_named(case) | stamp) not in done:
                     _run(case, device, options, stamp, ranks)
@@ -122,6 +123,7 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--checkpointing", action="store_true", help="recompute every block in backward")
     parser.add_argument("--loader", action="store_true", help="rows come through a loader; real rows a second")
+    parser.add_argument("--compile", action="store_true", help="compile every block, before it is sharded")
     parser.add_argument("--profile", action="store_true", help="also account for one step of the fewest microbatches")
     parser.add_argument("--commit", default=_commit(), help="what the rows say they were measured on")
     parser.add_argument("--report", type=Path, help="write the tables of --output into this page instead of measuring")
@@ -133,7 +135,14 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     try:
         options.sharding = meshes.parse(options.sharding, int(os.environ.get("WORLD_SIZE", "1")))
         for text in options.cases:
-            cases.parse(text, microbatches=1, checkpointing=False, sharding=options.sharding, loader=options.loader)
+            cases.parse(
+                text,
+                microbatches=1,
+                checkpointing=False,
+                sharding=options.sharding,
+                loader=options.loader,
+                compiled=options.compile,
+            )
     except ValueError as error:
         parser.error(str(error))
     return options

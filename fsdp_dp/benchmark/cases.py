@@ -13,6 +13,7 @@ from fsdp_dp.benchmark.meshes import FULL_SHARD, Sharding
 from fsdp_dp.benchmark.models import MODELS, Shape
 
 SIDES = ("plain-fsdp1", "plain-fsdp2", "flat", "block", "layer", "flat-fsdp1", "opacus", "opacus-hooks")
+COMPILED = ("plain-fsdp1", "plain-fsdp2", "flat", "block", "layer", "flat-fsdp1")
 ON_ANY_MESH = ("plain-fsdp2", "flat", "block", "layer")
 
 
@@ -27,10 +28,11 @@ class Case:
     checkpointing: bool
     sharding: Sharding
     loader: bool = False
+    compiled: bool = False
 
     @property
     def name(self) -> str:
-        kept = " checkpointed" if self.checkpointing else ""
+        kept = (" checkpointed" if self.checkpointing else "") + (" compiled" if self.compiled else "")
         fed = " through a loader" if self.loader else ""
         return f"{self.model}@{self.shape.rows}x{self.shape.tokens}{kept}{fed} {self.microbatches} microbatch(es)"
 
@@ -39,11 +41,19 @@ class Case:
         return "FSDP1" if self.side.endswith("fsdp1") else "FSDP2"
 
 
-def parse(text: str, *, microbatches: int, checkpointing: bool, sharding: Sharding, loader: bool = False) -> list[Case]:
+def parse(
+    text: str,
+    *,
+    microbatches: int,
+    checkpointing: bool,
+    sharding: Sharding,
+    loader: bool = False,
+    compiled: bool = False,
+) -> list[Case]:
     """``llama-13b/8@2x1024:plain-fsdp2,flat`` as cases: of the model's layers the first eight.
 
     Raises:
-        ValueError: there is no such model or side, a size is not one, or the side has no such sharding.
+        ValueError: there is no such model or side, a size is not one, or the side has no such sharding or is not compiled.
     """
     name, _, sides = text.partition(":")
     model, _, size = name.partition("@")
@@ -62,6 +72,11 @@ def parse(text: str, *, microbatches: int, checkpointing: bool, sharding: Shardi
     peers = [side for side in sides.split(",") if side.startswith("opacus")]
     if peers and loader:
         raise ValueError(f"case '{text}': side '{peers[0]}' is not measured with --loader")
+    written = [side for side in sides.split(",") if side not in COMPILED]
+    if written and compiled:
+        raise ValueError(
+            f"case '{text}': side '{written[0]}' runs as it is written; sides of --compile are {', '.join(COMPILED)}"
+        )
     shape = MODELS[known]
     if not re.fullmatch(r"[^/@]*(/[1-9]\d*)?(@[1-9]\d*x[1-9]\d*)?", name):
         raise ValueError(f"case '{text}': layers and size are numbers, as in {known}/2@8x128:flat")
@@ -79,6 +94,7 @@ def parse(text: str, *, microbatches: int, checkpointing: bool, sharding: Shardi
             checkpointing=checkpointing,
             sharding=sharding,
             loader=loader,
+            compiled=compiled,
         )
         for side in sides.split(",")
     ]

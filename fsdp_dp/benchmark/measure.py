@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fsdp_dp.benchmark import meshes, peers, profiling, sides
+from fsdp_dp.benchmark import compiling, meshes, peers, profiling, sides
 from fsdp_dp.benchmark.cases import Case
 from fsdp_dp.benchmark.collectives import Collectives
 from fsdp_dp.benchmark.feeding import Feed
@@ -23,6 +23,8 @@ from fsdp_dp.benchmark.models import flops
 def measure(case: Case, device: torch.device, *, warmup: int, steps: int, profile: bool) -> dict[str, Any]:
     """Run a case and take it down again; times are of the slowest rank's clock, memory of this rank."""
     feed = Feed(case, device, meshes.data_rank(meshes.mesh_of(case.sharding, device.type)))
+    if case.compiled:
+        compiling.forget()
     step, end, compared = sides.build(case, device, feed)
     try:
         row = _row(case, step, device, feed, warmup=warmup, steps=steps)
@@ -40,6 +42,7 @@ def _row(
 ) -> dict[str, Any]:
     for _ in range(warmup):
         step()
+    graphs = compiling.settle(step) if case.compiled else None
     with Collectives() as collectives:
         step()
     gc.collect()
@@ -67,6 +70,7 @@ def _row(
         "collectives": dict(collectives.counts),
         "collectives_MB": {kind: round(sent / 1e6, 1) for kind, sent in collectives.sent.items()},
         "collectives_bytes": dict(collectives.sent),
+        **({"graphs": graphs} if graphs else {}),
         **({"differs": differs} if differs else {}),
     }
 

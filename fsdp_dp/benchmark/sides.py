@@ -26,6 +26,7 @@ from fsdp_dp.engine import make_private
 Step = Callable[[], None]
 NOISE_MULTIPLIER, MAX_GRAD_NORM = 1.0, 1.0
 DTYPE = torch.bfloat16
+COMPILER = "inductor"
 PEERS = {"opacus": peers.ghost, "opacus-hooks": peers.hooks}
 
 
@@ -86,6 +87,7 @@ def _sharded(case: Case, device: torch.device) -> nn.Module:
     if case.backend == "FSDP1":
         model = Transformer(case.shape, tied=tied, checkpointing=case.checkpointing).to(device)
         initialize(model)
+        _compile(model, case)
         precision = MixedPrecision(param_dtype=DTYPE, reduce_dtype=torch.float32)
         return FullyShardedDataParallel(
             model, auto_wrap_policy=ModuleWrapPolicy({Block}), mixed_precision=precision, device_id=device,
@@ -97,9 +99,17 @@ def _sharded(case: Case, device: torch.device) -> nn.Module:
     mesh = meshes.mesh_of(case.sharding, device.type)
     if case.sharding.tensor > 1:
         meshes.split_linears(model.blocks, mesh["tensor"])
+    _compile(model, case)
     for block in model.blocks:
         fully_shard(block, mesh=meshes.data_mesh(mesh), mp_policy=policy)
     fully_shard(model, mesh=meshes.data_mesh(mesh), mp_policy=policy)
     model.to_empty(device=device)
     initialize(model)
     return model
+
+
+def _compile(model: Transformer, case: Case) -> None:
+    """Block by block, as every trainer does; not the embedding and the head."""
+    if case.compiled:
+        for block in model.blocks:
+            block.compile(backend=COMPILER)

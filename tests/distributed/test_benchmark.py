@@ -39,8 +39,8 @@ def named_weights(model: nn.Module) -> None:
         parameter.copy_(whole)
 
 
-def released(case: cases.Case) -> list[Tensor]:
-    """The gradients that AdamW was given, whole, in the order of the parameters."""
+def released(case: cases.Case, steps: int = 1) -> list[Tensor]:
+    """The gradients that AdamW was given in the last step, whole, in the order of the parameters."""
     found: list[Tensor] = []
 
     def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -50,7 +50,8 @@ def released(case: cases.Case) -> list[Tensor]:
 
     handle = register_optimizer_step_post_hook(keep)
     step, end, _ = sides.build(case, CPU)
-    step()
+    for _ in range(steps):
+        step()
     end()
     handle.remove()
     return found
@@ -103,6 +104,28 @@ def test_through_a_loader_rows_are_counted_without_padding() -> None:
         assert row["rows_per_s"] > 0, row
     with pytest.raises(ValueError, match="not measured with --loader"):
         cases.parse("llama-tiny:opacus", microbatches=1, checkpointing=False, sharding=ALL, loader=True)
+
+
+def compiled_beside_eager(rank: int, world_size: int) -> list[Any]:
+    """What is released as written and compiled, and the row of a compiled case."""
+    sides.DTYPE, sides.NOISE_MULTIPLIER = torch.float32, 0.0
+    sides.initialize, sides.COMPILER = named_weights, "aot_eager"
+    warnings.simplefilter("ignore")
+    cases_ = [
+        cases.parse("llama-tiny:flat", microbatches=2, checkpointing=False, sharding=ALL, compiled=compiled)[0]
+        for compiled in (False, True)
+    ]
+    as_written, compiled = (released(case, steps=2) for case in cases_)
+    off = max(float((a - b).norm() / a.norm()) for a, b in zip(as_written, compiled, strict=True))
+    return [off, measure.measure(cases_[1], CPU, warmup=1, steps=1, profile=False)["graphs"]]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_do_the_same() -> None:
+    """The second step is compiled: all blocks share one graph, which nothing breaks."""
+    for off, graphs in run(compiled_beside_eager, 2):
+        assert off < 1e-4
+        assert graphs == {"graphs": 1, "breaks": 0}
 
 
 def rows_of_failures(rank: int, world_size: int, output: str) -> None:

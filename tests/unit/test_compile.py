@@ -83,7 +83,7 @@ def rows() -> tuple[Tensor, Tensor]:
 def check_exact(
     model: nn.Module, reference: nn.Module, steps: int = 2, attached: Callable[[], object] = lambda: None
 ) -> None:
-    """Every logical batch of three microbatches, the first one as written and the others compiled, is the oracle's."""
+    """Every logical batch of three microbatches, those of the first as written and the others compiled, is the oracle's."""
     x, y = rows()
     norms = [norm(g) for g in row_gradients(reference, (x, y), square_losses)]
     bound = sorted(norms)[ROWS // 2]
@@ -221,6 +221,9 @@ def test_an_engine_after_another_records_for_itself() -> None:
     engine = make_private(model, privacy_config(max_grad_norm=1.0))
     for some in torch.arange(ROWS).split(2):
         square_losses(model(x[some]), y[some]).mean().backward()
+    engine.privatize()
+    engine.discard()
+    square_losses(model(x[:2]), y[:2]).mean().backward()
     engine.discard()
     engine.detach()
     check_exact(model, Model())

@@ -45,11 +45,14 @@ ORDER = (
         "row_layouts",
         "habits",
         "shared_values",
+        "graph_identity",
+        "probes",
     ),  # pure
     (
         "modes",
         "label_watch",
         "node_taps",
+        "compiled",
         "taps",
         "watch",
         "intake",
