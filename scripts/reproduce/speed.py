@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
+from fsdp_dp.benchmark.meshes import FULL_SHARD
 from scripts.reproduce.rows import ROOT, Row, read
 
 BENCHMARKS = ROOT / "docs" / "benchmarks.jsonl"
@@ -16,7 +17,7 @@ class Speed:
 
     Args:
         title: what is tried.
-        case: `MODEL@ROWSxTOKENS` of the benchmark, without its number of microbatches.
+        case: `MODEL@ROWSxTOKENS` of the benchmark, without its number of microbatches; under full sharding.
         ours, peers: sides of the benchmark, and what they are called.
         paper, differs: what the paper reports, and in what this is another experiment.
         microbatches: of the command that measures it.
@@ -42,7 +43,8 @@ class Speed:
 
     def cells(self, rows: Sequence[Row]) -> tuple[str, ...]:
         """Title, ours, the paper's, peers', what differs, date and commit, command."""
-        of_case = [row for row in rows if row["case"].partition(" microbatch")[0].rpartition(" ")[0] == self.case]
+        case = f"{self.case} {self.microbatches} microbatch(es)"
+        of_case = [row for row in rows if row["case"] == case and row.get("sharding", FULL_SHARD) == FULL_SHARD]
         newest = {row["side"]: row for row in of_case}  # rows are in the order in which they were measured
         used = [newest[side] for side in (*self.ours, *self.peers) if side in newest]
         differs = [self.differs, *(f"{row['side']}: {row['differs']}" for row in used if "differs" in row)]

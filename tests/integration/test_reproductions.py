@@ -54,19 +54,21 @@ def test_figures_of_seeds() -> None:
 def test_speed_is_of_the_newest_row_beside_its_own_plain_row() -> None:
     line = Speed(title="t", case="m@2x8", ours={"flat": "flat"}, peers={"opacus": "Opacus"}, differs="two GPUs")
     old = {
-        "case": "m@2x8 4 microbatch(es)",
+        "case": "m@2x8 1 microbatch(es)",
         "commit": "a",
         "device": "2 x G",
         "torch": "2",
         "ms": 10.0,
         "peak_GiB": 1.0,
     }
-    new = {**old, "case": "m@2x8 1 microbatch(es)", "commit": "b", "ms": 8.0, "date": "2026-11-27"}
+    new = {**old, "commit": "b", "ms": 8.0, "date": "2026-11-27"}
     rows = [
         *({**old, "side": side} for side in ("plain-fsdp2", "flat", "opacus")),
         {**new, "side": "plain-fsdp2"},
         {**new, "side": "flat", "ms": 10.0, "peak_GiB": 1.1},
         {**new, "case": "m@2x80 1 microbatch(es)", "side": "flat", "ms": 99.0},
+        {**new, "case": "m@2x8 4 microbatch(es)", "side": "flat", "ms": 99.0},
+        {**new, "sharding": "tp=2", "side": "flat", "ms": 99.0},
         {**new, "side": "opacus", "failed": "out of memory", "differs": "whole"},
     ]
     _, ours, _, theirs, differs, stamp, command = line.cells(rows)
