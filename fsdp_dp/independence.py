@@ -213,6 +213,8 @@ class FirstMicrobatch:
 
         Returns whether it could have shown: some row was really exchanged, and another one has a gradient.
         """
+        if not self.was_measured:
+            return False  # one row
         scale = self._scale_B[self._kept]
         before = {n: x[self._kept].sqrt() for n, x in self._norm_sq[0].items()}
         after = {n: x[self._kept].sqrt() / scale.to(x.dtype) for n, x in self._norm_sq[-1].items()}

@@ -62,6 +62,10 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
             (outer, "_runs_on", lambda device: True),
             (outer, "weighted_outers", _weighted_outers),
             (outer, "GhostNorms", _GhostNorms),
+            (outer, "forms_well", lambda a, g: True),
+            (outer, "stored_rows", _stored_rows),
+            (outer, "weighted_rows", _weighted_rows),
+            (outer, "instantiated_norms", _instantiated_norms),
             (clipping, "_has_kernel", lambda mask_B, dtype: False),
             (norm_rows, "norm_rows", _norm_rows),
             (vectors, "usable", lambda x: False),
@@ -170,6 +174,21 @@ class _GhostNorms:
     def terms(self) -> Tensor:
         owners, self.owners = self.owners, []
         return torch.zeros(len(owners), 3, self._rows, dtype=torch.float64, device=self._device)
+
+
+def _stored_rows(a_BTD: Tensor, g_BTP: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    _held_at_once = _readable(a_BTD), _readable(g_BTP)
+    rows, D, P = len(a_BTD), a_BTD.shape[2], g_BTP.shape[2]
+    return torch.empty(rows, P, D, dtype=dtype), torch.zeros(3, rows, dtype=torch.float64)
+
+
+def _weighted_rows(stored_BPD: Tensor, weight_B: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.empty(stored_BPD.shape[1:], dtype=torch.float32) if out is None else out
+
+
+def _instantiated_norms(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    _held_at_once = [_readable(x) for pair in pairs for x in pair]
+    return torch.zeros(len(pairs), 3, len(pairs[0][0]), dtype=torch.float64)
 
 
 def _norm_rows(a_BTC: Tensor, g_BTC: Tensor, eps: float, *, centered: bool, with_shift: bool) -> tuple[Tensor, Any]:

@@ -137,7 +137,7 @@ class ShardedModel(abc.ABC):
             lines.append(f"replicate ({ranks} ranks): {len(replicated)} all-reduce(s), {size:,} bytes in all")
         if self.split_group is not None:
             ranks = dist.get_world_size(self.split_group)
-            lines.append(f"tensor ({ranks} ranks): all-reduces of norms, [5, B] float64 for each clipping group")
+            lines.append(f"tensor ({ranks} ranks): all-reduces of norms, [5, B] float64 a clipping group, one a block")
         return lines
 
     @functools.cached_property

@@ -8,7 +8,7 @@ from fsdp_dp.benchmark.report import Row
 from scripts.scaling.wanted import PLAIN
 
 NORMS = 5 * 8
-"""Bytes of a row in the all-reduce of norms that tensor parallelism needs: float64 [5, B] (docs/norms_across_ranks.md)."""
+"""Bytes of a row in all-reduces of norms under tensor parallelism: float64 [5, B] a group (docs/norms_across_ranks.md)."""
 
 
 def faults(row: Row, plain: Row | None) -> list[str]:
@@ -25,10 +25,15 @@ def _collectives(row: Row, plain: Row) -> list[str]:
     found = []
     for kind in sorted({*row["collectives"], *plain["collectives"]}):
         calls, sent = (row[key].get(kind, 0) - plain[key].get(kind, 0) for key in ("collectives", "collectives_bytes"))
-        norms = row["sharding"].startswith("tp=") and kind == "all-reduce" and calls > 0
-        if (calls, sent) != (0, 0) and not (norms and sent == calls * NORMS * row["rows"]):
+        may = row["sharding"].startswith("tp=") and kind == "all-reduce"
+        if (calls, sent) != (0, 0) and not (may and are_norms(calls, sent, row["rows"])):
             found.append(f"{kind}: {calls:+} calls and {sent:+} bytes beside plain")
     return found
+
+
+def are_norms(calls: int, sent: int, rows: int) -> bool:
+    """Whether these may be all-reduces of norms, each of one group or of several."""
+    return 0 < calls * NORMS * rows <= sent and sent % (NORMS * rows) == 0
 
 
 def plain_of(row: Row, rows: Sequence[Row]) -> Row | None:

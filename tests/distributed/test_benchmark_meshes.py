@@ -18,6 +18,7 @@ from tests.distributed.harness import run
 
 MICROBATCHES = 2
 GROUPS = {"flat": 1, "block": 3, "layer": 21}  # of llama-tiny: two blocks of nine layers, embedding, norm and head
+TOGETHER = {"flat": 1, "block": 3, "layer": 5}  # those of a block
 CPU = torch.device("cpu")
 MESHES = {2: ("tp=2", "hsdp=2x1"), 4: ("hsdp=2x2", "tp=2"), 8: ("full_shard", "hsdp=2x4", "tp=2")}
 
@@ -41,8 +42,8 @@ def test_privacy_adds_the_norms_of_split_rows_alone(world_size: int) -> None:
         for row in (plain, *private):
             assert row["replicas"] == ("none" if row["sharding"] == "full_shard" else "identical"), row
         for row in private:
-            norms = MICROBATCHES * GROUPS[row["side"]] if "tp" in row["sharding"] else 0
-            assert row["collectives"].pop("all-reduce", 0) == plain["collectives"].get("all-reduce", 0) + norms
+            calls, norms = (MICROBATCHES * n[row["side"]] * ("tp" in row["sharding"]) for n in (TOGETHER, GROUPS))
+            assert row["collectives"].pop("all-reduce", 0) == plain["collectives"].get("all-reduce", 0) + calls
             sent = plain["collectives_bytes"].get("all-reduce", 0) + norms * 5 * row["rows"] * 8  # float64 [5, B]
             assert row["collectives_bytes"].pop("all-reduce", 0) == sent
             for key in ("collectives", "collectives_bytes"):

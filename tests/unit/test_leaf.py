@@ -245,7 +245,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "lstm": (lambda: nn.LSTM(D, D, batch_first=True), "LSTM is recurrent"),
     "gru": (lambda: nn.GRU(D, D), "GRU is recurrent"),
     "rnn": (lambda: nn.RNN(D, D), "RNN is recurrent"),
-    "transposed convolution": (lambda: nn.ConvTranspose1d(T, T, 1), "transposed convolution.*Upsample"),
     "batch norm": (lambda: nn.BatchNorm1d(T), r"replace_batch_norm\(model\)"),
     "replaced forward": (lambda: replaced(), "make it a class"),
 }  # fmt: skip

@@ -68,6 +68,10 @@ def test_tensor_parallelism_may_add_norms_and_nothing_else() -> None:
     norms = 5 * 3 * 8  # float64 [5, B]
     sent = {"collectives": {"all-reduce": 6}, "collectives_bytes": {"all-reduce": 9 + 2 * norms}}
     assert checks.faults(row(sharding="tp=2", **sent), plain) == []
+    sent["collectives_bytes"] = {"all-reduce": 9 + 7 * norms}  # of several groups together
+    assert checks.faults(row(sharding="tp=2", **sent), plain) == []
+    sent["collectives_bytes"] = {"all-reduce": 9 + norms}
+    assert checks.faults(row(sharding="tp=2", **sent), plain) == ["all-reduce: +2 calls and +120 bytes beside plain"]
     sent["collectives_bytes"] = {"all-reduce": 10 + 2 * norms}
     assert checks.faults(row(sharding="tp=2", **sent), plain) == ["all-reduce: +2 calls and +241 bytes beside plain"]
 
@@ -174,16 +178,16 @@ def test_what_torchrun_ended_with(tmp_path: Path, monkeypatch: Any) -> None:
 
 @pytest.mark.parametrize("sharding", ["full_shard", "hsdp=64x8", "tp=2"])
 def test_one_of_512_ranks_sends_what_plain_training_sends(sharding: str) -> None:
-    """The planner's fakes. Under tensor parallelism: and the norms of three rows, once a microbatch and group."""
+    """The planner's fakes. Under tensor parallelism: and the norms of three rows of each group, those of a block together."""
     sides = cases.parse(
         "llama-tiny:plain-fsdp2,flat,block,layer", microbatches=2, checkpointing=False,
         sharding=meshes.parse(sharding, 512),
     )  # fmt: skip
     plain, *private = (predictions.predicted(predictions.step_of(case, 512, on_gpu=True)) for case in sides)
-    for found, groups in zip(private, (1, 3, 21), strict=True):
-        norms = groups if sharding == "tp=2" else 0
-        calls = plain["calls"] | {"all-reduce": plain["calls"].get("all-reduce", 0) + norms}
-        sent = plain["bytes"] | {"all-reduce": plain["bytes"].get("all-reduce", 0) + norms * 5 * 3 * 8}
+    for found, groups, together in zip(private, (1, 3, 21), (1, 3, 5), strict=True):
+        split = sharding == "tp=2"
+        calls = plain["calls"] | {"all-reduce": plain["calls"].get("all-reduce", 0) + split * together}
+        sent = plain["bytes"] | {"all-reduce": plain["bytes"].get("all-reduce", 0) + split * groups * 5 * 3 * 8}
         assert {"all-reduce": 0} | found["calls"] == calls
         assert {"all-reduce": 0} | found["bytes"] == sent
 
