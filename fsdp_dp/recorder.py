@@ -111,6 +111,11 @@ class Recorder:
     def enter_backward(self, microbatch: Microbatch) -> None:
         """Backward comes to the model: by a boundary behind its outputs, or by a tap."""
         with self._batch.refusals_poison():
+            if self.in_forward:
+                raise PrivacyError(
+                    "The model's forward runs a backward through its own layers (torch.autograd.grad of an energy, or a "
+                    "gradient penalty), whose gradients are not clipped; return what is differentiated, or freeze these layers"
+                )
             if microbatch.done:
                 raise PrivacyError(
                     "A second backward on one microbatch: its rows would contribute twice. Add the losses and call "

@@ -462,6 +462,26 @@ class ReentrantlyCheckpointed(nn.Module):
         return checkpoint(self.second, self.first(x), use_reentrant=True)
 
 
+class Energy(nn.Module):
+    """Returns the gradient of what its layers say of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (force,) = torch.autograd.grad(self.layers(x).sum(), x, create_graph=True)
+        return force
+
+
+def test_forward_that_differentiates_its_own_layers() -> None:
+    """Seen to end in "A second backward on one microbatch"."""
+    subject = private(Energy(), sampling="external_poisson")
+    with pytest.raises(PrivacyError, match="forward runs a backward through its own layers"):
+        subject.model(torch.randn(ROWS, INPUTS, dtype=torch.float64)).square().sum(1).mean().backward()
+
+
 def test_reentrant_checkpointing() -> None:
     subject = private(ReentrantlyCheckpointed())
     with nothing_released(subject):
