@@ -411,8 +411,8 @@ class LossRecording(TorchFunctionMode):
             raise UnsupportedModelError(
                 "The loss couples the rows of a microbatch: exchanging some rows' outputs and labels changed the "
                 f"gradients of other rows by {off:.2g}. A mean over the batch's valid tokens does this, and one that "
-                "class weights weigh (weight=); use a mean over a fixed number of tokens, or the mean over rows of each row's "
-                "own mean (Hugging Face: a constant num_items_in_batch)"
+                "class weights weigh (weight=); use a mean over a fixed number of tokens, or the mean over rows of each "
+                "row's own mean (Hugging Face: a constant num_items_in_batch)"
             )
         return True
 

@@ -114,7 +114,7 @@ class Recorder:
             if self.in_forward:
                 raise PrivacyError(
                     "The model's forward runs a backward through its own layers (torch.autograd.grad of an energy, or a "
-                    "gradient penalty), whose gradients are not clipped; return what is differentiated, or freeze these layers"
+                    "gradient penalty), where no row is clipped; return what is differentiated, or freeze these layers"
                 )
             if microbatch.done:
                 raise PrivacyError(
