@@ -40,7 +40,7 @@ _ASKED = {"microbatch": "microbatch (rows)", "model": "model (blocks)"}
 _PHASES = {
     "forward and loss": ("forward", "loss"),
     "backward": ("backward", "sum", "after backward"),
-    "the optimizer's step": ("optimizer",),
+    "the optimizer's step": ("release", "optimizer"),
 }
 
 

@@ -165,7 +165,13 @@ def run_step(step: Step, model: nn.Module, tokens: Tensor, world: World) -> Trac
         model = replicate(step, model, world, init_sync=False)
         fake_reducer(model)
         private = attach(step, model, optimizer, tracker)
-        optimizer.register_step_pre_hook(lambda *_: tracker.count(gradients(model), GRADIENTS))  # after the engine's
+
+        def released(*_: Any) -> None:
+            """After the engine's own hook."""
+            tracker.count(gradients(model), GRADIENTS)
+            tracker.move("optimizer", 0, SCRATCH)
+
+        optimizer.register_step_pre_hook(released)
         with segments(model, private, tracker):
             for _ in range(1 if private is None else 2):  # until both buckets have had the largest unit
                 run_microbatch(step, model, tokens, tracker)
@@ -191,7 +197,7 @@ def run_microbatch(step: Step, model: nn.Module, tokens: Tensor, tracker: Memory
 
 
 def run_optimizer(optimizer: torch.optim.Optimizer, tracker: MemoryTracker) -> None:
-    tracker.move("optimizer", 0, SCRATCH)
+    tracker.move("release", 0, SCRATCH)
     optimizer.step()
     optimizer.zero_grad()
 
