@@ -81,9 +81,8 @@ class Examination:
             return
         self._forget_first()
         self._recorder.layouts.forget()
+        microbatch.norms = MeasuredNorms()
         self._first = found
-        if found.rows > 1 or not self.measured:  # one row by itself shows nothing, however often it is measured
-            microbatch.norms = MeasuredNorms()
 
     def end_forward(self, *, failed: bool) -> None:
         """Raises UnsupportedModelError if the forward did what only running it shows, and must not be."""
@@ -159,7 +158,7 @@ class Examination:
             PrivacyError: a row's gradient changed with other rows, or this could not be found out.
         """
         first, current, self._checked = self._first, self._recorder.current, True
-        if first is None or not (first.was_measured or first.rows == 1):
+        if first is None or not first.was_measured:
             return
         if first.loss.asked is False:
             raise PrivacyError(

@@ -166,10 +166,13 @@ class FirstMicrobatch:
         exchanged = self._outputs_again
         self._run(_as_it_is, _as_it_is)
         again, self._outputs_again = self._norm_sq.pop(), exchanged
-        for name, x in self._norm_sq[0].items():
+        before = {name: x.sqrt() for name, x in self._norm_sq[0].items()}
+        total = torch.stack([x.nan_to_num(0, 0, 0) for x in before.values()]).norm(dim=0)
+        for name, old in before.items():
             if name in again:
-                old, new = x.sqrt(), again[name].sqrt()
-                moved = ((old - new).abs() / torch.maximum(old, new)).nan_to_num(0, 0, 0)
+                new = again[name].sqrt()
+                size = torch.maximum(torch.maximum(old, new), _NEGLIGIBLE * total)
+                moved = ((old - new).abs() / size).nan_to_num(0, 0, 0)
                 self._noise = max(self._noise, float(moved.max()))
 
     def _run(self, change: Callable[[Any], Any], scale: Callable[[Tensor], Tensor]) -> None:
@@ -213,8 +216,6 @@ class FirstMicrobatch:
 
         Returns whether it could have shown: some row was really exchanged, and another one has a gradient.
         """
-        if not self.was_measured:
-            return False  # one row
         scale = self._scale_B[self._kept]
         before = {n: x[self._kept].sqrt() for n, x in self._norm_sq[0].items()}
         after = {n: x[self._kept].sqrt() / scale.to(x.dtype) for n, x in self._norm_sq[-1].items()}
