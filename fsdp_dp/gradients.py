@@ -206,18 +206,12 @@ class Materialized:
 
 @dataclasses.dataclass(frozen=True)
 class Formed:
-    """``G_i`` of a Linear as a kernel stored it, ``value_BPD``, with the ``terms`` ``[3, B]`` of the norm of just that.
-
-    In bfloat16 the gradient of a row is rounded before it is measured: what is summed is what was measured, too.
-    """
+    """``G_i`` of a Linear as a kernel stored it, ``value_BPD``, with the ``terms`` ``[3, B]`` of the norm of just that."""
 
     value_BPD: Tensor
     terms: Tensor
     norm_cost: ClassVar[float] = 0.0
-
-    @property
-    def method(self) -> str:
-        return "store" if self.value_BPD.dtype == torch.float32 else "store rounded"
+    method: ClassVar[str] = "store"
 
     def norm_terms(self) -> NormTerms:
         return NormTerms.unstack(self.terms)

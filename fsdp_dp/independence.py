@@ -42,7 +42,7 @@ _COARSE_TOLERANCE = 2e-3
 _NEGLIGIBLE = 1e-4
 _TIMES_NOISE, _MOST_NOISE = 4.0, 1e-2
 """Attention's backward on GPUs adds up in any order. Of queries and keys, whose tokens cancel, an unchanged pass in bfloat16
-moved norms by up to 3.7e-3 (350M, 8 rows of 1024 tokens, one H200 and two; docs/numerics.md)."""
+moved norms by up to 3.7e-3 (350M, 8 rows of 1024 tokens, two H200s; docs/numerics.md)."""
 
 _LEVELS = 16
 """Rows are told apart by factors down to 2^-15. Of more than 16 that stay, those 16 apart have the same."""
@@ -167,6 +167,8 @@ class FirstMicrobatch:
         self._run(_as_it_is, _as_it_is)
         again, self._outputs_again = self._norm_sq.pop(), exchanged
         before = {name: x.sqrt() for name, x in self._norm_sq[0].items()}
+        if not before:  # this rank's rows have no gradient; it ran for the others
+            return
         total = torch.stack([x.nan_to_num(0, 0, 0) for x in before.values()]).norm(dim=0)
         for name, old in before.items():
             if name in again:

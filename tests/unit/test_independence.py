@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fsdp_dp import PrivacyConfig, PrivacyError, UnsupportedModelError, make_private
-from fsdp_dp.independence import exchanged_rows
+from fsdp_dp.independence import FirstMicrobatch, exchanged_rows
 
 V, B, T = 11, 6, 5
 IGNORED = -100
@@ -449,3 +449,12 @@ def test_what_moves_by_itself_is_no_coupling(size: float, coupled: float, dtype:
     else:
         with pytest.raises(UnsupportedModelError, match="changed"):
             optimizer.step()
+
+
+def test_a_rank_without_gradients_takes_part_in_the_unchanged_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs for the others. Seen to end in an error of its own, where another rank asked for the pass."""
+    first = FirstMicrobatch(nn.Linear(2, 2), 2, (torch.randn(2, 2),), {}, torch.device("cpu"), frozenset())
+    monkeypatch.setattr(first, "_run", lambda *_: first.measured({}, torch.bfloat16))
+    first.measured({}, torch.bfloat16)
+    first.run_unchanged()
+    assert first.was_measured and first._noise == 0.0
