@@ -26,6 +26,7 @@ from fsdp_dp.groups import Group, groups_of_blocks
 from fsdp_dp.methods import Measured
 from fsdp_dp.sharding import ShardedModel
 from fsdp_dp.side_stream import SideStream
+from fsdp_dp.vector_gradients import formed
 
 Weigh = Callable[[Sequence[int], TermsOfGroups], RowWeights]
 
@@ -155,8 +156,9 @@ class ClippedSum:
             self._measure(names)
         self._plan.side.join()
         rows = self._weigh(groups, self._terms_of(len(groups)))
-        # A single group has the vectors of all units, which are summed together.
-        vectors = {} if self._plan.streams else {n: g for n, g in self._gradients.items() if is_small_vector(g)}
+        # A single group has the vectors of all units, which are summed together where each has no place of its own.
+        each = self._plan.streams or self._plan.model.places_vectors
+        vectors = {} if each else {n: g for n, g in self._gradients.items() if is_small_vector(g)}
         sums_of_vectors = weighted_sums(vectors, rows.weight_B, rows.keep_B, owners=owners)
         for unit, names in self._plan.parts[batch].items():
             of_unit = {name: self._gradients.pop(name) for name in names if name in self._gradients}
@@ -176,7 +178,7 @@ class ClippedSum:
         Only that is done ``where``: what it reads is kept until the weights are known, while uses that are combined may
         be freed at once, and so must be read on the main stream.
         """
-        gradients = {name: combine(self._uses.pop(name)) for name in names if name in self._uses}
+        gradients = formed({name: combine(self._uses.pop(name)) for name in names if name in self._uses})
         if not gradients:
             return
         self._gradients |= gradients
@@ -236,4 +238,4 @@ class MeasuredNorms:
 
     def _measure(self, name: str) -> None:
         if name in self._uses:
-            self._measured[name] = Measured.of(combine(self._uses.pop(name)))
+            self._measured |= {n: Measured.of(x) for n, x in formed({name: combine(self._uses.pop(name))}).items()}

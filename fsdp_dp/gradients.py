@@ -682,7 +682,7 @@ def weighted_sums(
 
     Weights are ``[B]``, the same for all, or ``[K, B]``, of which each takes its owner's. A weight is zero for rows that are
     not kept, as `clipping.RowWeights` has it: all that kernels ask about them. Sums that kernels make are written to their
-    place ``into``, if there is one (see `fused.weighted_outers`).
+    place ``into``, if there is one (see `sharding.sums.Bucket`).
     """
     into = into or {}
     together = {n: g for n, g in gradients.items() if isinstance(g, OuterProduct) and g.is_fused}
@@ -708,10 +708,12 @@ def weighted_sums(
     at_once: dict[str, Tensor] = {}
     for name, value in small.items():
         (at_once if vectors.usable(value) else of_owner.setdefault(owner_of[name], {}))[name] = value
-    for part in _portions(at_once):
+    placed = {n: x for n, x in at_once.items() if n in into}
+    for part in (*_portions(placed), *_portions({n: x for n, x in at_once.items() if n not in into})):
+        owns, places = [owner_of[n] for n in part], {n: into[n] for n in part if n in into}
         whole = _side_by_side(list(part.values()))
-        joint = vectors.weighted_sum(whole, weight_KB, _widths(part), [owner_of[n] for n in part])
-        sums |= _taken_apart(joint, part)
+        joint = vectors.weighted_sum(whole, weight_KB, _widths(part), owns, list(places.values()))
+        sums |= places or _taken_apart(joint, part)
     for owner, values in of_owner.items():
         for part in _portions(values):
             joint = Materialized(_side_by_side(list(part.values()))).weighted_sum(*rows[owner])
@@ -742,6 +744,29 @@ def _portions(values: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _side_by_side(values: Sequence[Tensor]) -> Tensor:
-    """``[B, ...]`` each, as one ``[B, n]``."""
-    flat = [x if x.ndim == 2 else x.flatten(1) for x in values]
-    return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
+    """``[B, ...]`` each, as one ``[B, n]`` whose last stride is 1: a view of those that stand side by side already."""
+    runs: list[list[Tensor]] = []
+    for x in values:
+        x_BN = x if x.ndim == 2 and x.stride(1) == 1 else x.flatten(1)
+        if runs and _follows(x_BN, runs[-1]):
+            runs[-1].append(x_BN)
+        else:
+            runs.append([x_BN])
+    whole = [run[0] if len(run) == 1 else _spanned(run) for run in runs]
+    return whole[0] if len(whole) == 1 else torch.cat(whole, 1)
+
+
+def _follows(x_BN: Tensor, run: Sequence[Tensor]) -> bool:
+    """Whether ``x_BN`` are the columns behind those of the run, of one memory."""
+    last = run[-1]
+    return (
+        x_BN.storage_offset() == last.storage_offset() + last.shape[1]
+        and x_BN.stride() == last.stride()
+        and x_BN.dtype == last.dtype
+        and x_BN.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
+    )
+
+
+def _spanned(run: Sequence[Tensor]) -> Tensor:
+    first = run[0]
+    return first.as_strided((len(first), sum(x.shape[1] for x in run)), first.stride())

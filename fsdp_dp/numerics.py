@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -113,29 +114,31 @@ _IEEE = ("ieee", "none")
 """What a flag reads where products are IEEE. "none": neither it nor those that it inherits from say anything."""
 
 
-class exact_arithmetic:
+def exact_arithmetic(device: torch.device) -> AbstractContextManager[None]:
     """No autograd, no autocast, IEEE fp32 matrix products, whatever flags the user's program has set.
 
-    Entered for every layer of every backward, so it touches only what is not as it should be.
+    Entered for every layer of every backward, so there is nothing to enter where all is as it should be.
     """
+    is_exact = (
+        _precision("cuda", "matmul") in _IEEE
+        and _precision("mkldnn", "matmul") in _IEEE
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(device.type)
+    )
+    return _NOTHING if is_exact else _ExactArithmetic(device.type)
 
-    def __init__(self, device: torch.device) -> None:
-        self._kind = device.type
+
+_NOTHING = nullcontext()
+
+
+class _ExactArithmetic(AbstractContextManager[None]):
+    """Touches only what is not as it should be, and puts it back."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
         self._restore: list[Callable[[], None]] = []
 
     def __enter__(self) -> None:
-        if not self._is_exact():
-            self._make_exact()
-
-    def _is_exact(self) -> bool:
-        return (
-            _precision("cuda", "matmul") in _IEEE
-            and _precision("mkldnn", "matmul") in _IEEE
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(self._kind)
-        )
-
-    def _make_exact(self) -> None:
         try:
             backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
             precisions = [backend.fp32_precision for backend in backends]

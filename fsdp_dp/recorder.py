@@ -8,6 +8,7 @@ Inputs that are the same for all rows, and bare parameters, are carried once a r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -152,8 +153,7 @@ class Recorder:
             return self._recomputed(microbatch, layer)
         if self.meetings.learning:
             self._refuse_replaced(layer, self._layers[layer])
-        microbatch = self._expect(layer, self._names[layer])
-        return lambda call, inputs, grads: self._record(microbatch, layer, call, inputs, grads)
+        return functools.partial(self._record, self._expect(layer, self._names[layer]), layer)
 
     def _refuse_replaced(self, layer: str, module: nn.Module) -> None:
         """A layer that is called with other parameters than its own would report gradients of its own."""

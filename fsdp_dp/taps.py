@@ -143,7 +143,7 @@ class Taps:
         self._anchor = torch.zeros((), requires_grad=True)
         self.running: list[nn.Module] = []
         self._made: tuple[Any, list[int]] | None = None
-        self.of_forward: list[tuple[Callable[[], Any], Report, RemovableHandle | None]] = []
+        self.of_forward: list[tuple[Any, Report, RemovableHandle | None]] = []
         self._handles: list[RemovableHandle] = []
         self._following: list[RemovableHandle] = []
         self._hook_ids: dict[str, int] = {}
@@ -236,7 +236,8 @@ class Taps:
     def unreached(self) -> list[Report]:
         """Reports of the forward's taps that the backward which runs now will not come to. Asked once in a backward."""
         taps, self.of_forward = self.of_forward, []
-        return [report for node, report, _ in taps if not _is_reached(node())]
+        # A node that has a handle is held here, others by a weak reference: their graph may be gone.
+        return [report for node, report, handle in taps if not _is_reached(node() if handle is None else node)]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.running.append(module)
@@ -327,7 +328,7 @@ class Taps:
             return self.through(call, report, [output], inputs)[0]
         node, made = found
         handle = node.register_prehook(NodeTap(name, inputs[0], report, output.shape, made.output_nr))
-        self.of_forward.append((lambda: node, report, handle))
+        self.of_forward.append((node, report, handle))
         return output
 
     def _refuse_picked(self, name: str, inputs: Sequence[Tensor]) -> None:

@@ -22,7 +22,7 @@ _KINDS = (
     ("communication", ("nccl",)),
     ("noise", ("_privatize",)),
     ("weighted gradients", ("_weighted_outer",)),
-    ("norms", ("_sum_tiles", "_finish", "_norm_rows", "_weigh", "NormTwoOps", "norm_kernel")),
+    ("norms", ("_sum_tiles", "_finish", "_position_sums", "_weigh", "NormTwoOps", "norm_kernel")),
     ("optimizer", ("multi_tensor_apply", "FusedAdam")),
     ("attention", ("flash", "fmha", "attention")),
     ("matrix products", ("gemm", "cutlass", "nvjet", "cublas", "xmma")),

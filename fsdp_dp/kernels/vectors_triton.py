@@ -11,6 +11,7 @@ there, so a norm has the error of float64 sums alone.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fsdp_dp.kernels.launching import launch
-from fsdp_dp.kernels.tables import table
+from fsdp_dp.kernels.tables import Rows, table
 from fsdp_dp.numerics import gamma
 
 _COLUMNS = 1024
@@ -49,18 +50,18 @@ def squared_norms(
     relative, rounding = gamma(N + 8, torch.float64), gamma(4, torch.float32) ** 2
     launch(
         _squared_norms, (B, len(runs), 1),
-        (joined_BN, terms, table(runs, device), B, N, relative, rounding, _COLUMNS), warps=4,
+        (joined_BN, terms, table(runs, device), B, joined_BN.stride(0), relative, rounding, _COLUMNS), warps=4,
     )  # fmt: skip
     return terms, tuple(owner for *_, owner in runs)
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "stride"])
 def _squared_norms(
-    x, terms, runs, B, N, RELATIVE: tl.constexpr, ROUNDING: tl.constexpr, COLUMNS: tl.constexpr
+    x, terms, runs, B, stride, RELATIVE: tl.constexpr, ROUNDING: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     row, run = tl.program_id(0), tl.program_id(1)
     first, end = tl.load(runs + 3 * run).to(tl.int32), tl.load(runs + 3 * run + 1).to(tl.int32)
-    own = x + row.to(tl.int64) * N
+    own = x + row.to(tl.int64) * stride
     total = tl.zeros([COLUMNS], tl.float64)
     for start in range(first, end, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -73,30 +74,55 @@ def _squared_norms(
     tl.store(out + 2 * B, square * tl.full((), ROUNDING, tl.float64))
 
 
-def weighted_sum(joined_BN: Tensor, weight_KB: Tensor, widths: tuple[int, ...], owners: tuple[int, ...]) -> Tensor:
+def weighted_sum(
+    joined_BN: Tensor, weight_KB: Tensor, widths: tuple[int, ...], owners: tuple[int, ...], places: Sequence[Tensor]
+) -> Tensor:
     """See `vectors`."""
-    B, N = joined_BN.shape
-    device = joined_BN.device
-    out = torch.empty(N, dtype=torch.float32, device=device)
-    programs = _programs(_runs(widths, owners))
+    B, device = len(joined_BN), joined_BN.device
+    if places:
+        out = places[0]
+        origin, bytes_of_one = out.data_ptr(), out.element_size()
+        offsets = tuple((place.data_ptr() - origin) // bytes_of_one for place in places)
+        programs = _programs_of_places(widths, owners, offsets, len(out), out.stride(0))
+    else:
+        out = torch.empty(sum(widths), dtype=torch.float32, device=device)
+        programs = _programs(_runs(widths, owners))
     launch(
         _weighted_sum, (len(programs), 1, 1),
-        (joined_BN, weight_KB, out, table(programs, device), B, N, _SUMMED_COLUMNS), warps=4,
+        (joined_BN, weight_KB, out, table(programs, device), B, joined_BN.stride(0), _SUMMED_COLUMNS), warps=4,
     )  # fmt: skip
     return out
 
 
 @functools.lru_cache(maxsize=1024)
-def _programs(runs: tuple[tuple[int, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
-    """The same of what a program sums."""
-    return tuple((at, end, owner) for first, end, owner in runs for at in range(first, end, _SUMMED_COLUMNS))
+def _programs(runs: tuple[tuple[int, int, int], ...]) -> Rows:
+    """What a program sums: its columns, their owner, and where their sums go."""
+    return tuple((at, end, owner, at) for first, end, owner in runs for at in range(first, end, _SUMMED_COLUMNS))
 
 
-@triton.jit(do_not_specialize=["B"])
-def _weighted_sum(x, weight, out, programs, B, N, COLUMNS: tl.constexpr):
-    own = programs + 3 * tl.program_id(0)
-    column = tl.load(own).to(tl.int32) + tl.arange(0, COLUMNS)
-    inside = column < tl.load(own + 1).to(tl.int32)
+@functools.lru_cache(maxsize=1024)
+def _programs_of_places(
+    widths: tuple[int, ...], owners: tuple[int, ...], offsets: tuple[int, ...], shards: int, stride: int
+) -> Rows:
+    """The same, shard after shard of every vector."""
+    programs: list[tuple[int, ...]] = []
+    begin = 0
+    for width, owner, offset in zip(widths, owners, offsets, strict=True):
+        part = width // shards
+        for shard in range(shards):
+            first = begin + shard * part
+            for at in range(first, first + part, _SUMMED_COLUMNS):
+                programs.append((at, first + part, owner, offset + shard * stride + at - first))
+        begin += width
+    return tuple(programs)
+
+
+@triton.jit(do_not_specialize=["B", "stride"])
+def _weighted_sum(x, weight, out, programs, B, stride, COLUMNS: tl.constexpr):
+    own = programs + 4 * tl.program_id(0)
+    at, end = tl.load(own).to(tl.int32), tl.load(own + 1).to(tl.int32)
+    column = at + tl.arange(0, COLUMNS)
+    inside = column < end
     weight += tl.load(own + 2) * B
     of_row = x + column
     total = tl.zeros([COLUMNS], tl.float32)
@@ -104,5 +130,5 @@ def _weighted_sum(x, weight, out, programs, B, N, COLUMNS: tl.constexpr):
         w = tl.load(weight + i)
         if w != 0:  # what a row of weight zero holds may be anything
             total += w * tl.load(of_row, mask=inside, other=0.0)
-        of_row += N
-    tl.store(out + column, total, mask=inside)
+        of_row += stride
+    tl.store(out + tl.load(own + 3) + tl.arange(0, COLUMNS), total, mask=inside)

@@ -8,8 +8,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fsdp_dp.gradients import Materialized, OuterProduct, PerSampleGradient
+from fsdp_dp.kernels import position_sums
 from fsdp_dp.layers.registry import layer_rule, rule_for
 from fsdp_dp.numerics import accumulate_dtype
+from fsdp_dp.vector_gradients import SumOverPositions
 
 
 def positions(x: Tensor) -> Tensor:
@@ -25,7 +27,10 @@ def linear(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> d
     if "weight" in wanted:
         out["weight"] = OuterProduct(a_BTD, g_BTP)
     if "bias" in wanted:
-        out["bias"] = Materialized(g_BTP.sum(1, dtype=accumulate_dtype(g.dtype)))
+        waits = position_sums.usable(g_BTP)
+        out["bias"] = (
+            SumOverPositions(g_BTP) if waits else Materialized(g_BTP.sum(1, dtype=accumulate_dtype(g.dtype)))
+        )
     return out
 
 

@@ -1,4 +1,4 @@
-"""Norm layers: scale and shift gradients are small, so they are stored per row as soon as they are known."""
+"""Norm layers: scale and shift gradients are small, so they are stored for every row, on a GPU once a unit is complete."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from fsdp_dp.errors import UnsupportedModelError
 from fsdp_dp.gradients import Materialized, PerSampleGradient
-from fsdp_dp.kernels import norm_rows
+from fsdp_dp.kernels import position_sums
 from fsdp_dp.layers.linear import positions
 from fsdp_dp.layers.registry import layer_rule
 from fsdp_dp.numerics import accumulate_dtype
+from fsdp_dp.vector_gradients import SumOverPositions
 
 
 def _over_positions(x: Tensor, parameter_dims: int) -> Tensor:
@@ -24,8 +25,8 @@ def _over_positions(x: Tensor, parameter_dims: int) -> Tensor:
 def layer_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
     """Stored for every row."""
     assert isinstance(module, nn.LayerNorm)
-    if norm_rows.usable(a, g, module.normalized_shape):
-        return _in_one_pass(a, g, module.eps, wanted, centered=True)
+    if position_sums.normalizes(a, g, module.normalized_shape):
+        return _over_all_positions(a, g, module.eps, wanted, centered=True)
     dtype = accumulate_dtype(a.dtype)
     normalized = F.layer_norm(a.to(dtype), module.normalized_shape, None, None, module.eps)
     return _scale_and_shift(normalized, g.to(dtype), len(module.normalized_shape), wanted)
@@ -35,21 +36,21 @@ def layer_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) 
 def rms_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
     """Stored for every row."""
     assert isinstance(module, nn.RMSNorm)
-    if norm_rows.usable(a, g, module.normalized_shape):
+    if position_sums.normalizes(a, g, module.normalized_shape):
         eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
-        return _in_one_pass(a, g, eps, wanted, centered=False)
+        return _over_all_positions(a, g, eps, wanted, centered=False)
     dtype = accumulate_dtype(a.dtype)
     # eps=None: torch takes that of the format it computes in, float32 for half precision, which is ours.
     normalized = F.rms_norm(a.to(dtype), module.normalized_shape, None, module.eps)
     return _scale_and_shift(normalized, g.to(dtype), len(module.normalized_shape), wanted)
 
 
-def _in_one_pass(
+def _over_all_positions(
     a: Tensor, g: Tensor, eps: float, wanted: frozenset[str], *, centered: bool
 ) -> dict[str, PerSampleGradient]:
-    scale, shift = norm_rows.norm_rows(positions(a), positions(g), eps, centered=centered, with_shift="bias" in wanted)
-    found = {"weight": scale, "bias": shift}
-    return {name: Materialized(value) for name, value in found.items() if name in wanted and value is not None}
+    a_BTC, g_BTC = positions(a), positions(g)
+    found = {"weight": SumOverPositions(g_BTC, a_BTC, eps, centered), "bias": SumOverPositions(g_BTC)}
+    return {name: found[name] for name in found if name in wanted}
 
 
 def _scale_and_shift(x: Tensor, g: Tensor, dims: int, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:

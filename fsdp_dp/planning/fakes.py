@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fsdp_dp import clipping, engine, gradients, kernels, numerics
+from fsdp_dp import clipping, engine, gradients, kernels, numerics, vector_gradients
 from fsdp_dp.engine import PrivacyEngine
-from fsdp_dp.kernels import norm_rows, outer, vectors
+from fsdp_dp.kernels import outer, vectors
+from fsdp_dp.kernels.position_sums import Layer
 from fsdp_dp.kernels.release import Verdict
 from fsdp_dp.recorder import Recorder
 from fsdp_dp.sharding import ShardedModel, sums, tensor_parallel
@@ -67,7 +68,7 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
             (outer, "weighted_rows", _weighted_rows),
             (outer, "instantiated_norms", _instantiated_norms),
             (clipping, "_has_kernel", lambda mask_B, dtype: False),
-            (norm_rows, "norm_rows", _norm_rows),
+            (vector_gradients, "position_sums", _position_sums),
             (vectors, "usable", lambda x: False),
             (F, "rms_norm", _fused_rms_norm),
         ]
@@ -191,10 +192,8 @@ def _instantiated_norms(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.zeros(len(pairs), 3, len(pairs[0][0]), dtype=torch.float64)
 
 
-def _norm_rows(a_BTC: Tensor, g_BTC: Tensor, eps: float, *, centered: bool, with_shift: bool) -> tuple[Tensor, Any]:
-    _held_at_once = a_BTC.contiguous(), g_BTC.contiguous()
-    scale_BC = torch.empty(a_BTC.shape[0], a_BTC.shape[-1], dtype=torch.float32)
-    return scale_BC, torch.empty_like(scale_BC) if with_shift else None
+def _position_sums(layers: Sequence[Layer], columns: int) -> Tensor:
+    return torch.empty(len(layers[0].g_BTC), columns, dtype=torch.float32)
 
 
 class _FusedRmsNorm(torch.autograd.Function):

@@ -151,10 +151,15 @@ class ShardedModel(abc.ABC):
         """
         self._sums.start(self.units[unit], gradients)
 
+    @property
+    def places_vectors(self) -> bool:
+        """Whether `places` are also of vectors, so that nothing is gained by summing those of all units together."""
+        return False
+
     def places(self, unit: int) -> Mapping[str, Tensor]:
         """Where the gradients of the unit that `start_accumulate` is called for next may be written at once.
 
-        Name -> ``[P, D]``, or ``[W, P / W, D]`` where W shards lie apart.
+        Name -> ``[P, D]``, or ``[W, P / W, D]`` where W shards lie apart; of vectors ``[W, P / W]``.
         """
         return self._sums.places(self.units[unit])
 

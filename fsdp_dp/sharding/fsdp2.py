@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from fsdp_dp import kernels
 from fsdp_dp.module_tree import modules_of
 from fsdp_dp.numerics import accumulate_dtype
 from fsdp_dp.sharding.base import ManagedParameter, narrow_reduction, trainable_names
@@ -79,6 +80,10 @@ class Fsdp2Model(TensorParallel):
         """Gathered, or as its shard."""
         p = self._held[module, attribute]
         return value is getattr(p, "_unsharded_param", None) or value is p.sharded_param
+
+    @property
+    def places_vectors(self) -> bool:
+        return kernels.available(self.device) and any(unit.shard_group is not None for unit in self.units)
 
     def prepare_forward(self) -> None:
         """An evaluation leaves units gathered, and with the ``requires_grad`` that they had then."""
@@ -219,8 +224,8 @@ class _Placed:
 class _Unit(Unit):
     """The managed parameters of one FSDP unit, side by side in their bucket and in their accumulators.
 
-    First those in equal parts along dimension 0: their gradients reach the bucket without a detour, matrices from the
-    kernel that makes them.
+    First those in equal parts along dimension 0: their gradients reach the bucket without a detour, matrices and vectors
+    from the kernels that make them.
     """
 
     def __init__(self, placed: dict[str, _Placed], mesh: DeviceMesh) -> None:
@@ -278,5 +283,7 @@ class _Bucket(Bucket):
         parts = dict(zip(placed, memory.view(shards, -1).split(widths, dim=1), strict=True))
         self.even = {name: part for name, part in parts.items() if name not in uneven}
         self.uneven = memory.view(shards, -1)[:, sum(part.shape[1] for part in self.even.values()) :]
+        places = {n: part for n, part in self.even.items() if len(placed[n].shape) == 1}
         matrices = {n: part for n, part in self.even.items() if len(placed[n].shape) == 2}
-        super().__init__(memory, {n: part.unflatten(1, (-1, placed[n].shape[1])) for n, part in matrices.items()})
+        places |= {n: part.unflatten(1, (-1, placed[n].shape[1])) for n, part in matrices.items()}
+        super().__init__(memory, places)

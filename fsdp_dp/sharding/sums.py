@@ -26,7 +26,8 @@ class Bucket:
 
     Attributes:
         tensor: all of it, flat.
-        places: where whole gradients may be written at once: name -> ``[P, D]``, or ``[shards, P / shards, D]``.
+        places: where whole gradients may be written at once: name -> ``[P, D]``, or ``[shards, P / shards, D]``; of vectors
+            ``[shards, P / shards]``.
     """
 
     def __init__(self, tensor: Tensor, places: Mapping[str, Tensor] | None = None) -> None:

@@ -11,7 +11,6 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fsdp_dp import planner
@@ -45,14 +44,6 @@ def weighted_outer() -> Iterator[SimpleNamespace]:
             return out
 
         yield SimpleNamespace(weighted_outer=alone, together=weighted_outer.weighted_outers)
-
-
-@pytest.fixture(scope="module")
-def norm_rows() -> Iterator[ModuleType]:
-    with interpreter():
-        from fsdp_dp.kernels import norm_rows_triton
-
-        yield norm_rows_triton
 
 
 def factors(B: int, T: int, D: int, P: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -264,21 +255,6 @@ def test_tiles_of_pairs(ghost_norm: ModuleType) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- norm layers
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("shape", [(2, 5, 24), (1, 1, 7), (3, 40, 33)])
-def test_norm_layers(shape: tuple[int, int, int], dtype: torch.dtype, norm_rows: ModuleType) -> None:
-    """Seen to fail when padding columns count in the deviation of a centered layer."""
-    C = shape[2]
-    a, g = factors(*shape, C, dtype)
-    a = a + 1
-    scale, shift = norm_rows.norm_rows(a, g, 1e-5, centered=True, with_shift=True)
-    assert off(scale, (F.layer_norm(a.double(), (C,), eps=1e-5) * g.double()).sum(1)) < 1e-6
-    assert off(shift, g.double().sum(1)) < 1e-6
-    scale, shift = norm_rows.norm_rows(a, g, 1e-5, centered=False, with_shift=False)
-    assert off(scale, (F.rms_norm(a.double(), (C,), eps=1e-5) * g.double()).sum(1)) < 1e-6
-    assert shift is None
 
 
 # ------------------------------------------------------------------------------------------------------------ planner
