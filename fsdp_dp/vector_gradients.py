@@ -61,29 +61,42 @@ def formed(gradients: Mapping[str, PerSampleGradient]) -> Mapping[str, PerSample
     for name, x in waiting.items():
         alike.setdefault((x.g_BTC.dtype, len(x.g_BTC)), {})[name] = x
     for vectors in alike.values():
-        names = list(vectors)
-        for first in range(0, len(names), MOST_LAYERS):
-            stored |= _formed({name: vectors[name] for name in names[first : first + MOST_LAYERS]})
+        for portion in _portions(vectors):
+            stored |= _formed(portion)
     return {name: stored.get(name, x) for name, x in gradients.items()}
 
 
+def _portions(vectors: Mapping[str, SumOverPositions]) -> list[dict[str, SumOverPositions]]:
+    """Such as one launch takes, a norm layer's shift with its scale."""
+    portions: list[dict[str, SumOverPositions]] = [{}]
+    layers = 0
+    scaled: SumOverPositions | None = None
+    for name, x in vectors.items():
+        if scaled is None or x.a_BTC is not None or x.g_BTC is not scaled.g_BTC:
+            if layers == MOST_LAYERS:
+                portions.append({})
+                layers = 0
+            layers += 1
+        scaled = x if x.a_BTC is not None else None
+        portions[-1][name] = x
+    return portions
+
+
 def _formed(vectors: Mapping[str, SumOverPositions]) -> dict[str, Materialized]:
-    """Of at most `MOST_LAYERS`, in one launch; a norm layer's shift is made where its scale is."""
+    """Of one portion, in one launch."""
     layers: list[Layer] = []
-    of_output: dict[tuple[int, ...], int] = {}
+    scaled: SumOverPositions | None = None
     widths = []
     column = 0
     for x in vectors.values():
         g, a = x.g_BTC.contiguous(), x.a_BTC
-        output = (g.data_ptr(), *g.shape)
-        norm = of_output.pop(output, None) if a is None else None
-        if norm is not None:
-            layers[norm] = layers[norm]._replace(shift=column)
-        elif a is None:
-            layers.append(Layer(g, None, 0.0, False, -1, column))
-        else:
-            of_output[output] = len(layers)
+        if a is not None:
             layers.append(Layer(g, a.contiguous(), x.eps, x.centered, column, -1))
+        elif scaled is not None and x.g_BTC is scaled.g_BTC:
+            layers[-1] = layers[-1]._replace(shift=column)
+        else:
+            layers.append(Layer(g, None, 0.0, False, -1, column))
+        scaled = x if a is not None else None
         widths.append(g.shape[2])
         column += g.shape[2]
     pieces = position_sums(layers, column).split(widths, 1)
