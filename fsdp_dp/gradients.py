@@ -253,15 +253,20 @@ class OuterProduct:
 
     @functools.cached_property
     def is_fused(self) -> bool:
-        """Whether the kernels of `kernels.outer` take these factors."""
-        return fused.usable(self.a_BTD, self.g_BTP)
+        """Whether the kernels of `kernels.outer` take these factors: padded ones for Gram matrices alone."""
+        return fused.usable(self.a_BTD, self.g_BTP) or (
+            fused.usable_padded(self.a_BTD, self.g_BTP) and self._method(fused=True) == "gram"
+        )
 
     @functools.cached_property
     def method(self) -> planner.Method:  # type: ignore[override]
         """How the rows are measured (see `planner`)."""
+        return self._method(fused=self.is_fused)
+
+    def _method(self, *, fused: bool) -> planner.Method:
         a, g = self.a_BTD, self.g_BTP
         narrower = min(a.element_size(), g.element_size())
-        return planner.method(*a.shape[1:], g.shape[2], narrower, self.dtype.itemsize, fused=self.is_fused)
+        return planner.method(*a.shape[1:], g.shape[2], narrower, self.dtype.itemsize, fused=fused)
 
     @property
     def plan(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Whether, and how, the kernels over the factors (a, g) of a Linear's gradient do what `gradients.OuterProduct` asks.
 
 They run on Hopper, whose tensor cores' rounding is known (`numerics.tensor_core_roundoff`), and take half precision with
-widths in units of 16 bytes. Everything else stays with the torch references, which compute the same on any device.
+widths in units of 16 bytes; a wide output of another width (GPT-2's 50 257 words) is padded with zeros. Everything else
+stays with the torch references, which compute the same on any device.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fsdp_dp import kernels
@@ -19,13 +21,24 @@ _HALVES = (torch.bfloat16, torch.float16)
 _WIDTH_UNIT = 8
 
 
+_WORTH_PADDING = 1024
+"""Outputs: what is copied is little beside what the torch reference would copy of it."""
+
+
 def usable(a_BTD: Tensor, g_BTP: Tensor) -> bool:
-    """Whether `weighted_outers` and `GhostNorms` take these factors; decided by type and shape alone."""
+    """Whether all of this module takes these factors; decided by type and shape alone."""
+    return g_BTP.shape[2] % _WIDTH_UNIT == 0 and usable_padded(a_BTD, g_BTP)
+
+
+def usable_padded(a_BTD: Tensor, g_BTP: Tensor) -> bool:
+    """Whether `weighted_outers` and `GhostNorms` do, at the price of a copy of ``g``."""
+    P = g_BTP.shape[2]
     return (
         a_BTD.dtype == g_BTP.dtype
         and a_BTD.dtype in _HALVES
         and a_BTD.numel() > 0 < g_BTP.numel()
-        and a_BTD.shape[2] % _WIDTH_UNIT == 0 == g_BTP.shape[2] % _WIDTH_UNIT
+        and a_BTD.shape[2] % _WIDTH_UNIT == 0
+        and (P % _WIDTH_UNIT == 0 or P >= _WORTH_PADDING)
         and _runs_on(a_BTD.device)
     )
 
@@ -119,7 +132,12 @@ class GhostNorms:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """``x`` as the copy engine can read it: last stride 1, others positive and in units of 16 bytes, aligned."""
+    """``x`` as the copy engine can read it: last stride 1, others positive and in units of 16 bytes, aligned.
+
+    With zeros behind its last dimension, where that is no multiple of these.
+    """
+    if x.shape[-1] % _WIDTH_UNIT:
+        return F.pad(x, (0, -x.shape[-1] % _WIDTH_UNIT))
     *outer, last = x.stride()
     if last == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % _WIDTH_UNIT == 0 for s in outer):
         return x

@@ -47,7 +47,7 @@ def weighted_outers(
 
     Args:
         sums: factors of half precision as `outer` hands them over, both of one dtype; ``out`` is float32 ``[P, D]``, or
-            ``[W, P / W, D]`` with any strides but a last one of 1 (slices of a bucket).
+            ``[W, P / W, D]`` with any strides but a last one of 1 (slices of a bucket). What ``g`` has beyond P is not read.
         weight_KB: float32, contiguous, non-negative; a row of weight zero does not take part, whatever it holds. ``[B]`` for
             all sums, or ``[K, B]``, of which every sum takes the line that ``owners`` says.
     """
@@ -73,7 +73,7 @@ def _weighted_outers_by_hand(sums: Sequence[_Owned], weight_KB: Tensor, dtype: t
     """In one launch, of the tiles of one sum after another."""
     outs = [out for _, _, out, _ in sums]
     B = weight_KB.shape[-1]
-    form = _form(tuple((a.shape[1], g.shape[2], a.shape[2]) for a, g, *_ in sums), dtype, weight_KB.device)
+    form = _form(tuple((a.shape[1], _outputs(out), a.shape[2]) for a, _, out, _ in sums), dtype, weight_KB.device)
     strides = [_strides(out) for out in outs]
     entries = tuple(
         (*sizes, *places, first, owner * B)
@@ -96,6 +96,11 @@ def _weighted_outers_by_hand(sums: Sequence[_Owned], weight_KB: Tensor, dtype: t
         warps=form.tiles.warps,
         key=(dtype, form.tiles.rows, aligned, on_16),
     )
+
+
+def _outputs(out: Tensor) -> int:
+    """P, of which ``g`` may have more, padded with zeros."""
+    return out.shape[0] if out.ndim == 2 else out.shape[0] * out.shape[1]
 
 
 def _strides(out: Tensor) -> tuple[int, int, int]:
@@ -163,7 +168,7 @@ def _count(P: int, D: int, tiles: Tiles) -> int:
 def _weighted_outer_alone(a_BTD: Tensor, g_BTP: Tensor, weight_B: Tensor, out: Tensor) -> None:
     """In Triton, which the interpreter runs as well."""
     B, T, D = a_BTD.shape
-    P = g_BTP.shape[2]
+    P = _outputs(out)
     rows, slice_stride, row_stride = _strides(out)
     tiles = _tiles(((P, D),), a_BTD.device)
     launch(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fsdp_dp import planner
 from fsdp_dp.clipping import certified_norm
-from fsdp_dp.gradients import NormTerms, _gram_norms
+from fsdp_dp.gradients import NormTerms, OuterProduct, _gram_norms
 from fsdp_dp.kernels import outer
 from tests.unit.interpreted import interpreter
 
@@ -277,3 +277,38 @@ def test_the_plan_without_kernels() -> None:
     assert planner.method(64, 512, 512, 4, 4, fused=False) == "gram"
     assert planner.method(1024, 512, 512, 4, 4, fused=False) == "store"
     assert planner.method(1030, 2048, 2048, 2, 4, fused=False) == "instantiate"
+
+
+# ------------------------------------------------------------------------------------------------------------- padding
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_outputs_of_any_width_are_padded(
+    dtype: torch.dtype, weighted_outer: SimpleNamespace, ghost_norm: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a vocabulary of 50 257. Seen to fail when the sum is written as wide as the padded factor is."""
+    monkeypatch.setattr(outer, "_runs_on", lambda device: True)
+    monkeypatch.setattr(outer, "_WORTH_PADDING", 40)
+    a, g = factors(3, 5, 48, 45, dtype)
+    gradient = OuterProduct(a, g)
+    assert gradient.in_fused_gram
+    exact = torch.einsum("btp,btd->bpd", g.double(), a.double())
+    terms = gradient.norm_terms()
+    norm_sq = exact.square().sum((1, 2))
+    assert ((terms.norm_sq - norm_sq).abs() <= terms.error).all() and (terms.error <= 0.05 * norm_sq).all()
+    weight = torch.tensor([0.5, 0.0, 2.0])
+    found = gradient.weighted_sum(weight, weight > 0)
+    assert found.shape == (45, 48)
+    assert off(found, torch.einsum("b,bpd->pd", weight.double(), exact)) < 1e-6
+    memory = torch.full((46, 48), torch.nan)
+    outer.weighted_outers([(a, g, memory[:45])], weight)
+    assert torch.equal(memory[:45], found) and memory[45].isnan().all()
+
+
+def test_what_is_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow outputs, whose copies are no bargain; inputs; and gradients that are formed, which have no room for zeros."""
+    monkeypatch.setattr(outer, "_runs_on", lambda device: True)
+    assert OuterProduct(*factors(2, 8, 1024, 1027, torch.bfloat16)).is_fused
+    assert not OuterProduct(*factors(2, 8, 1024, 1021, torch.bfloat16)).is_fused
+    assert not OuterProduct(*factors(2, 8, 1027, 1024, torch.bfloat16)).is_fused
+    assert not OuterProduct(*factors(1, 4096, 512, 1027, torch.bfloat16)).is_fused

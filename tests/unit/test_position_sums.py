@@ -103,9 +103,10 @@ def test_more_layers_than_a_launch_is_told_of_and_rows_that_were_merged() -> Non
 
 def test_columns_that_stand_side_by_side_by_chance_are_not_taken_for_one_memory() -> None:
     """Seen to fail when columns of another order, another height or another memory are taken along."""
-    x = torch.arange(24.0).view(3, 8)
+    x, y = torch.arange(24.0).view(3, 8), -torch.arange(24.0).view(3, 8)
     left, middle, right = x.split([3, 2, 3], 1)
-    for parts in ([left, middle, right], [middle, left], [right, left], [left, right], [left, middle.clone()], [x, x]):
+    steeper = x.as_strided((3, 2), (5, 1), 3)
+    for parts in ([left, middle, right], [middle, left], [left, right], [left, y[:, 3:5]], [left, steeper], [x, x]):
         torch.testing.assert_close(_side_by_side(parts), torch.cat(parts, 1), rtol=0, atol=0)
     assert _side_by_side([left, middle, right]).data_ptr() == x.data_ptr()
 

@@ -66,6 +66,27 @@ def test_weighted_sums_of_vectors_have_the_weights_of_their_owners(rows: int) ->
         torch.testing.assert_close(sums[name].double(), exact, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_sums_are_written_to_their_places_in_a_bucket(shards: int) -> None:
+    """Wider than a program's columns, and less; columns of a wider memory; one without a place. What lies between stays.
+
+    Seen to fail when a shard is written where the one before it was, and when rows are read as far apart as they are wide.
+    """
+    rows, widths = 3, [4 * 140, 4, 16]
+    memory = torch.randn(rows, 3 + sum(widths), generator=torch.Generator().manual_seed(0))
+    values = dict(zip("abc", memory[:, 3:].split(widths, 1), strict=True)) | {"d": stored(rows, [7])[0]}
+    bucket = torch.full((shards, 5 + sum(widths) // shards), NAN)
+    parts = bucket[:, 5:].split([width // shards for width in widths], 1)
+    into = dict(zip("abc", parts, strict=True))
+    weight, owners = torch.rand(2, rows) + 0.1, dict(zip("abcd", [1, 0, 1, 0], strict=True))
+    named = {name: Materialized(x) for name, x in values.items()}
+    sums = weighted_sums(named, weight, weight > 0, into, owners)
+    assert all(sums[name] is part for name, part in into.items()) and bucket[:, :5].isnan().all()
+    for name, x in values.items():
+        exact = weight[owners[name]].double() @ x.double()
+        torch.testing.assert_close(sums[name].flatten().double(), exact, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 def test_what_cannot_be_measured_is_not_finite() -> None:
     (x,) = stored(3, [40])
