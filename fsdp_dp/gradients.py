@@ -100,7 +100,7 @@ class TermsOfGroups:
         """Those of every group, ``[K, B]`` each."""
         whole = self.terms_n3B
         if self.groups == 1:
-            return NormTerms.unstack((whole[0] if len(whole) == 1 else whole.sum(0))[:, None])
+            return NormTerms.unstack((whole[0] if whole.shape[0] == 1 else whole.sum(0))[:, None])
         if self.owners == tuple(range(self.groups)):
             return NormTerms.unstack(whole.transpose(0, 1))
         entries = whole.unbind()
@@ -157,8 +157,8 @@ def _norm_sq(*values: Tensor) -> tuple[Tensor, Tensor]:
     One pass in the tensors' own format over pieces of NORM_PIECE elements; the pieces are added in float64. All terms
     are positive, so `gamma` of a piece is the error of the whole.
     """
-    flat = [x.flatten(1) for x in values if x.numel() > len(x) * SMALL]
-    small = {str(number): x for number, x in enumerate(values) if x.numel() <= len(x) * SMALL}
+    flat = [x.flatten(1) for x in values if not _is_few(x)]
+    small = {str(number): x for number, x in enumerate(values) if _is_few(x)}
     flat += [_side_by_side(list(part.values())) for part in _portions(small)]
     pieces = torch.cat([norms for x in flat for norms in _norms_of_pieces(x)], 1)
     norm_sq = torch.linalg.vector_norm(pieces, dim=1, dtype=torch.float64).square()
@@ -335,7 +335,7 @@ def outer_norm_cost(T: int, D: int, P: int) -> float:
 
 def _fused_norm_terms(outers: Sequence[OuterProduct]) -> NormTerms:
     """The sum of their terms; layers that were given the same tensor share its Gram matrix."""
-    norms = fused.GhostNorms(len(outers[0].a_BTD), outers[0].a_BTD.device)
+    norms = fused.GhostNorms(outers[0].a_BTD.shape[0], outers[0].a_BTD.device)
     _add_sharing_inputs(norms, outers)
     return NormTerms.unstack(norms.terms().sum(0))
 
@@ -629,10 +629,14 @@ class NormTally:
         small: dict[str, Tensor] = {}
         owners: dict[str, int] = {}
         for (owner, _), values in sorted(self._waiting.items(), key=lambda item: item[0][0]):
-            for x in [x for x in values if x.numel() <= len(x) * SMALL and vectors.usable(x)]:
-                name = str(len(small))
-                small[name], owners[name] = x, owner
-            values[:] = [x for x in values if x.numel() > len(x) * SMALL or not vectors.usable(x)]
+            wait = []
+            for x in values:
+                if _is_few(x) and vectors.usable(x):
+                    name = str(len(small))
+                    small[name], owners[name] = x, owner
+                else:
+                    wait.append(x)
+            values[:] = wait
         self._waiting = {key: values for key, values in self._waiting.items() if values}
         return [
             vectors.squared_norms(_side_by_side(list(part.values())), _widths(part), [owners[n] for n in part])
@@ -673,7 +677,12 @@ def is_small_vector(gradient: PerSampleGradient) -> bool:
 
 
 def _is_small(gradient: PerSampleGradient) -> bool:
-    return isinstance(gradient, Materialized) and gradient.value.numel() <= len(gradient.value) * SMALL
+    return isinstance(gradient, Materialized) and _is_few(gradient.value)
+
+
+def _is_few(x: Tensor) -> bool:
+    """Elements a row. (`len` of a tensor takes the host five times as long as its shape.)"""
+    return x.numel() <= x.shape[0] * SMALL
 
 
 def weighted_sums(
@@ -727,7 +736,7 @@ def weighted_sums(
 
 
 def _widths(values: Mapping[str, Tensor]) -> list[int]:
-    return [x.numel() // len(x) for x in values.values()]
+    return [x.numel() // x.shape[0] for x in values.values()]
 
 
 def _taken_apart(joint: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -768,10 +777,10 @@ def _follows(x_BN: Tensor, run: Sequence[Tensor]) -> bool:
         x_BN.storage_offset() == last.storage_offset() + last.shape[1]
         and x_BN.stride() == last.stride()
         and x_BN.dtype == last.dtype
-        and x_BN.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()
+        and x_BN.untyped_storage()._cdata == last.untyped_storage()._cdata
     )
 
 
 def _spanned(run: Sequence[Tensor]) -> Tensor:
     first = run[0]
-    return first.as_strided((len(first), sum(x.shape[1] for x in run)), first.stride())
+    return first.as_strided((first.shape[0], sum(x.shape[1] for x in run)), first.stride())

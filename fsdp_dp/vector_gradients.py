@@ -59,7 +59,7 @@ def formed(gradients: Mapping[str, PerSampleGradient]) -> Mapping[str, PerSample
     stored: dict[str, PerSampleGradient] = {}
     alike: dict[tuple[object, ...], dict[str, SumOverPositions]] = {}
     for name, x in waiting.items():
-        alike.setdefault((x.g_BTC.dtype, len(x.g_BTC)), {})[name] = x
+        alike.setdefault((x.g_BTC.dtype, x.g_BTC.shape[0]), {})[name] = x
     for vectors in alike.values():
         for portion in _portions(vectors):
             stored |= _formed(portion)

@@ -58,7 +58,7 @@ def norm_terms(pairs: Sequence[tuple[Tensor, Tensor]], roundoff: float) -> Tenso
         pairs: factors of half precision as `outer` hands them over, all of as many rows.
         roundoff: of one accumulation step of a product on this device (`numerics.tensor_core_roundoff`).
     """
-    B, device = len(pairs[0][0]), pairs[0][0].device
+    B, device = pairs[0][0].shape[0], pairs[0][0].device
     sizes = [(a.shape[1], a.shape[2], g.shape[2]) for a, g in pairs]
     tiles = _tiles(device)
     counts = [_count(P, D, tiles) for _, D, P in sizes]

@@ -84,7 +84,7 @@ def forms_well(a_BTD: Tensor, g_BTP: Tensor) -> bool:
     """Whether `stored_rows` has a tile for every multiprocessor; for less, whole matrix products have smaller ones."""
     from fsdp_dp.kernels import instantiate
 
-    return instantiate.fills(len(a_BTD), a_BTD.shape[2], g_BTP.shape[2], a_BTD.device)
+    return instantiate.fills(a_BTD.shape[0], a_BTD.shape[2], g_BTP.shape[2], a_BTD.device)
 
 
 def stored_rows(a_BTD: Tensor, g_BTP: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

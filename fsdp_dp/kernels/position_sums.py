@@ -59,5 +59,3 @@ def position_sums(layers: Sequence[Layer], columns: int) -> Tensor:
     from fsdp_dp.kernels import position_sums_triton as implementation
 
     return implementation.position_sums(layers, columns)
-
-

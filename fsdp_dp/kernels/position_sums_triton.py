@@ -42,7 +42,7 @@ _Shape = tuple[int, int, bool, bool, float, int, int]
 def position_sums(layers: Sequence[Layer], columns: int) -> Tensor:
     """See `position_sums`."""
     gs = [layer.g_BTC for layer in layers]
-    B, device = len(gs[0]), gs[0].device
+    B, device = gs[0].shape[0], gs[0].device
     shapes = tuple((*x.g_BTC.shape[1:], x.a_BTC is not None, *x[2:]) for x in layers)
     form = _form(B, shapes)
     unused = MOST_LAYERS - len(layers)

@@ -52,7 +52,7 @@ def weigh(
         bounds: of the K groups.
         most: no weight is larger; ``longest``: a row longer than so many times the bound is not kept.
     """
-    K, B, device = len(bounds), len(mask_B), mask_B.device
+    K, B, device = len(bounds), mask_B.shape[0], mask_B.device
     weight_KB = torch.empty(K, B, dtype=torch.float32, device=device)
     keep_KB = torch.empty(K, B, dtype=torch.bool, device=device)
     norm_KB = torch.empty(K, B, dtype=torch.float64, device=device)

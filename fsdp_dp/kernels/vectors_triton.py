@@ -78,12 +78,12 @@ def weighted_sum(
     joined_BN: Tensor, weight_KB: Tensor, widths: tuple[int, ...], owners: tuple[int, ...], places: Sequence[Tensor]
 ) -> Tensor:
     """See `vectors`."""
-    B, device = len(joined_BN), joined_BN.device
+    B, device = joined_BN.shape[0], joined_BN.device
     if places:
         out = places[0]
         origin, bytes_of_one = out.data_ptr(), out.element_size()
         offsets = tuple((place.data_ptr() - origin) // bytes_of_one for place in places)
-        programs = _programs_of_places(widths, owners, offsets, len(out), out.stride(0))
+        programs = _programs_of_places(widths, owners, offsets, out.shape[0], out.stride(0))
     else:
         out = torch.empty(sum(widths), dtype=torch.float32, device=device)
         programs = _programs(_runs(widths, owners))

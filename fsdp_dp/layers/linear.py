@@ -28,9 +28,7 @@ def linear(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> d
         out["weight"] = OuterProduct(a_BTD, g_BTP)
     if "bias" in wanted:
         waits = position_sums.usable(g_BTP)
-        out["bias"] = (
-            SumOverPositions(g_BTP) if waits else Materialized(g_BTP.sum(1, dtype=accumulate_dtype(g.dtype)))
-        )
+        out["bias"] = SumOverPositions(g_BTP) if waits else Materialized(g_BTP.sum(1, dtype=accumulate_dtype(g.dtype)))
     return out
 
 

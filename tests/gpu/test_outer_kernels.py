@@ -15,6 +15,7 @@ from fsdp_dp.kernels import outer, tiles
 from fsdp_dp.layers import per_sample_gradients
 from fsdp_dp.numerics import exact_arithmetic
 from fsdp_dp.records import NO_CALL, Record
+from fsdp_dp.vector_gradients import SumOverPositions, formed
 
 pytestmark = pytest.mark.gpu(count=1)
 DEVICE = torch.device("cuda", 0)
@@ -188,3 +189,39 @@ def test_norm_layers(dtype: torch.dtype, layer: type[nn.Module]) -> None:
         assert off(found["weight"].dense(), (x * g.double()).sum(1)) < 2e-6
         if "bias" in found:
             assert off(found["bias"].dense(), g.double().sum(1)) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+def test_vectors_of_a_unit(dtype: torch.dtype) -> None:
+    """A GPT-2 block's, whose biases are wider than a tile; twice, with other values where the first were."""
+    for B, T, C in [(20, 100, 1280), (2, 1024, 520), (1, 1, 8)]:
+        for seed in range(2):
+            a, g = factors(B, T, C, C, dtype, seed)
+            _, wide = factors(B, T, 8, 4 * C, dtype, seed)
+            made = formed(
+                {
+                    "bias": SumOverPositions(wide),
+                    "scale": SumOverPositions(g, a, 1e-5, True),
+                    "shift": SumOverPositions(g),
+                    "other": SumOverPositions(g, a, 1e-5, False),
+                }
+            )
+            x, y = F.layer_norm(a.double(), (C,), eps=1e-5), F.rms_norm(a.double(), (C,), eps=1e-5)
+            assert off(made["bias"].dense(), wide.double().sum(1)) < 2e-6
+            assert off(made["scale"].dense(), (x * g.double()).sum(1)) < 2e-6
+            assert off(made["shift"].dense(), g.double().sum(1)) < 2e-6
+            assert off(made["other"].dense(), (y * g.double()).sum(1)) < 2e-6
+
+
+def test_a_vocabulary_of_any_size() -> None:
+    a, g = factors(3, 40, 64, 50_257, torch.bfloat16)
+    gradient = OuterProduct(a, g)
+    if not outer.usable(a, a):
+        pytest.skip("the kernels are for Hopper")
+    assert gradient.in_fused_gram
+    weight = torch.tensor([0.5, 0.0, 2.0], device=DEVICE)
+    assert off(gradient.weighted_sum(weight, weight > 0), wanted(a, g, weight)) < 2e-5
+    norm_sq = torch.einsum("btp,btd->bpd", g.double(), a.double()).square().sum((1, 2))
+    terms = gradient.norm_terms()
+    assert ((terms.norm_sq - norm_sq).abs() <= terms.error).all()
+    assert (terms.error <= 0.05 * norm_sq).all()

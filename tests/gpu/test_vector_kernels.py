@@ -32,3 +32,21 @@ def test_norms_and_sums_of_the_vectors_of_several_groups(rows: int) -> None:
             for name in own:
                 expected = weight[group].double() @ named[name].value.double()
                 torch.testing.assert_close(sums[name].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_sums_in_their_places_in_a_bucket(shards: int) -> None:
+    widths = [1280, 2, 640]
+    for seed in range(2):
+        torch.manual_seed(seed)
+        memory = torch.randn(5, sum(widths), device=DEVICE)
+        named = {str(n): Materialized(x) for n, x in enumerate(memory.split(widths, 1))}
+        bucket = torch.full((shards, 3 + sum(widths) // shards), torch.nan, device=DEVICE)
+        into = dict(zip(named, bucket[:, 3:].split([w // shards for w in widths], 1), strict=True))
+        weight = torch.rand(5, device=DEVICE)
+        sums = weighted_sums(named, weight, weight > 0, into)
+        assert bucket[:, :3].isnan().all()
+        for name, x in named.items():
+            assert sums[name] is into[name]
+            expected = weight.double() @ x.value.double()
+            torch.testing.assert_close(sums[name].flatten().double(), expected, rtol=1e-5, atol=1e-5)
