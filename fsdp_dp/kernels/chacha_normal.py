@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fsdp_dp import chacha, noise
-from fsdp_dp.kernels.box_muller import Coefficients, bits, coefficients, normal_pair, number
+from fsdp_dp.kernels.box_muller import bits, coefficients, normal_pair, number
 from fsdp_dp.kernels.release import Segment
 from fsdp_dp.side_stream import to_device
 
