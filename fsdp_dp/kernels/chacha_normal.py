@@ -2,12 +2,13 @@
 
 In the step: `kernels.release` comes here on CUDA devices; the torch reference is `privatize_all_in_torch_` there. Key,
 counters and normals never leave registers. Element layout: [Note: layout of the field] in `fsdp_dp.noise`. A thread
-makes one ChaCha20 block, that is eight normals, 128 elements apart, so that neighbouring threads read and write
+makes ChaCha20 blocks, that is eight normals each, 128 elements apart, so that neighbouring threads read and write
 neighbouring elements.
 
-[Note: the table]. Triton hands Python floats over as float32 and compiles anew for integers that are 1 or multiples of
-16, so that everything a launch needs travels in one int64 tensor: key words, release, float64 bit patterns, and one row
-for each segment (a local shard, or a part of one) with addresses and ranges.
+What is the same for all segments of a launch comes as arguments: an instruction reads them where they are, and what
+follows from them alone (all of the cipher's first round but one column) is made once a program, beside the vector units.
+
+[Note: the table]. One int64 tensor with a row for each segment (a local shard, or a part of one): addresses and ranges.
 """
 
 # Triton's jit reads no annotations but its own.
@@ -25,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fsdp_dp import chacha, noise
+from fsdp_dp.kernels.box_muller import bits, coefficients, normal_pair, number
 from fsdp_dp.kernels.release import Segment
 from fsdp_dp.side_stream import to_device
 
@@ -33,23 +35,23 @@ PAIRS = tl.constexpr(noise.PAIRS)
 CHUNK = tl.constexpr(noise.CHUNK)
 
 # What one program makes; measured on an H100 (docs/performance.md).
-_CHUNKS_OF_A_PROGRAM = 1
+_CHUNKS_OF_A_PROGRAM = 4
 _WARPS = 2
 
 _EXACT = tl.constexpr(2.0**50)
-_TWO_32 = tl.constexpr(2.0**32)
-_TWO_MINUS_64 = tl.constexpr(2.0**-64)
-_TWO_MINUS_63 = tl.constexpr(2.0**-63)
-_PI = tl.constexpr(math.pi)
 
-# [Note: the table]: places in its head, then places in a segment's row.
-_RELEASE = tl.constexpr(8)
-_CLAMP, _UNITS, _UNITS_OF_NOISE, _SCALE = (tl.constexpr(10 + i) for i in range(4))
-_HEAD = tl.constexpr(14)
+# Float64 numbers near this one are whole: adding to it rounds to the nearest integer.
+_WHOLE = tl.constexpr(1.5 * 2.0**52)
+
+# [Note: the table]: places in a segment's row.
 _FIRST_PROGRAM, _ACCUMULATOR, _OUT, _PARAMETER, _START, _COUNT, _WIDTH, _OFFSET, _SIZE = (
     tl.constexpr(i) for i in range(9)
 )
 _FIELDS = tl.constexpr(9)
+
+# Arguments that Triton shall not compile anew for.
+_WORDS = [*(f"key_{i}" for i in range(8)), "release_low", "release_high"]
+_SCALES = ["clamp", "units", "scale"]
 
 _DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -63,9 +65,13 @@ def privatize_all_(
     launch has then overwritten all outputs with zeros, so that nobody needs to wait for the answer.
 
     **Formal guarantee.** That of `noise.standard_normal` (same nonces, counters, uniforms) and of `noise.Lattice`, with
-    one change in its step 1: n = floor(x), where x is clamp(S) * (1 / lambda) + 1/2 rounded once. The reciprocal is off
-    by 2^-53 relative, 2^-3 where the quotient is 2^50, and the rounding of x is 2^-4 at most: less than the 1/4 that
-    `noise.Lattice` allows. The output is the integer n + r(y) times spacing / divisor, rounded: post-processing.
+    changes in its roundings only. Its step 1: n is clamp(S) * (1 / lambda), rounded once, to the nearest integer. The
+    reciprocal is off by 2^-53 relative, 2^-3 where the quotient is 2^50: less than the 1/4 that is allowed. A float32
+    sum is clamped at the float32 below the bound. Its step 2: the output is n + y itself, rounded once to the nearest
+    integer, of which no multiple is further from y's distribution than r(n + y) is: post-processing of n + y without
+    any property of r. Its step 4: y is here the exact product of radius and cosine, and where it is a tie, it is the
+    *output* that is even, whatever n is, so that ties show nothing of n. The output is that integer times
+    spacing / divisor, rounded: post-processing.
     """
     if math.frexp(units_of_noise := noise_std / lattice.spacing)[0] != 0.5:
         raise ValueError(
@@ -74,17 +80,18 @@ def privatize_all_(
         )
     for segment in segments:
         _check(segment, release, segments[0].out.device)
-    scales = (lattice.clamp, 1 / lattice.spacing, units_of_noise, lattice.spacing / divisor)
-    head = [*_key_and_release(key, release), *map(_bits, scales)]
+    words = _key_and_release(key, release)
+    scales = [bits(x) for x in (lattice.clamp, 1 / lattice.spacing, lattice.spacing / divisor)]
+    normal = coefficients(units_of_noise)
     inexact = torch.zeros(1, dtype=torch.int32, device=segments[0].out.device)
     launches = []
     for kind in dict.fromkeys(map(_kind, segments)):
         accumulator_dtype, out_dtype, columns, in_place = kind
-        table, programs, count = _table(head, [segment for segment in segments if _kind(segment) == kind])
+        table, programs, count = _table([segment for segment in segments if _kind(segment) == kind])
         launches.append((table, programs, count, _DTYPES[out_dtype], columns))
         _privatize[(programs,)](
-            table, inexact, count, ACCUMULATOR=_DTYPES[accumulator_dtype], OUT=_DTYPES[out_dtype], COLUMNS=columns,
-            CLEAR=not in_place, CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS,
+            table, inexact, count, *words, *scales, *normal, ACCUMULATOR=_DTYPES[accumulator_dtype],
+            OUT=_DTYPES[out_dtype], COLUMNS=columns, CLEAR=not in_place, CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS,
         )  # fmt: skip
     for table, programs, count, out_dtype, columns in launches:
         _zero_if_inexact[(programs,)](
@@ -101,9 +108,9 @@ def standard_normal(
     normals = torch.empty(count, dtype=torch.float64, device=device)
     if count:
         segment = Segment(accumulator=normals, out=normals, parameter=parameter, start=start, count=count)
-        head = [*_key_and_release(key, release), 0, 0, 0, 0]
-        table, programs, _ = _table(head, [segment])
-        _standard_normal[(programs,)](table, CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS)
+        table, programs, _ = _table([segment])
+        words = _key_and_release(key, release)
+        _standard_normal[(programs,)](table, *words, *coefficients(1.0), CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS)
     return normals
 
 
@@ -140,17 +147,13 @@ def _check(segment: Segment, release: int, device: torch.device) -> None:
 def _key_and_release(key: bytes, release: int) -> list[int]:
     if len(key) != chacha.KEY_BYTES:
         raise ValueError(f"key: found {len(key)} bytes, expected {chacha.KEY_BYTES}; make one with noise.new_key()")
-    return [*struct.unpack("<8I", key), release % chacha.WORD_LIMIT, release // chacha.WORD_LIMIT]
+    return list(struct.unpack("<10i", key + struct.pack("<Q", release)))
 
 
-def _bits(x: float) -> int:
-    """The bit pattern of a float64, as int64."""
-    return int(struct.unpack("<q", struct.pack("<d", x))[0])
-
-
-def _table(head: Sequence[int], segments: Sequence[Segment]) -> tuple[Tensor, int, int]:
+def _table(segments: Sequence[Segment]) -> tuple[Tensor, int, int]:
     """[Note: the table] on the device, the number of programs, and the number of segments."""
-    rows, programs = list(head), 0
+    rows: list[int] = []
+    programs = 0
     for segment in segments:
         width, offset, size = segment.columns or (1, 0, 1)
         addresses = (segment.accumulator.data_ptr(), segment.out.data_ptr())
@@ -161,43 +164,97 @@ def _table(head: Sequence[int], segments: Sequence[Segment]) -> tuple[Tensor, in
     return table, programs, len(segments)
 
 
-@triton.jit(do_not_specialize=["segments"])
+@triton.jit(do_not_specialize=["segments", *_WORDS, *_SCALES])
 def _privatize(
     table, inexact, segments,
+    key_0: tl.int32, key_1: tl.int32, key_2: tl.int32, key_3: tl.int32,
+    key_4: tl.int32, key_5: tl.int32, key_6: tl.int32, key_7: tl.int32, release_low: tl.int32, release_high: tl.int32,
+    clamp: tl.int64, units: tl.int64, scale: tl.int64, radius, cosine, sine,
     ACCUMULATOR: tl.constexpr, OUT: tl.constexpr, COLUMNS: tl.constexpr, CLEAR: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """One program: `CHUNKS` chunks of the segment that `_find` gives, from accumulator to gradient."""
+    """One program: `CHUNKS` chunks of the segment that `_find` gives, one by one, from accumulator to gradient."""
     row = _find(table, segments)
     accumulator = tl.load(row + _ACCUMULATOR).to(tl.pointer_type(ACCUMULATOR))
     out = tl.load(row + _OUT).to(tl.pointer_type(OUT))
-    clamp, units = _float64(table + _CLAMP), _float64(table + _UNITS)
-    units_of_noise, scale = _float64(table + _UNITS_OF_NOISE), _float64(table + _SCALE)
+    key = (key_0, key_1, key_2, key_3, key_4, key_5, key_6, key_7)
+    bounds, parameter = (number(clamp), number(units), number(scale)), _word(row + _PARAMETER)
     chunk, begin, least, most = _range(row, CHUNKS)
-    first, words = _make_words(table, row, chunk, CHUNKS)
-    exact = tl.full([LANES * CHUNKS], True, tl.int1)
-    for pair in tl.static_range(PAIRS):
-        cosine, sine = _normal_pair(words[4 * pair], words[4 * pair + 1], words[4 * pair + 2], words[4 * pair + 3])
-        for half in tl.static_range(2):
-            slot = first + (2 * pair + half) * LANES
-            inside = (slot >= least) & (slot < most)
-            source, target = accumulator + begin + slot, out + begin + slot
-            if COLUMNS:
-                width, offset, size = tl.load(row + _WIDTH), tl.load(row + _OFFSET), tl.load(row + _SIZE)
-                place = begin + slot
-                column = place % width - offset
-                inside = inside & (column >= 0) & (column < size)
-                place = place // width * size + column
-                source, target = accumulator + place, out + place
-            total = tl.load(source, mask=inside, other=0.0).to(tl.float64)
-            # Selection, not minimum and maximum: NaN stays NaN and is found below.
-            total = tl.where(total > clamp, clamp, tl.where(total < -clamp, -clamp, total))
-            total = tl.floor(tl.fma(total, units, 0.5))
-            total += tl.floor(tl.fma(cosine if half == 0 else sine, units_of_noise, 0.5))
-            exact = exact & (tl.abs(total) <= _EXACT)
-            _store(target, total * scale, inside, OUT)
-            if CLEAR:
-                tl.store(source, tl.zeros([LANES * CHUNKS], ACCUMULATOR), mask=inside)
+    lane = tl.arange(0, LANES)
+    counter = (chunk * LANES).to(tl.uint32) + lane.to(tl.uint32)
+    exact = tl.full([LANES], True, tl.int1)
+    for _ in range((most + CHUNK - 1) // CHUNK):
+        words = _chacha20(key, counter, parameter, _unsigned(release_low), _unsigned(release_high))
+        if COLUMNS or least > 0 or most < CHUNK:
+            exact = exact & _write(
+                row, accumulator, out, begin, lane, least, most, words, bounds, radius, cosine, sine,
+                INSIDE=False, COLUMNS=COLUMNS, CLEAR=CLEAR,
+            )  # fmt: skip
+        else:
+            exact = exact & _write(
+                row, accumulator, out, begin, lane, least, most, words, bounds, radius, cosine, sine,
+                INSIDE=True, COLUMNS=COLUMNS, CLEAR=CLEAR,
+            )  # fmt: skip
+        counter += LANES
+        begin += CHUNK
+        least -= CHUNK
+        most -= CHUNK
     tl.store(inexact, 1, mask=tl.min(exact.to(tl.int32)) == 0)
+
+
+@triton.jit
+def _write(
+    row, accumulator, out, begin, lane, least, most, words, bounds, radius, cosine, sine,
+    INSIDE: tl.constexpr, COLUMNS: tl.constexpr, CLEAR: tl.constexpr,
+):  # fmt: skip
+    """One chunk from accumulator to gradient; whether its sums were exact. `INSIDE`: all of its slots are inside."""
+    clamp, units, scale = bounds
+    exact = tl.full([LANES], True, tl.int1)
+    for pair in tl.static_range(PAIRS):
+        length, c, s = normal_pair(
+            words[4 * pair], words[4 * pair + 1], words[4 * pair + 2], words[4 * pair + 3], radius, cosine, sine
+        )
+        for half in tl.static_range(2):
+            slot = lane + (2 * pair + half) * LANES
+            source, target = accumulator + begin + slot, out + begin + slot
+            if INSIDE:
+                total = tl.load(source)
+            else:
+                inside = (slot >= least) & (slot < most)
+                if COLUMNS:
+                    width, offset, size = tl.load(row + _WIDTH), tl.load(row + _OFFSET), tl.load(row + _SIZE)
+                    place = begin + slot
+                    column = place % width - offset
+                    inside = inside & (column >= 0) & (column < size)
+                    place = place // width * size + column
+                    source, target = accumulator + place, out + place
+                total = tl.load(source, mask=inside, other=0.0)
+            whole = tl.full([LANES], _WHOLE, tl.float64)
+            total = tl.fma(_clamped(total, clamp), units, whole)
+            total = tl.fma(length, c if half == 0 else s, total) - whole
+            exact = exact & (tl.abs(total) <= _EXACT)
+            if INSIDE:
+                _store(target, total * scale)
+                if CLEAR:
+                    tl.store(source, tl.zeros([LANES], source.dtype.element_ty))
+            else:
+                _store(target, total * scale, inside)
+                if CLEAR:
+                    tl.store(source, tl.zeros([LANES], source.dtype.element_ty), mask=inside)
+    return exact
+
+
+@triton.jit
+def _clamped(total, clamp):
+    """`total` in float64, between -clamp and clamp; NaN stays NaN and is found later."""
+    if total.dtype == tl.float32:
+        # Two instructions instead of six.
+        bound = clamp.to(tl.float32)
+        below = (bound.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
+        bound = tl.where(bound.to(tl.float64) > clamp, below, bound)
+        total = tl.clamp(total, -bound, bound, propagate_nan=tl.PropagateNan.ALL)
+        return total.to(tl.float64)
+    total = total.to(tl.float64)
+    return tl.where(total > clamp, clamp, tl.where(total < -clamp, -clamp, total))
 
 
 @triton.jit(do_not_specialize=["segments"])
@@ -219,26 +276,40 @@ def _zero_if_inexact(
         tl.store(out + place, tl.zeros([CHUNK * CHUNKS], OUT), mask=inside)
 
 
-@triton.jit
-def _standard_normal(table, CHUNKS: tl.constexpr):
-    row = table + _HEAD
-    out = tl.load(row + _OUT).to(tl.pointer_type(tl.float64))
-    chunk, begin, least, most = _range(row, CHUNKS)
-    first, words = _make_words(table, row, chunk, CHUNKS)
-    for pair in tl.static_range(PAIRS):
-        cosine, sine = _normal_pair(words[4 * pair], words[4 * pair + 1], words[4 * pair + 2], words[4 * pair + 3])
-        slot = first + 2 * pair * LANES
-        tl.store(out + begin + slot, cosine, mask=(slot >= least) & (slot < most))
-        slot += LANES
-        tl.store(out + begin + slot, sine, mask=(slot >= least) & (slot < most))
+@triton.jit(do_not_specialize=_WORDS)
+def _standard_normal(
+    table,
+    key_0: tl.int32, key_1: tl.int32, key_2: tl.int32, key_3: tl.int32,
+    key_4: tl.int32, key_5: tl.int32, key_6: tl.int32, key_7: tl.int32, release_low: tl.int32, release_high: tl.int32,
+    radius, cosine, sine, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    out = tl.load(table + _OUT).to(tl.pointer_type(tl.float64))
+    key = (key_0, key_1, key_2, key_3, key_4, key_5, key_6, key_7)
+    chunk, begin, least, most = _range(table, CHUNKS)
+    parameter = _word(table + _PARAMETER)
+    lane = tl.arange(0, LANES)
+    for i in range(CHUNKS):
+        counter = ((chunk + i) * LANES).to(tl.uint32) + lane.to(tl.uint32)
+        words = _chacha20(key, counter, parameter, _unsigned(release_low), _unsigned(release_high))
+        for pair in tl.static_range(PAIRS):
+            length, c, s = normal_pair(
+                words[4 * pair], words[4 * pair + 1], words[4 * pair + 2], words[4 * pair + 3], radius, cosine, sine
+            )
+            slot = lane + (i * CHUNK + 2 * pair * LANES)
+            tl.store(out + begin + slot, length * c, mask=(slot >= least) & (slot < most))
+            slot += LANES
+            tl.store(out + begin + slot, length * s, mask=(slot >= least) & (slot < most))
 
 
 @triton.jit(do_not_specialize=["blocks"])
 def _keystream(head, out, blocks):
     block = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     counter = (block + tl.load(head + 11)).to(tl.uint32)
-    nonce = _uint32(head + 8, counter), _uint32(head + 9, counter), _uint32(head + 10, counter)
-    words = _chacha20(head, counter, nonce[0], nonce[1], nonce[2])
+    key = (
+        _word(head), _word(head + 1), _word(head + 2), _word(head + 3),
+        _word(head + 4), _word(head + 5), _word(head + 6), _word(head + 7),
+    )  # fmt: skip
+    words = _chacha20(key, counter, _word(head + 8), _word(head + 9), _word(head + 10))
     for word in tl.static_range(16):
         tl.store(out + block * 16 + word, words[word].to(tl.int32, bitcast=True), mask=block < blocks)
 
@@ -250,9 +321,9 @@ def _find(table, segments):
     low, high = segments * 0, segments
     while high - low > 1:
         middle = (low + high) // 2
-        begun = tl.load(table + _HEAD + middle * _FIELDS + _FIRST_PROGRAM) <= program
+        begun = tl.load(table + middle * _FIELDS + _FIRST_PROGRAM) <= program
         low, high = tl.where(begun, middle, low), tl.where(begun, high, middle)
-    return table + _HEAD + low * _FIELDS
+    return table + low * _FIELDS
 
 
 @triton.jit
@@ -266,98 +337,56 @@ def _range(row, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _make_words(table, row, chunk, CHUNKS: tl.constexpr):
-    """(slot 0 of, sixteen keystream words of) each of the blocks of chunks from ``chunk`` on; [Note: layout]."""
-    block = tl.arange(0, LANES * CHUNKS)
-    lane = block % LANES
-    counter = ((chunk + block // LANES) * LANES + lane).to(tl.uint32)
-    parameter = _uint32(row + _PARAMETER, counter)
-    low, high = _uint32(table + _RELEASE, counter), _uint32(table + _RELEASE + 1, counter)
-    return block // LANES * CHUNK + lane, _chacha20(table, counter, parameter, low, high)
-
-
-@triton.jit
-def _normal_pair(radius_low, radius_high, angle_low, angle_high):
-    """Box-Muller of four uint32 words: `noise._radius` and `noise._angle`, equal to 1e-15 of the radius."""
-    u = (radius_high.to(tl.float64) * _TWO_32 + (radius_low.to(tl.float64) + 1.0)) * _TWO_MINUS_64
-    radius = tl.sqrt(tl.log(u) * -2.0)
-    signed_high = angle_high.to(tl.int32, bitcast=True).to(tl.float64)
-    cosine, sine = _cosine_and_sine((signed_high * _TWO_32 + angle_low.to(tl.float64)) * _TWO_MINUS_63)
-    return radius * cosine, radius * sine
-
-
-@triton.jit
-def _cosine_and_sine(half_turns):
-    """cos and sin of pi * half_turns, for |half_turns| <= 1, to two units in the last place.
-
-    Quarter turns are split off exactly, which leaves an angle of at most pi / 4 for the polynomials of FreeBSD's
-    k_cos.c and k_sin.c. The compiler's own cos and sin also provide for huge angles, by way of memory.
-    """
-    quarters = tl.floor(half_turns * 2.0 + 0.5)
-    x = (half_turns - quarters * 0.5) * _PI
-    z = x * x
-    sine = z * 1.58969099521155010221e-10 - 2.50507602534068634195e-08
-    sine = z * sine + 2.75573137070700676789e-06
-    sine = z * sine - 1.98412698298579493134e-04
-    sine = z * sine + 8.33333333332248946124e-03
-    sine = z * sine - 1.66666666666666324348e-01
-    sine = x + z * x * sine
-    cosine = z * -1.13596475577881948265e-11 + 2.08757232129817482790e-09
-    cosine = z * cosine - 2.75573143513906633035e-07
-    cosine = z * cosine + 2.48015872894767294178e-05
-    cosine = z * cosine - 1.38888888888741095749e-03
-    cosine = z * cosine + 4.16666666666666019037e-02
-    cosine = z * cosine - 0.5
-    cosine = z * cosine + 1.0
-    quadrant = quarters.to(tl.int32)
-    odd = (quadrant & 1) != 0
-    cosine, sine = tl.where(odd, sine, cosine), tl.where(odd, cosine, sine)
-    return tl.where(((quadrant + 1) & 2) != 0, -cosine, cosine), tl.where((quadrant & 2) != 0, -sine, sine)
-
-
-@triton.jit
-def _store(pointer, value, mask, OUT: tl.constexpr):
-    """float64 to `OUT`, narrow formats by way of float32 as torch does it."""
-    if tl.float64 == OUT:
+def _store(pointer, value, mask=None):
+    """float64 to what `pointer` points to, narrow formats by way of float32 as torch does it."""
+    if pointer.dtype.element_ty == tl.float64:
         tl.store(pointer, value, mask=mask)
     else:
-        tl.store(pointer, value.to(tl.float32).to(OUT), mask=mask)
+        tl.store(pointer, value.to(tl.float32).to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _float64(pointer):
-    """A number of the table, stored as its bit pattern."""
-    return tl.load(pointer).to(tl.float64, bitcast=True)
+def _word(pointer):
+    """A word of the table, as uint32."""
+    return tl.load(pointer).to(tl.uint32)
 
 
 @triton.jit
-def _uint32(pointer, like):
-    """A word of the table, as uint32 of the shape of `like`."""
-    return tl.zeros_like(like) + tl.load(pointer).to(tl.uint32)
+def _unsigned(word):
+    """An int32 argument with the bits of a uint32."""
+    return word.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _chacha20(key, x12, x13, x14, x15):
-    """The block function of RFC 8439 section 2.3: sixteen uint32 words; `key` points to eight words, as int64."""
-    z = tl.zeros_like(x12)
-    x0, x1, x2, x3 = z + 0x61707865, z + 0x3320646E, z + 0x79622D32, z + 0x6B206574
-    x4, x5, x6, x7 = _uint32(key, z), _uint32(key + 1, z), _uint32(key + 2, z), _uint32(key + 3, z)
-    x8, x9, x10, x11 = _uint32(key + 4, z), _uint32(key + 5, z), _uint32(key + 6, z), _uint32(key + 7, z)
-    v0, v1, v2, v3, v4, v5, v6, v7 = x0, x1, x2, x3, x4, x5, x6, x7
-    v8, v9, v10, v11, v12, v13, v14, v15 = x8, x9, x10, x11, x12, x13, x14, x15
-    for _ in range(10):
-        v0, v4, v8, v12 = _quarter_round(v0, v4, v8, v12)
-        v1, v5, v9, v13 = _quarter_round(v1, v5, v9, v13)
-        v2, v6, v10, v14 = _quarter_round(v2, v6, v10, v14)
-        v3, v7, v11, v15 = _quarter_round(v3, v7, v11, v15)
-        v0, v5, v10, v15 = _quarter_round(v0, v5, v10, v15)
-        v1, v6, v11, v12 = _quarter_round(v1, v6, v11, v12)
-        v2, v7, v8, v13 = _quarter_round(v2, v7, v8, v13)
-        v3, v4, v9, v14 = _quarter_round(v3, v4, v9, v14)
+    """The block function of RFC 8439 section 2.3: sixteen uint32 words; only `x12` differs between lanes.
+
+    The first double round stands by itself, as most of it is the same for all lanes.
+    """
+    x0, x1, x2, x3 = 0x61707865, 0x3320646E, 0x79622D32, 0x6B206574
+    x4, x5, x6, x7 = _unsigned(key[0]), _unsigned(key[1]), _unsigned(key[2]), _unsigned(key[3])
+    x8, x9, x10, x11 = _unsigned(key[4]), _unsigned(key[5]), _unsigned(key[6]), _unsigned(key[7])
+    v = _double_round((x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15))
+    for _ in range(9):
+        v = _double_round(v)
     return (
-        v0 + x0, v1 + x1, v2 + x2, v3 + x3, v4 + x4, v5 + x5, v6 + x6, v7 + x7,
-        v8 + x8, v9 + x9, v10 + x10, v11 + x11, v12 + x12, v13 + x13, v14 + x14, v15 + x15,
+        v[0] + x0, v[1] + x1, v[2] + x2, v[3] + x3, v[4] + x4, v[5] + x5, v[6] + x6, v[7] + x7,
+        v[8] + x8, v[9] + x9, v[10] + x10, v[11] + x11, v[12] + x12, v[13] + x13, v[14] + x14, v[15] + x15,
     )  # fmt: skip
+
+
+@triton.jit
+def _double_round(v):
+    v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15 = v
+    v0, v4, v8, v12 = _quarter_round(v0, v4, v8, v12)
+    v1, v5, v9, v13 = _quarter_round(v1, v5, v9, v13)
+    v2, v6, v10, v14 = _quarter_round(v2, v6, v10, v14)
+    v3, v7, v11, v15 = _quarter_round(v3, v7, v11, v15)
+    v0, v5, v10, v15 = _quarter_round(v0, v5, v10, v15)
+    v1, v6, v11, v12 = _quarter_round(v1, v6, v11, v12)
+    v2, v7, v8, v13 = _quarter_round(v2, v7, v8, v13)
+    v3, v4, v9, v14 = _quarter_round(v3, v4, v9, v14)
+    return v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15
 
 
 @triton.jit
