@@ -82,6 +82,7 @@ class Recorder:
         )  # fmt: skip
         self._shared_parameters = SharedParameters(bare, self._is_sharing, self._share_parameter)
         self._habits: dict[str, Habit] = {}
+        self._report = self._record  # bound once: the garbage collector counts what every tap keeps
         self._same_for_all_rows: set[str] = set()
         self._looks_at_shapes: set[str] = set()
 
@@ -153,7 +154,7 @@ class Recorder:
             return self._recomputed(microbatch, layer)
         if self.meetings.learning:
             self._refuse_replaced(layer, self._layers[layer])
-        return functools.partial(self._record, self._expect(layer, self._names[layer]), layer)
+        return functools.partial(self._report, self._expect(layer, self._names[layer]), layer)
 
     def _refuse_replaced(self, layer: str, module: nn.Module) -> None:
         """A layer that is called with other parameters than its own would report gradients of its own."""

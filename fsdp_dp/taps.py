@@ -147,6 +147,7 @@ class Taps:
         self._handles: list[RemovableHandle] = []
         self._following: list[RemovableHandle] = []
         self._hook_ids: dict[str, int] = {}
+        self._shapes: dict[torch.Size, torch.Size] = {}
         self._attentions = Attentions(layers)
         self.picked: set[str] = set()
         # Of an FSDP unit the output must be no view: a write to that would drop FSDP's own hook.
@@ -327,9 +328,15 @@ class Taps:
         if found is None:
             return self.through(call, report, [output], inputs)[0]
         node, made = found
-        handle = node.register_prehook(NodeTap(name, inputs[0], report, output.shape, made.output_nr))
+        handle = node.register_prehook(NodeTap(name, inputs[0], report, self._same(output.shape), made.output_nr))
         self.of_forward.append((node, report, handle))
         return output
+
+    def _same(self, shape: torch.Size) -> torch.Size:
+        """One object for all shapes that are equal: less for the garbage collector to look at."""
+        if len(self._shapes) > 1000:  # shapes that change from batch to batch
+            self._shapes.clear()
+        return self._shapes.setdefault(shape, shape)
 
     def _refuse_picked(self, name: str, inputs: Sequence[Tensor]) -> None:
         if any(map(is_picked, inputs)):
