@@ -34,7 +34,7 @@ LANES = tl.constexpr(noise.LANES)
 PAIRS = tl.constexpr(noise.PAIRS)
 CHUNK = tl.constexpr(noise.CHUNK)
 
-# What one program makes; measured on an H100 (docs/performance.md).
+# What one program makes: several chunks, so that finding its segment costs little of each.
 _CHUNKS_OF_A_PROGRAM = 4
 _WARPS = 2
 
