@@ -7,6 +7,8 @@ The release is bound by the instructions that it issues. Hence no division, no c
 start from the hardware's approximations (20 bits or more), which one cubic step makes exact to rounding; the angle is
 reduced as an integer; and coefficients are arguments of the kernel, since an instruction can take a float64 from there
 but not from its own code. [Note: coefficients]: bit patterns, as Triton hands Python floats over as float32.
+[Note: one]: an argument that is 1, which the compiler does not know. It makes x * one + y with the multipliers, which
+have time, while integer addition shares its pipe with the cipher's rotations and exclusive ors, which have none.
 """
 
 # Triton's jit reads no annotations but its own.
@@ -66,12 +68,14 @@ def _bits(numbers: tuple[float, ...]) -> Coefficients:
 
 
 @triton.jit
-def normal_pair(radius_low, radius_high, angle_low, angle_high, radius, cosine, sine):
-    """Box-Muller of four uint32 words: signed radius, cosine and sine, whose products are the scaled normals.
+def normal_pair(words, PAIR: tl.constexpr, normal):
+    """Box-Muller of the words 4 * PAIR and after: signed radius, cosine and sine, whose products are scaled normals.
 
-    The caller multiplies, as it can do so and add in one instruction.
+    The caller multiplies, as it can do so and add in one instruction. `normal` is [Note: one] and `coefficients`.
     """
-    length = _radius(radius_low, radius_high, radius)
+    one, radius, cosine, sine = normal
+    length = _radius(words[4 * PAIR], words[4 * PAIR + 1], one, radius)
+    angle_low, angle_high = words[4 * PAIR + 2], words[4 * PAIR + 3]
     # To the nearest half turn, whose sign goes to the radius, and what is left of it: |f| <= 1/2 in half turns, exact.
     length = _with_high(length, _high(length) ^ ((angle_high + 0x40000000) & _SIGN))
     low = _float64(_LAST_63, angle_low) - _TWO_MINUS_11
@@ -88,14 +92,14 @@ def normal_pair(radius_low, radius_high, angle_low, angle_high, radius, cosine, 
 
 
 @triton.jit
-def _radius(low, high, coefficient):
+def _radius(low, high, one, coefficient):
     """`noise._radius`: sqrt(-2 ln u) times the scale, with the same u = (2^32 high + low + 1) / 2^64, rounded once.
 
     ln u = e ln 2 + 2 atanh(s), with s = (m - 1) / (m + 1) of a mantissa in [sqrt(1/2), sqrt(2)): where u is near 1,
     e = 0 and m - 1 is exact, so that small radii keep full relative precision.
     """
     u = high.to(tl.float64) * _TWO_MINUS_32 + (_float64(_LAST_64, low) - number(coefficient[0]))
-    octaves = (_high(u) - _ROOT_HALF) & _EXPONENT
+    octaves = (_high(u) * one - _ROOT_HALF) & _EXPONENT
     mantissa = _with_high(u, _high(u) - octaves)
     below, above = mantissa - 1.0, mantissa + 1.0
     y = _approximate_reciprocal(above)

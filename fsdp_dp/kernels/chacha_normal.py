@@ -34,7 +34,7 @@ LANES = tl.constexpr(noise.LANES)
 PAIRS = tl.constexpr(noise.PAIRS)
 CHUNK = tl.constexpr(noise.CHUNK)
 
-# What one program makes; measured on an H100 (docs/performance.md).
+# What one program makes: several chunks, so that finding its segment costs little of each.
 _CHUNKS_OF_A_PROGRAM = 4
 _WARPS = 2
 
@@ -50,7 +50,7 @@ _FIRST_PROGRAM, _ACCUMULATOR, _OUT, _PARAMETER, _START, _COUNT, _WIDTH, _OFFSET,
 _FIELDS = tl.constexpr(9)
 
 # Arguments that Triton shall not compile anew for.
-_WORDS = [*(f"key_{i}" for i in range(8)), "release_low", "release_high"]
+_WORDS = [*(f"key_{i}" for i in range(8)), "release_low", "release_high", "one"]
 _SCALES = ["clamp", "units", "scale"]
 
 _DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -65,13 +65,13 @@ def privatize_all_(
     launch has then overwritten all outputs with zeros, so that nobody needs to wait for the answer.
 
     **Formal guarantee.** That of `noise.standard_normal` (same nonces, counters, uniforms) and of `noise.Lattice`, with
-    changes in its roundings only. Its step 1: n is clamp(S) * (1 / lambda), rounded once, to the nearest integer. The
-    reciprocal is off by 2^-53 relative, 2^-3 where the quotient is 2^50: less than the 1/4 that is allowed. A float32
-    sum is clamped at the float32 below the bound. Its step 2: the output is n + y itself, rounded once to the nearest
-    integer, of which no multiple is further from y's distribution than r(n + y) is: post-processing of n + y without
-    any property of r. Its step 4: y is here the exact product of radius and cosine, and where it is a tie, it is the
-    *output* that is even, whatever n is, so that ties show nothing of n. The output is that integer times
-    spacing / divisor, rounded: post-processing.
+    changes in its roundings only. Step 1: n is clamp(S) * (1 / lambda), rounded once, to the nearest integer. The
+    reciprocal is off by 2^-53 relative, 2^-3 where the quotient is 2^50: less than the 1/4 that is allowed. Float32 sums
+    are clamped at the float32 just below the bound. Step 2: the output is n + y rounded to the nearest integer, hence
+    post-processing of n + y without more ado. Step 4: y is the product of radius and cosine before any rounding, so that
+    n + y is rounded once, and has far fewer ties. A tie goes to the even *output*, whatever n is: it shows nothing of n.
+    The output is that integer times spacing / divisor, rounded, in narrow formats without the last two bits of that
+    quotient: post-processing.
     """
     if math.frexp(units_of_noise := noise_std / lattice.spacing)[0] != 0.5:
         raise ValueError(
@@ -147,7 +147,7 @@ def _check(segment: Segment, release: int, device: torch.device) -> None:
 def _key_and_release(key: bytes, release: int) -> list[int]:
     if len(key) != chacha.KEY_BYTES:
         raise ValueError(f"key: found {len(key)} bytes, expected {chacha.KEY_BYTES}; make one with noise.new_key()")
-    return list(struct.unpack("<10i", key + struct.pack("<Q", release)))
+    return [*struct.unpack("<10i", key + struct.pack("<Q", release)), 1]
 
 
 def _table(segments: Sequence[Segment]) -> tuple[Tensor, int, int]:
@@ -169,29 +169,30 @@ def _privatize(
     table, inexact, segments,
     key_0: tl.int32, key_1: tl.int32, key_2: tl.int32, key_3: tl.int32,
     key_4: tl.int32, key_5: tl.int32, key_6: tl.int32, key_7: tl.int32, release_low: tl.int32, release_high: tl.int32,
-    clamp: tl.int64, units: tl.int64, scale: tl.int64, radius, cosine, sine,
+    one: tl.int32, clamp: tl.int64, units: tl.int64, scale: tl.int64, radius, cosine, sine,
     ACCUMULATOR: tl.constexpr, OUT: tl.constexpr, COLUMNS: tl.constexpr, CLEAR: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """One program: `CHUNKS` chunks of the segment that `_find` gives, one by one, from accumulator to gradient."""
     row = _find(table, segments)
     accumulator = tl.load(row + _ACCUMULATOR).to(tl.pointer_type(ACCUMULATOR))
     out = tl.load(row + _OUT).to(tl.pointer_type(OUT))
-    key = (key_0, key_1, key_2, key_3, key_4, key_5, key_6, key_7)
+    key, one = (key_0, key_1, key_2, key_3, key_4, key_5, key_6, key_7), _unsigned(one)
+    normal = (one, radius, cosine, sine)
     bounds, parameter = (number(clamp), number(units), number(scale)), _word(row + _PARAMETER)
     chunk, begin, least, most = _range(row, CHUNKS)
     lane = tl.arange(0, LANES)
     counter = (chunk * LANES).to(tl.uint32) + lane.to(tl.uint32)
     exact = tl.full([LANES], True, tl.int1)
     for _ in range((most + CHUNK - 1) // CHUNK):
-        words = _chacha20(key, counter, parameter, _unsigned(release_low), _unsigned(release_high))
+        words = _chacha20(key, counter, parameter, _unsigned(release_low), _unsigned(release_high), one)
         if COLUMNS or least > 0 or most < CHUNK:
             exact = exact & _write(
-                row, accumulator, out, begin, lane, least, most, words, bounds, radius, cosine, sine,
+                row, accumulator, out, begin, lane, least, most, words, bounds, normal,
                 INSIDE=False, COLUMNS=COLUMNS, CLEAR=CLEAR,
             )  # fmt: skip
         else:
             exact = exact & _write(
-                row, accumulator, out, begin, lane, least, most, words, bounds, radius, cosine, sine,
+                row, accumulator, out, begin, lane, least, most, words, bounds, normal,
                 INSIDE=True, COLUMNS=COLUMNS, CLEAR=CLEAR,
             )  # fmt: skip
         counter += LANES
@@ -203,21 +204,23 @@ def _privatize(
 
 @triton.jit
 def _write(
-    row, accumulator, out, begin, lane, least, most, words, bounds, radius, cosine, sine,
+    row, accumulator, out, begin, lane, least, most, words, bounds, normal,
     INSIDE: tl.constexpr, COLUMNS: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
     """One chunk from accumulator to gradient; whether its sums were exact. `INSIDE`: all of its slots are inside."""
     clamp, units, scale = bounds
+    # Without its last two bits, so that three times it is exact, and one instruction takes off `_WHOLE` and scales.
+    short = (scale.to(tl.int64, bitcast=True) & -4).to(tl.float64, bitcast=True)
     exact = tl.full([LANES], True, tl.int1)
+    if INSIDE:
+        sums = _sums(accumulator + begin + lane)
     for pair in tl.static_range(PAIRS):
-        length, c, s = normal_pair(
-            words[4 * pair], words[4 * pair + 1], words[4 * pair + 2], words[4 * pair + 3], radius, cosine, sine
-        )
+        length, c, s = normal_pair(words, pair, normal)
         for half in tl.static_range(2):
             slot = lane + (2 * pair + half) * LANES
             source, target = accumulator + begin + slot, out + begin + slot
             if INSIDE:
-                total = tl.load(source)
+                total = sums[2 * pair + half]
             else:
                 inside = (slot >= least) & (slot < most)
                 if COLUMNS:
@@ -228,19 +231,34 @@ def _write(
                     place = place // width * size + column
                     source, target = accumulator + place, out + place
                 total = tl.load(source, mask=inside, other=0.0)
-            whole = tl.full([LANES], _WHOLE, tl.float64)
-            total = tl.fma(_clamped(total, clamp), units, whole)
-            total = tl.fma(length, c if half == 0 else s, total) - whole
-            exact = exact & (tl.abs(total) <= _EXACT)
+            total = tl.fma(_clamped(total, clamp), units, tl.full([LANES], _WHOLE, tl.float64))
+            total = tl.fma(length, c if half == 0 else s, total)
+            if out.dtype.element_ty == tl.float64:
+                total -= _WHOLE
+                exact = exact & (tl.abs(total) <= _EXACT)
+                total *= scale
+            else:
+                total = tl.fma(total, short, -_WHOLE * short)
+                exact = exact & (tl.abs(total) <= _EXACT * short)
             if INSIDE:
-                _store(target, total * scale)
+                _store(target, total)
                 if CLEAR:
                     tl.store(source, tl.zeros([LANES], source.dtype.element_ty))
             else:
-                _store(target, total * scale, inside)
+                _store(target, total, inside)
                 if CLEAR:
                     tl.store(source, tl.zeros([LANES], source.dtype.element_ty), mask=inside)
     return exact
+
+
+@triton.jit
+def _sums(source):
+    """The eight slots of each lane, read before any is written: the compiler may not change that order by itself."""
+    return (
+        tl.load(source), tl.load(source + LANES), tl.load(source + 2 * LANES), tl.load(source + 3 * LANES),
+        tl.load(source + 4 * LANES), tl.load(source + 5 * LANES), tl.load(source + 6 * LANES),
+        tl.load(source + 7 * LANES),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -281,20 +299,19 @@ def _standard_normal(
     table,
     key_0: tl.int32, key_1: tl.int32, key_2: tl.int32, key_3: tl.int32,
     key_4: tl.int32, key_5: tl.int32, key_6: tl.int32, key_7: tl.int32, release_low: tl.int32, release_high: tl.int32,
-    radius, cosine, sine, CHUNKS: tl.constexpr,
+    one: tl.int32, radius, cosine, sine, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     out = tl.load(table + _OUT).to(tl.pointer_type(tl.float64))
-    key = (key_0, key_1, key_2, key_3, key_4, key_5, key_6, key_7)
+    key, one = (key_0, key_1, key_2, key_3, key_4, key_5, key_6, key_7), _unsigned(one)
+    normal = (one, radius, cosine, sine)
     chunk, begin, least, most = _range(table, CHUNKS)
     parameter = _word(table + _PARAMETER)
     lane = tl.arange(0, LANES)
     for i in range(CHUNKS):
         counter = ((chunk + i) * LANES).to(tl.uint32) + lane.to(tl.uint32)
-        words = _chacha20(key, counter, parameter, _unsigned(release_low), _unsigned(release_high))
+        words = _chacha20(key, counter, parameter, _unsigned(release_low), _unsigned(release_high), one)
         for pair in tl.static_range(PAIRS):
-            length, c, s = normal_pair(
-                words[4 * pair], words[4 * pair + 1], words[4 * pair + 2], words[4 * pair + 3], radius, cosine, sine
-            )
+            length, c, s = normal_pair(words, pair, normal)
             slot = lane + (i * CHUNK + 2 * pair * LANES)
             tl.store(out + begin + slot, length * c, mask=(slot >= least) & (slot < most))
             slot += LANES
@@ -309,7 +326,7 @@ def _keystream(head, out, blocks):
         _word(head), _word(head + 1), _word(head + 2), _word(head + 3),
         _word(head + 4), _word(head + 5), _word(head + 6), _word(head + 7),
     )  # fmt: skip
-    words = _chacha20(key, counter, _word(head + 8), _word(head + 9), _word(head + 10))
+    words = _chacha20(key, counter, _word(head + 8), _word(head + 9), _word(head + 10), 1)
     for word in tl.static_range(16):
         tl.store(out + block * 16 + word, words[word].to(tl.int32, bitcast=True), mask=block < blocks)
 
@@ -358,10 +375,11 @@ def _unsigned(word):
 
 
 @triton.jit
-def _chacha20(key, x12, x13, x14, x15):
+def _chacha20(key, x12, x13, x14, x15, one):
     """The block function of RFC 8439 section 2.3: sixteen uint32 words; only `x12` differs between lanes.
 
-    The first double round stands by itself, as most of it is the same for all lanes.
+    The first double round stands by itself, as most of it is the same for all lanes. The last additions multiply by
+    `one`, [Note: one] in `box_muller`.
     """
     x0, x1, x2, x3 = 0x61707865, 0x3320646E, 0x79622D32, 0x6B206574
     x4, x5, x6, x7 = _unsigned(key[0]), _unsigned(key[1]), _unsigned(key[2]), _unsigned(key[3])
@@ -370,8 +388,10 @@ def _chacha20(key, x12, x13, x14, x15):
     for _ in range(9):
         v = _double_round(v)
     return (
-        v[0] + x0, v[1] + x1, v[2] + x2, v[3] + x3, v[4] + x4, v[5] + x5, v[6] + x6, v[7] + x7,
-        v[8] + x8, v[9] + x9, v[10] + x10, v[11] + x11, v[12] + x12, v[13] + x13, v[14] + x14, v[15] + x15,
+        v[0] * one + x0, v[1] * one + x1, v[2] * one + x2, v[3] * one + x3,
+        v[4] * one + x4, v[5] * one + x5, v[6] * one + x6, v[7] * one + x7,
+        v[8] * one + x8, v[9] * one + x9, v[10] * one + x10, v[11] * one + x11,
+        v[12] * one + x12, v[13] * one + x13, v[14] * one + x14, v[15] * one + x15,
     )  # fmt: skip
 
 

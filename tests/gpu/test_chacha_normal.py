@@ -18,7 +18,7 @@ ARGUMENTS = {"key": KEY, "release": RELEASE, "lattice": LATTICE, "noise_std": ST
 
 
 def segments(accumulator: torch.dtype, out: torch.dtype) -> list[Segment]:
-    """Aligned, unaligned, beyond 2^33, column shards, an empty one and one across a chunk's end; outputs poisoned."""
+    """Whole chunks and parts, beyond 2^33, column shards, an empty one, one across a chunk's end; outputs poisoned."""
     generator = torch.Generator().manual_seed(1)
     ranges = [
         (0, 100_000, None),
@@ -27,6 +27,8 @@ def segments(accumulator: torch.dtype, out: torch.dtype) -> list[Segment]:
         (3, 0, None),
         (1023, 2, None),
         (768 * 5, 768 * 300, (768, 384, 384)),
+        (3 * 1024, 9 * 1024, None),
+        (1023, 5 * 1024 + 2, None),
     ]
     made = []
     for parameter, (start, count, columns) in enumerate(ranges):
@@ -97,6 +99,15 @@ def test_gradients_are_the_references(accumulator: torch.dtype, out: torch.dtype
         off = (mine.out.cpu().double() - reference.out.double()).abs()
         assert (off <= 1.01 * unit).all() if out == torch.float64 else (off != 0).sum() <= 0.001 * off.numel()
         assert off.isfinite().all() and not mine.accumulator.any()
+
+
+def test_sums_may_be_overwritten_by_their_gradients() -> None:
+    """All sums of a chunk are read before one of its gradients is written."""
+    beside, within = segments(torch.float32, torch.float32), segments(torch.float32, torch.float32)
+    within = [dataclasses.replace(segment, out=segment.accumulator) for segment in within]
+    privatize_all_(beside, **ARGUMENTS)
+    privatize_all_(within, **ARGUMENTS)
+    assert all(torch.equal(a.out, b.accumulator) for a, b in zip(beside, within, strict=True))
 
 
 def test_one_segment_or_many_give_the_same_bits() -> None:
