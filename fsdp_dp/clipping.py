@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fsdp_dp import kernels
-from fsdp_dp.gradients import NormTerms, TermsOfGroups
+from fsdp_dp.norm_terms import NormTerms, TermsOfGroups
 from fsdp_dp.side_stream import to_device
 
 

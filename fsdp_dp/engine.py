@@ -40,12 +40,12 @@ from fsdp_dp.coverage import (
 )
 from fsdp_dp.errors import BudgetExceededError, NoEpsilonWarning, PrivacyError, UnsupportedModelError
 from fsdp_dp.examination import Examination
-from fsdp_dp.gradients import TermsOfGroups
 from fsdp_dp.groups import Place, blocks_of_units, clipping_groups
 from fsdp_dp.guards import Mechanism, ReleaseGuard
 from fsdp_dp.kernels.release import Segment, Verdict, privatize_all_
 from fsdp_dp.logical_batch import LogicalBatch, Microbatch
 from fsdp_dp.methods import Measured
+from fsdp_dp.norm_terms import TermsOfGroups
 from fsdp_dp.optimizer_gate import OptimizerGate
 from fsdp_dp.recorder import Recorder
 from fsdp_dp.sampling import LogicalBatchLoader

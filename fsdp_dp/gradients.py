@@ -29,9 +29,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from fsdp_dp import planner
+from fsdp_dp import columns, planner
+from fsdp_dp.columns import is_few, portions, side_by_side
 from fsdp_dp.kernels import outer as fused
-from fsdp_dp.kernels import vectors
+from fsdp_dp.norm_terms import NormTerms
 from fsdp_dp.numerics import (
     SPLIT_ROUNDOFF,
     accumulate_dtype,
@@ -43,80 +44,13 @@ from fsdp_dp.numerics import (
     underflow,
 )
 
-MAX_SCRATCH_ELEMENTS = 1 << 25
 NORM_PIECE = 256
-
-SMALL = 1 << 14
-"""Stored gradients of up to this many elements (biases, norms) are handled together: kernel launches, not bytes, cost."""
 
 GRAM_BLOCK = 1024
 """Width contracted at a time in a Gram matrix: rounding grows with this, not with the width of the layer."""
 
 LONGEST_TOKEN = 2.0**63
 """A row with a longer token counts as non-finite: beside it, underflow of the other factor could hide something."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NormTerms:
-    """Squared norms of one or more parameters' per-sample gradients, and what rounding may hide. All float64 ``[B]``.
-
-    ``norm_sq`` is the computed value; the true one is at most ``norm_sq + error`` (both may be summed over
-    parameters). ``rounding_sq`` is the squared bound on ``|weighted_sum's term of row i / w_i - G_i|``.
-    """
-
-    norm_sq: Tensor
-    error: Tensor
-    rounding_sq: Tensor
-
-    def __add__(self, other: NormTerms) -> NormTerms:
-        return NormTerms(
-            norm_sq=self.norm_sq + other.norm_sq,
-            error=self.error + other.error,
-            rounding_sq=self.rounding_sq + other.rounding_sq,
-        )
-
-    def stack(self) -> Tensor:
-        """``[3, B]``, the form in which terms travel between ranks."""
-        return torch.stack([self.norm_sq, self.error, self.rounding_sq])
-
-    @staticmethod
-    def unstack(stacked: Tensor) -> NormTerms:
-        return NormTerms(norm_sq=stacked[0], error=stacked[1], rounding_sq=stacked[2])
-
-    @staticmethod
-    def zeros(rows: int, device: torch.device) -> NormTerms:
-        return NormTerms.unstack(torch.zeros(3, rows, dtype=torch.float64, device=device))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TermsOfGroups:
-    """Terms of whatever was measured by itself, ``terms_n3B`` float64, and which of some groups each of the n belongs to."""
-
-    terms_n3B: Tensor
-    owners: tuple[int, ...]
-    groups: int
-
-    def of_groups(self) -> NormTerms:
-        """Those of every group, ``[K, B]`` each."""
-        whole = self.terms_n3B
-        if self.groups == 1:
-            return NormTerms.unstack((whole[0] if whole.shape[0] == 1 else whole.sum(0))[:, None])
-        if self.owners == tuple(range(self.groups)):
-            return NormTerms.unstack(whole.transpose(0, 1))
-        entries = whole.unbind()
-        none = torch.zeros_like(whole[0]) if set(range(self.groups)) - set(self.owners) else None
-        sums = []
-        for group in range(self.groups):
-            own = [x for x, owner in zip(entries, self.owners, strict=True) if owner == group]
-            sums.append(none if not own else own[0] if len(own) == 1 else torch.stack(own).sum(0))
-        return NormTerms.unstack(torch.stack(sums, 1))  # type: ignore[arg-type]
-
-    @staticmethod
-    def of(terms: NormTerms) -> TermsOfGroups:
-        """What is known of groups ``[K, B]``, or of one ``[B]``."""
-        stacked = torch.stack([terms.norm_sq, terms.error, terms.rounding_sq], -2)
-        terms_n3B = stacked if stacked.ndim == 3 else stacked[None]
-        return TermsOfGroups(terms_n3B=terms_n3B, owners=tuple(range(len(terms_n3B))), groups=len(terms_n3B))
 
 
 class PerSampleGradient(Protocol):
@@ -148,7 +82,7 @@ class PerSampleGradient(Protocol):
 
 
 def _rows_per_chunk(elements_per_row: int) -> int:
-    return max(1, MAX_SCRATCH_ELEMENTS // max(1, elements_per_row))
+    return max(1, columns.MAX_SCRATCH_ELEMENTS // max(1, elements_per_row))
 
 
 def _norm_sq(*values: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,9 +91,9 @@ def _norm_sq(*values: Tensor) -> tuple[Tensor, Tensor]:
     One pass in the tensors' own format over pieces of NORM_PIECE elements; the pieces are added in float64. All terms
     are positive, so `gamma` of a piece is the error of the whole.
     """
-    flat = [x.flatten(1) for x in values if not _is_few(x)]
-    small = {str(number): x for number, x in enumerate(values) if _is_few(x)}
-    flat += [_side_by_side(list(part.values())) for part in _portions(small)]
+    flat = [x.flatten(1) for x in values if not is_few(x)]
+    small = {str(number): x for number, x in enumerate(values) if is_few(x)}
+    flat += [side_by_side(list(part.values())) for part in portions(small)]
     pieces = torch.cat([norms for x in flat for norms in _norms_of_pieces(x)], 1)
     norm_sq = torch.linalg.vector_norm(pieces, dim=1, dtype=torch.float64).square()
     dtype, terms = flat[0].dtype, sum(x.shape[1] for x in flat)
@@ -188,7 +122,7 @@ class Materialized:
     norm_cost: ClassVar[float] = 0.0
 
     def norm_terms(self) -> NormTerms:
-        return _stored_norm_terms([self.value])
+        return stored_norm_terms([self.value])
 
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
         kept = _kept(self.value, keep_B)
@@ -233,7 +167,7 @@ class Formed:
         return self
 
 
-def _stored_norm_terms(values: Sequence[Tensor]) -> NormTerms:
+def stored_norm_terms(values: Sequence[Tensor]) -> NormTerms:
     """Norms over several stored gradients of one dtype, together."""
     norm_sq, error = _norm_sq(*values)
     # The weight cast to this format, the product and, in a tied table, one addition; one to spare.
@@ -336,11 +270,11 @@ def outer_norm_cost(T: int, D: int, P: int) -> float:
 def _fused_norm_terms(outers: Sequence[OuterProduct]) -> NormTerms:
     """The sum of their terms; layers that were given the same tensor share its Gram matrix."""
     norms = fused.GhostNorms(outers[0].a_BTD.shape[0], outers[0].a_BTD.device)
-    _add_sharing_inputs(norms, outers)
+    add_sharing_inputs(norms, outers)
     return NormTerms.unstack(norms.terms().sum(0))
 
 
-def _add_sharing_inputs(
+def add_sharing_inputs(
     norms: fused.GhostNorms, outers: Sequence[OuterProduct], owners: Sequence[int] | None = None
 ) -> None:
     inputs: dict[tuple[int, ...], tuple[Tensor, list[Tensor], list[int]]] = {}
@@ -570,217 +504,3 @@ def combine(uses: Sequence[PerSampleGradient]) -> PerSampleGradient:
     if len(merged) == 2 and others and tables:
         return Materialized(merged[1].plus(merged[0].dense()))  # type: ignore[attr-defined]
     return Materialized(functools.reduce(torch.add, (u.dense() for u in merged)))
-
-
-class NormTally:
-    """Norm terms of the parameters that are added, until `measured`, in as few kernels as they can be measured in.
-
-    Stored gradients of vectors wait for `measured`, and so does the end of what `fused.GhostNorms` measures.
-    """
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self._rows, self._device = rows, device
-        self._ghosts: fused.GhostNorms | None = None
-        self._terms: list[Tensor] = []
-        self._owners: list[int] = []
-        self._waiting: dict[tuple[int, torch.dtype], list[Tensor]] = {}
-
-    def add(
-        self, gradients: Sequence[PerSampleGradient], owners: Sequence[int] | None = None, *, all_wait: bool = False
-    ) -> None:
-        """``owners`` says which group each is in, 0 if nothing is said. With ``all_wait``, all stored gradients wait."""
-        outers: list[OuterProduct] = []
-        formed: list[tuple[Tensor, Tensor]] = []
-        of_outers: list[int] = []
-        of_formed: list[int] = []
-        now: dict[tuple[int, torch.dtype], list[Tensor]] = {}
-        for number, gradient in enumerate(gradients):
-            owner = 0 if owners is None else owners[number]
-            if isinstance(gradient, OuterProduct) and gradient.in_fused_gram:
-                outers.append(gradient)
-                of_outers.append(owner)
-            elif isinstance(gradient, OuterProduct) and gradient.is_fused:
-                formed.append((gradient.a_BTD, gradient.g_BTP))
-                of_formed.append(owner)
-            elif isinstance(gradient, Materialized | IndexedRows):
-                value = gradient.value if isinstance(gradient, Materialized) else gradient.value_BTP
-                waits = self._waiting if all_wait or is_small_vector(gradient) else now
-                waits.setdefault((owner, value.dtype), []).append(value)
-            else:
-                self._take(owner, gradient.norm_terms())
-        if outers:
-            self._ghosts = self._ghosts or fused.GhostNorms(self._rows, self._device)
-            _add_sharing_inputs(self._ghosts, outers, of_outers)
-        if formed:
-            self._terms += fused.instantiated_norms(formed).unbind()
-            self._owners += of_formed
-        self._measure_stored(now)
-
-    def _take(self, owner: int, terms: NormTerms) -> None:
-        self._terms.append(terms.stack())
-        self._owners.append(owner)
-
-    def _measure_stored(self, values: Mapping[tuple[int, torch.dtype], list[Tensor]]) -> None:
-        for (owner, _), of_owner in values.items():
-            self._take(owner, _stored_norm_terms(of_owner))
-
-    def _measured_together(self) -> list[tuple[Tensor, tuple[int, ...]]]:
-        """Of the small ones among those that wait and that one launch takes; the others go on waiting."""
-        small: dict[str, Tensor] = {}
-        owners: dict[str, int] = {}
-        for (owner, _), values in sorted(self._waiting.items(), key=lambda item: item[0][0]):
-            wait = []
-            for x in values:
-                if _is_few(x) and vectors.usable(x):
-                    name = str(len(small))
-                    small[name], owners[name] = x, owner
-                else:
-                    wait.append(x)
-            values[:] = wait
-        self._waiting = {key: values for key, values in self._waiting.items() if values}
-        return [
-            vectors.squared_norms(_side_by_side(list(part.values())), _widths(part), [owners[n] for n in part])
-            for part in _portions(small)
-        ]
-
-    def measured(self, groups: int = 1) -> TermsOfGroups:
-        """Of all that was added since the last call, to so many groups."""
-        of_vectors = self._measured_together()
-        self._measure_stored(self._waiting)
-        owners = self._owners
-        parts = [torch.stack(self._terms)] if self._terms else []
-        for terms, whose in of_vectors:
-            owners = owners + list(whose)
-            parts.append(terms)
-        if self._ghosts is not None:
-            owners = owners + self._ghosts.owners
-            parts.append(self._ghosts.terms())
-        self._terms, self._owners, self._waiting, self._ghosts = [], [], {}, None
-        if not parts:
-            parts, owners = [torch.zeros(1, 3, self._rows, dtype=torch.float64, device=self._device)], [0]
-        return TermsOfGroups(
-            terms_n3B=parts[0] if len(parts) == 1 else torch.cat(parts), owners=tuple(owners), groups=groups
-        )
-
-
-def total_norm_terms(gradients: Sequence[PerSampleGradient], rows: int, device: torch.device) -> NormTerms:
-    """The sum of the norm terms of several parameters."""
-    tally = NormTally(rows, device)
-    tally.add(gradients, all_wait=True)
-    terms = tally.measured().of_groups()
-    return NormTerms(norm_sq=terms.norm_sq[0], error=terms.error[0], rounding_sq=terms.rounding_sq[0])
-
-
-def is_small_vector(gradient: PerSampleGradient) -> bool:
-    """Whether it is stored, of a bias or of a norm layer: even those of all layers together are few bytes."""
-    return _is_small(gradient) and gradient.value.ndim <= 2  # type: ignore[attr-defined]
-
-
-def _is_small(gradient: PerSampleGradient) -> bool:
-    return isinstance(gradient, Materialized) and _is_few(gradient.value)
-
-
-def _is_few(x: Tensor) -> bool:
-    """Elements a row. (`len` of a tensor takes the host five times as long as its shape.)"""
-    return x.numel() <= x.shape[0] * SMALL
-
-
-def weighted_sums(
-    gradients: Mapping[str, PerSampleGradient],
-    weight_KB: Tensor,
-    keep_KB: Tensor,
-    into: Mapping[str, Tensor] | None = None,
-    owners: Mapping[str, int] | None = None,
-) -> dict[str, Tensor]:
-    """``weighted_sum`` of each; small stored gradients together, in one product.
-
-    Weights are ``[B]``, the same for all, or ``[K, B]``, of which each takes its owner's. A weight is zero for rows that are
-    not kept, as `clipping.RowWeights` has it: all that kernels ask about them. Sums that kernels make are written to their
-    place ``into``, if there is one (see `sharding.sums.Bucket`).
-    """
-    into = into or {}
-    together = {n: g for n, g in gradients.items() if isinstance(g, OuterProduct) and g.is_fused}
-    small = {n: g.value for n, g in gradients.items() if n not in together and _is_small(g)}  # type: ignore[attr-defined]
-    others = {n: g for n, g in gradients.items() if n not in together and n not in small}
-    rows = [(weight_KB, keep_KB)] if owners is None else list(zip(weight_KB.unbind(), keep_KB.unbind(), strict=True))
-    owner_of = dict.fromkeys(gradients, 0) if owners is None else owners
-    sums = {}
-    for name, gradient in others.items():
-        weight_B, keep_B = rows[owner_of[name]]
-        if isinstance(gradient, Formed):
-            sums[name] = gradient.sum_into(weight_B, into.get(name))
-        else:
-            sums[name] = gradient.weighted_sum(weight_B, keep_B)
-    if together:
-        found = fused.weighted_outers(
-            [(g.a_BTD, g.g_BTP, into.get(n)) for n, g in together.items()],
-            weight_KB,
-            None if owners is None else [owners[n] for n in together],
-        )
-        sums |= dict(zip(together, found, strict=True))
-    of_owner: dict[int, dict[str, Tensor]] = {}
-    at_once: dict[str, Tensor] = {}
-    for name, value in small.items():
-        (at_once if vectors.usable(value) else of_owner.setdefault(owner_of[name], {}))[name] = value
-    placed = {n: x for n, x in at_once.items() if n in into}
-    for part in (*_portions(placed), *_portions({n: x for n, x in at_once.items() if n not in into})):
-        owns, places = [owner_of[n] for n in part], {n: into[n] for n in part if n in into}
-        whole = _side_by_side(list(part.values()))
-        joint = vectors.weighted_sum(whole, weight_KB, _widths(part), owns, list(places.values()))
-        sums |= places or _taken_apart(joint, part)
-    for owner, values in of_owner.items():
-        for part in _portions(values):
-            joint = Materialized(_side_by_side(list(part.values()))).weighted_sum(*rows[owner])
-            sums |= _taken_apart(joint, part)
-    return sums
-
-
-def _widths(values: Mapping[str, Tensor]) -> list[int]:
-    return [x.numel() // x.shape[0] for x in values.values()]
-
-
-def _taken_apart(joint: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    pieces = joint.split(_widths(values))
-    return {n: piece.view(x.shape[1:]) for (n, x), piece in zip(values.items(), pieces, strict=True)}
-
-
-def _portions(values: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Such as fit the scratch side by side."""
-    portions: list[dict[str, Tensor]] = []
-    left = 0
-    for name, value in values.items():
-        if not portions or value.numel() > left:
-            portions.append({})
-            left = MAX_SCRATCH_ELEMENTS
-        portions[-1][name] = value
-        left -= value.numel()
-    return portions
-
-
-def _side_by_side(values: Sequence[Tensor]) -> Tensor:
-    """``[B, ...]`` each, as one ``[B, n]`` whose last stride is 1: a view of those that stand side by side already."""
-    runs: list[list[Tensor]] = []
-    for x in values:
-        x_BN = x if x.ndim == 2 and x.stride(1) == 1 else x.flatten(1)
-        if runs and _follows(x_BN, runs[-1]):
-            runs[-1].append(x_BN)
-        else:
-            runs.append([x_BN])
-    whole = [run[0] if len(run) == 1 else _spanned(run) for run in runs]
-    return whole[0] if len(whole) == 1 else torch.cat(whole, 1)
-
-
-def _follows(x_BN: Tensor, run: Sequence[Tensor]) -> bool:
-    """Whether ``x_BN`` are the columns behind those of the run, of one memory."""
-    last = run[-1]
-    return (
-        x_BN.storage_offset() == last.storage_offset() + last.shape[1]
-        and x_BN.stride() == last.stride()
-        and x_BN.dtype == last.dtype
-        and x_BN.untyped_storage()._cdata == last.untyped_storage()._cdata
-    )
-
-
-def _spanned(run: Sequence[Tensor]) -> Tensor:
-    first = run[0]
-    return first.as_strided((first.shape[0], sum(x.shape[1] for x in run)), first.stride())

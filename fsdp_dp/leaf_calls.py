@@ -22,8 +22,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fsdp_dp.by_row import by_row
+from fsdp_dp.columns import MAX_SCRATCH_ELEMENTS
 from fsdp_dp.errors import UnsupportedModelError
-from fsdp_dp.gradients import MAX_SCRATCH_ELEMENTS, Materialized, NormTerms
+from fsdp_dp.gradients import Materialized
+from fsdp_dp.norm_terms import NormTerms
 from fsdp_dp.numerics import accumulate_dtype, gamma
 from fsdp_dp.records import Record
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from fsdp_dp.clipping import certified_norm, nominal_norm
-from fsdp_dp.gradients import NormTerms, PerSampleGradient
+from fsdp_dp.gradients import PerSampleGradient
+from fsdp_dp.norm_terms import NormTerms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,16 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fsdp_dp.gradients import (
-    MAX_SCRATCH_ELEMENTS,
-    Materialized,
-    NormTerms,
-    OuterProduct,
-    _norm_sq,
-    _token_norms,
-    outer_norm_cost,
-    product_rounding,
-)
+from fsdp_dp.columns import MAX_SCRATCH_ELEMENTS
+from fsdp_dp.gradients import Materialized, OuterProduct, _norm_sq, _token_norms, outer_norm_cost, product_rounding
+from fsdp_dp.norm_terms import NormTerms
 from fsdp_dp.numerics import (
     accumulate_dtype,
     gamma,

@@ -12,8 +12,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fsdp_dp.gradients import Materialized, NormTerms, PerSampleGradient
+from fsdp_dp.gradients import Materialized, PerSampleGradient
 from fsdp_dp.kernels.position_sums import MOST_LAYERS, Layer, position_sums
+from fsdp_dp.norm_terms import NormTerms
 
 
 @dataclasses.dataclass(frozen=True)

@@ -523,7 +523,9 @@ class Leaves(nn.Module):
     def forward(self, ids_BT: Tensor) -> Tensor:
         x_BTD = self.blocks[1](self.blocks[0](self.token(ids_BT), cheap=True), cheap=False)
         logits = self.head(x_BTD.flatten(1).unflatten(1, (-1, WIDTH)) @ x_BTD.mT @ self.wide(x_BTD))
-        return logits / 300  # with gradients of a thousand, three steps of the oracle blow up the last digit of its bound
+        return (
+            logits / 300
+        )  # with gradients of a thousand, three steps of the oracle blow up the last digit of its bound
 
 
 class SmoothLeafBlock(Unit):

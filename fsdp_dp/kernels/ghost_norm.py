@@ -1,6 +1,6 @@
 """Ghost norms of Linears, with the bounds on their rounding: a launch for those of a block, and a last one for all.
 
-In the step: `gradients.NormTally` comes here for half-precision factors on a GPU; `gradients._gram_norms` is the
+In the step: `together.NormTally` comes here for half-precision factors on a GPU; `gradients._gram_norms` is the
 torch reference. ``|G|^2 = sum_{t,s} M_ts N_ts`` with ``M = a a^T`` and ``N = g g^T``, both symmetric. A program of the first
 launch makes one tile of M (``t >= s``), then the same tile of each layer's N, and leaves sums over the tile's entries; no
 Gram matrix reaches memory. The last launch turns the sums of many layers into the three terms of `NormTerms`.

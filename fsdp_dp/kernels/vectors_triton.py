@@ -1,6 +1,6 @@
 """Norms and weighted sums of the stored gradients of many vectors, side by side ``[B, N]``, in one launch each.
 
-In the step: `gradients` comes here for float32 vectors on a GPU; `gradients._stored_norm_terms` and
+In the step: `together` comes here for float32 vectors on a GPU; `gradients.stored_norm_terms` and
 `gradients.Materialized.weighted_sum` are the references. Squares of float32 numbers are exact in float64 and do not vanish
 there, so a norm has the error of float64 sums alone.
 """

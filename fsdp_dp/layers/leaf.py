@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fsdp_dp.errors import UnsupportedModelError
-from fsdp_dp.gradients import Materialized, NormTerms, PerSampleGradient
+from fsdp_dp.gradients import Materialized, PerSampleGradient
 from fsdp_dp.layers.registry import has_rule, rule_of_any_leaf
 from fsdp_dp.leaf_calls import LeafCall, Recomputed
+from fsdp_dp.norm_terms import NormTerms
 from fsdp_dp.planner import STORE_AT_MOST
 from fsdp_dp.records import Call, Record
 

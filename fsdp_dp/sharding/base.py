@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fsdp_dp.gradients import NormTerms, PerSampleGradient
+from fsdp_dp.gradients import PerSampleGradient
+from fsdp_dp.norm_terms import NormTerms
 from fsdp_dp.records import Record
 from fsdp_dp.sharding.layout import Region
 from fsdp_dp.sharding.sums import Sums, Unit, dedicated

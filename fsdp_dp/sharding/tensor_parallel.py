@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from fsdp_dp.errors import UnsupportedModelError
-from fsdp_dp.gradients import IndexedRows, Materialized, NormTerms, PerSampleGradient
+from fsdp_dp.gradients import IndexedRows, Materialized, PerSampleGradient
+from fsdp_dp.norm_terms import NormTerms
 from fsdp_dp.records import Record
 from fsdp_dp.sharding.base import Complete, ManagedParameter, ShardedModel, trainable_names
 from fsdp_dp.sharding.layout import Cut, chunk, region

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fsdp_dp.clipping import certified_norm
-from fsdp_dp.gradients import NormTerms
 from fsdp_dp.kernels import outer, tiles
+from fsdp_dp.norm_terms import NormTerms
 
 pytestmark = pytest.mark.gpu(count=1)
 DEVICE = torch.device("cuda", 0)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fsdp_dp.clipping import RowTotals, row_weights
-from fsdp_dp.gradients import NormTerms
 from fsdp_dp.kernels import outer
+from fsdp_dp.norm_terms import NormTerms
 
 pytestmark = pytest.mark.gpu(count=1)
 

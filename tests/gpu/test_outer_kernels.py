@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsdp_dp.clipping import certified_norm
-from fsdp_dp.gradients import OuterProduct, total_norm_terms
+from fsdp_dp.gradients import OuterProduct
 from fsdp_dp.kernels import outer, tiles
 from fsdp_dp.layers import per_sample_gradients
 from fsdp_dp.numerics import exact_arithmetic
 from fsdp_dp.records import NO_CALL, Record
+from fsdp_dp.together import total_norm_terms
 from fsdp_dp.vector_gradients import SumOverPositions, formed
 
 pytestmark = pytest.mark.gpu(count=1)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fsdp_dp.gradients import Materialized, NormTally, weighted_sums
+from fsdp_dp.gradients import Materialized
 from fsdp_dp.kernels import vectors
+from fsdp_dp.together import NormTally, weighted_sums
 
 pytestmark = pytest.mark.gpu(count=1)
 DEVICE = torch.device("cuda", 0)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fsdp_dp.clipping import abadi_weights, certified_norm, nominal_norm, round_down, row_weights
-from fsdp_dp.gradients import NormTerms, OuterProduct
+from fsdp_dp.gradients import OuterProduct
+from fsdp_dp.norm_terms import NormTerms
 
 NAN, INF = float("nan"), float("inf")
 

@@ -18,19 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fsdp_dp import gradients, numerics
+from fsdp_dp import columns, gradients, numerics
 from fsdp_dp.clipping import LONGEST_ROW, certified_norm, row_weights
-from fsdp_dp.gradients import (
-    IndexedRows,
-    Materialized,
-    NormTerms,
-    OuterProduct,
-    PerSampleGradient,
-    TiedSum,
-    combine,
-    total_norm_terms,
-    weighted_sums,
-)
+from fsdp_dp.gradients import IndexedRows, Materialized, OuterProduct, PerSampleGradient, TiedSum, combine
+from fsdp_dp.norm_terms import NormTerms
+from fsdp_dp.together import total_norm_terms, weighted_sums
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12}
@@ -305,8 +297,8 @@ def test_layout_of_indices_does_not_matter(index: Tensor) -> None:
 def test_chunks_give_what_the_whole_gives(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     B = 5
     made = {}
-    for limit in (gradients.MAX_SCRATCH_ELEMENTS, elements):
-        monkeypatch.setattr(gradients, "MAX_SCRATCH_ELEMENTS", limit)
+    for limit in (columns.MAX_SCRATCH_ELEMENTS, elements):
+        monkeypatch.setattr(columns, "MAX_SCRATCH_ELEMENTS", limit)
         for T, D, P in ((4, 24, 20), (17, 5, 6)):
             head = linear_use(normal(B, T, D, seed=1), normal(B, T, P, seed=2))
             table = embedding_use(indices(B, 3, below=P), normal(B, 3, D, seed=3), P)
@@ -314,7 +306,7 @@ def test_chunks_give_what_the_whole_gives(elements: int, monkeypatch: pytest.Mon
             check(tied, by_autograd([head, table], B, P, D))
             made[limit, T] = torch.stack([head.gradient.norm_terms().stack(), tied.norm_terms().stack()])
     for T in (4, 17):
-        torch.testing.assert_close(made[elements, T], made[gradients.MAX_SCRATCH_ELEMENTS, T], rtol=1e-12, atol=0)
+        torch.testing.assert_close(made[elements, T], made[columns.MAX_SCRATCH_ELEMENTS, T], rtol=1e-12, atol=0)
 
 
 def test_width_is_contracted_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +369,7 @@ def test_no_row_kept_gives_zero() -> None:
 @pytest.mark.parametrize("small", [0, 20, 1 << 14])
 def test_many_parameters_at_once_are_the_parts_together(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stored gradients are measured and summed together; formats, classes and a lost row mixed."""
-    monkeypatch.setattr(gradients, "SMALL", small)
+    monkeypatch.setattr(columns, "SMALL", small)
     kinds = [gradient for gradient, _ in every_kind(1, float("nan"))]
     kinds += [
         Materialized(normal(3, *shape, seed=size, dtype=torch.float32))

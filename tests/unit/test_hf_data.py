@@ -230,7 +230,10 @@ def test_torchvision_reads_what_is_there(tmp_path: Path) -> None:
         ({"source": "hf_text"}, "data=hf_text needs exactly one of data.name .on the Hub. and data.path"),
         ({"source": "hf_image", "name": "a", "path": "b"}, "exactly one of data.name"),
         ({"source": "torchvision", "name": "CIFAR10"}, "data=torchvision needs data.name.*and data.path"),
-        ({"source": "hf_text", "path": "x", "held_out_split": "train"}, "data.held_out_split=train is the split that is"),
+        (
+            {"source": "hf_text", "path": "x", "held_out_split": "train"},
+            "data.held_out_split=train is the split that is",
+        ),
         ({"source": "digits", "path": "x"}, "data.path='x' is not read by data=digits"),
     ],
 )

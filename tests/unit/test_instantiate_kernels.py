@@ -15,16 +15,11 @@ from torch import Tensor
 
 from fsdp_dp import planner
 from fsdp_dp.clipping import certified_norm
-from fsdp_dp.gradients import (
-    Formed,
-    NormTerms,
-    OuterProduct,
-    _instantiated_norms,
-    total_norm_terms,
-    weighted_sums,
-)
+from fsdp_dp.gradients import Formed, OuterProduct, _instantiated_norms
 from fsdp_dp.kernels import outer
+from fsdp_dp.norm_terms import NormTerms
 from fsdp_dp.numerics import gamma
+from fsdp_dp.together import total_norm_terms, weighted_sums
 from tests.unit.interpreted import interpreter
 
 HALVES = (torch.bfloat16, torch.float16)

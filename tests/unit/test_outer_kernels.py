@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fsdp_dp import planner
 from fsdp_dp.clipping import certified_norm
-from fsdp_dp.gradients import NormTerms, OuterProduct, _gram_norms
+from fsdp_dp.gradients import OuterProduct, _gram_norms
 from fsdp_dp.kernels import outer
+from fsdp_dp.norm_terms import NormTerms
 from tests.unit.interpreted import interpreter
 
 HALVES = (torch.bfloat16, torch.float16)

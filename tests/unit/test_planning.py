@@ -49,7 +49,9 @@ def test_what_is_kept_is_known_to_the_byte(side):
     optimizer = at(traced(side), "optimizer")
     shard, rotary = 4 * WHOLE // RANKS, 2 * 2 * 4 * 8 * 4  # fp32; a table of cos and sin in each block
     assert optimizer[PARAMETERS] == shard + rotary
-    assert shard <= optimizer[GRADIENTS] + optimizer.get(SUMS, 0) <= shard + 100  # gradients are released in their place
+    assert (
+        shard <= optimizer[GRADIENTS] + optimizer.get(SUMS, 0) <= shard + 100
+    )  # gradients are released in their place
     counters = 4 * (3 + 9 * 2)  # Adam's step counts
     assert optimizer[STATE] == 2 * shard + counters
 

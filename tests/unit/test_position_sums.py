@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fsdp_dp.gradients import Materialized, PerSampleGradient, _side_by_side
+from fsdp_dp.columns import side_by_side
+from fsdp_dp.gradients import Materialized, PerSampleGradient
 from fsdp_dp.kernels import position_sums
 from fsdp_dp.layers import per_sample_gradients
 from fsdp_dp.records import NO_CALL, Record
@@ -88,7 +89,7 @@ def test_all_of_a_unit_in_one_launch(dtype: torch.dtype, monkeypatch: pytest.Mon
     for rows, parts in ((x, made[n].dense()) for n, x in expected.items()):
         assert parts.shape == rows.shape
     in_order = [made[name].dense() for name in vectors if name != "stays"]
-    joined = _side_by_side(in_order)
+    joined = side_by_side(in_order)
     assert joined.data_ptr() == in_order[0].data_ptr()  # a view: nothing is copied
     torch.testing.assert_close(joined, torch.cat(in_order, 1), rtol=0, atol=0)
 
@@ -107,8 +108,8 @@ def test_columns_that_stand_side_by_side_by_chance_are_not_taken_for_one_memory(
     left, middle, right = x.split([3, 2, 3], 1)
     steeper = x.as_strided((3, 2), (5, 1), 3)
     for parts in ([left, middle, right], [middle, left], [left, right], [left, y[:, 3:5]], [left, steeper], [x, x]):
-        torch.testing.assert_close(_side_by_side(parts), torch.cat(parts, 1), rtol=0, atol=0)
-    assert _side_by_side([left, middle, right]).data_ptr() == x.data_ptr()
+        torch.testing.assert_close(side_by_side(parts), torch.cat(parts, 1), rtol=0, atol=0)
+    assert side_by_side([left, middle, right]).data_ptr() == x.data_ptr()
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fsdp_dp import clipping
 from fsdp_dp.clipping import RowTotals, RowWeights, row_weights
-from fsdp_dp.gradients import NormTerms, TermsOfGroups
+from fsdp_dp.norm_terms import NormTerms, TermsOfGroups
 from tests.unit.interpreted import interpreter
 
 NAN, INF = float("nan"), float("inf")

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsdp_dp.gradients import Materialized, NormTally, weighted_sums
+from fsdp_dp.gradients import Materialized
 from fsdp_dp.kernels import vectors
+from fsdp_dp.together import NormTally, weighted_sums
 from tests.unit.interpreted import interpreter
 
 NAN, INF = float("nan"), float("inf")

@@ -1,0 +1,189 @@
+"""Many per-sample gradients at once: their norms, and their weighted sums, in as few launches as these can be made in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fsdp_dp.columns import is_few, portions, side_by_side
+from fsdp_dp.gradients import (
+    Formed,
+    IndexedRows,
+    Materialized,
+    OuterProduct,
+    PerSampleGradient,
+    add_sharing_inputs,
+    stored_norm_terms,
+)
+from fsdp_dp.kernels import outer as fused
+from fsdp_dp.kernels import vectors
+from fsdp_dp.norm_terms import NormTerms, TermsOfGroups
+
+
+class NormTally:
+    """Norm terms of the parameters that are added, until `measured`, in as few kernels as they can be measured in.
+
+    Stored gradients of vectors wait for `measured`, and so does the end of what `fused.GhostNorms` measures.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._rows, self._device = rows, device
+        self._ghosts: fused.GhostNorms | None = None
+        self._terms: list[Tensor] = []
+        self._owners: list[int] = []
+        self._waiting: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+
+    def add(
+        self, gradients: Sequence[PerSampleGradient], owners: Sequence[int] | None = None, *, all_wait: bool = False
+    ) -> None:
+        """``owners`` says which group each is in, 0 if nothing is said. With ``all_wait``, all stored gradients wait."""
+        outers: list[OuterProduct] = []
+        formed: list[tuple[Tensor, Tensor]] = []
+        of_outers: list[int] = []
+        of_formed: list[int] = []
+        now: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        for number, gradient in enumerate(gradients):
+            owner = 0 if owners is None else owners[number]
+            if isinstance(gradient, OuterProduct) and gradient.in_fused_gram:
+                outers.append(gradient)
+                of_outers.append(owner)
+            elif isinstance(gradient, OuterProduct) and gradient.is_fused:
+                formed.append((gradient.a_BTD, gradient.g_BTP))
+                of_formed.append(owner)
+            elif isinstance(gradient, Materialized | IndexedRows):
+                value = gradient.value if isinstance(gradient, Materialized) else gradient.value_BTP
+                waits = self._waiting if all_wait or is_small_vector(gradient) else now
+                waits.setdefault((owner, value.dtype), []).append(value)
+            else:
+                self._take(owner, gradient.norm_terms())
+        if outers:
+            self._ghosts = self._ghosts or fused.GhostNorms(self._rows, self._device)
+            add_sharing_inputs(self._ghosts, outers, of_outers)
+        if formed:
+            self._terms += fused.instantiated_norms(formed).unbind()
+            self._owners += of_formed
+        self._measure_stored(now)
+
+    def _take(self, owner: int, terms: NormTerms) -> None:
+        self._terms.append(terms.stack())
+        self._owners.append(owner)
+
+    def _measure_stored(self, values: Mapping[tuple[int, torch.dtype], list[Tensor]]) -> None:
+        for (owner, _), of_owner in values.items():
+            self._take(owner, stored_norm_terms(of_owner))
+
+    def _measured_together(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """Of the small ones among those that wait and that one launch takes; the others go on waiting."""
+        small: dict[str, Tensor] = {}
+        owners: dict[str, int] = {}
+        for (owner, _), values in sorted(self._waiting.items(), key=lambda item: item[0][0]):
+            wait = []
+            for x in values:
+                if is_few(x) and vectors.usable(x):
+                    name = str(len(small))
+                    small[name], owners[name] = x, owner
+                else:
+                    wait.append(x)
+            values[:] = wait
+        self._waiting = {key: values for key, values in self._waiting.items() if values}
+        return [
+            vectors.squared_norms(side_by_side(list(part.values())), _widths(part), [owners[n] for n in part])
+            for part in portions(small)
+        ]
+
+    def measured(self, groups: int = 1) -> TermsOfGroups:
+        """Of all that was added since the last call, to so many groups."""
+        of_vectors = self._measured_together()
+        self._measure_stored(self._waiting)
+        owners = self._owners
+        parts = [torch.stack(self._terms)] if self._terms else []
+        for terms, whose in of_vectors:
+            owners = owners + list(whose)
+            parts.append(terms)
+        if self._ghosts is not None:
+            owners = owners + self._ghosts.owners
+            parts.append(self._ghosts.terms())
+        self._terms, self._owners, self._waiting, self._ghosts = [], [], {}, None
+        if not parts:
+            parts, owners = [torch.zeros(1, 3, self._rows, dtype=torch.float64, device=self._device)], [0]
+        return TermsOfGroups(
+            terms_n3B=parts[0] if len(parts) == 1 else torch.cat(parts), owners=tuple(owners), groups=groups
+        )
+
+
+def total_norm_terms(gradients: Sequence[PerSampleGradient], rows: int, device: torch.device) -> NormTerms:
+    """The sum of the norm terms of several parameters."""
+    tally = NormTally(rows, device)
+    tally.add(gradients, all_wait=True)
+    terms = tally.measured().of_groups()
+    return NormTerms(norm_sq=terms.norm_sq[0], error=terms.error[0], rounding_sq=terms.rounding_sq[0])
+
+
+def is_small_vector(gradient: PerSampleGradient) -> bool:
+    """Whether it is stored, of a bias or of a norm layer: even those of all layers together are few bytes."""
+    return _is_small(gradient) and gradient.value.ndim <= 2  # type: ignore[attr-defined]
+
+
+def _is_small(gradient: PerSampleGradient) -> bool:
+    return isinstance(gradient, Materialized) and is_few(gradient.value)
+
+
+def weighted_sums(
+    gradients: Mapping[str, PerSampleGradient],
+    weight_KB: Tensor,
+    keep_KB: Tensor,
+    into: Mapping[str, Tensor] | None = None,
+    owners: Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
+    """``weighted_sum`` of each; small stored gradients together, in one product.
+
+    Weights are ``[B]``, the same for all, or ``[K, B]``, of which each takes its owner's. A weight is zero for rows that are
+    not kept, as `clipping.RowWeights` has it: all that kernels ask about them. Sums that kernels make are written to their
+    place ``into``, if there is one (see `sharding.sums.Bucket`).
+    """
+    into = into or {}
+    together = {n: g for n, g in gradients.items() if isinstance(g, OuterProduct) and g.is_fused}
+    small = {n: g.value for n, g in gradients.items() if n not in together and _is_small(g)}  # type: ignore[attr-defined]
+    others = {n: g for n, g in gradients.items() if n not in together and n not in small}
+    rows = [(weight_KB, keep_KB)] if owners is None else list(zip(weight_KB.unbind(), keep_KB.unbind(), strict=True))
+    owner_of = dict.fromkeys(gradients, 0) if owners is None else owners
+    sums = {}
+    for name, gradient in others.items():
+        weight_B, keep_B = rows[owner_of[name]]
+        if isinstance(gradient, Formed):
+            sums[name] = gradient.sum_into(weight_B, into.get(name))
+        else:
+            sums[name] = gradient.weighted_sum(weight_B, keep_B)
+    if together:
+        found = fused.weighted_outers(
+            [(g.a_BTD, g.g_BTP, into.get(n)) for n, g in together.items()],
+            weight_KB,
+            None if owners is None else [owners[n] for n in together],
+        )
+        sums |= dict(zip(together, found, strict=True))
+    of_owner: dict[int, dict[str, Tensor]] = {}
+    at_once: dict[str, Tensor] = {}
+    for name, value in small.items():
+        (at_once if vectors.usable(value) else of_owner.setdefault(owner_of[name], {}))[name] = value
+    placed = {n: x for n, x in at_once.items() if n in into}
+    for part in (*portions(placed), *portions({n: x for n, x in at_once.items() if n not in into})):
+        owns, places = [owner_of[n] for n in part], {n: into[n] for n in part if n in into}
+        whole = side_by_side(list(part.values()))
+        joint = vectors.weighted_sum(whole, weight_KB, _widths(part), owns, list(places.values()))
+        sums |= places or _taken_apart(joint, part)
+    for owner, values in of_owner.items():
+        for part in portions(values):
+            joint = Materialized(side_by_side(list(part.values()))).weighted_sum(*rows[owner])
+            sums |= _taken_apart(joint, part)
+    return sums
+
+
+def _widths(values: Mapping[str, Tensor]) -> list[int]:
+    return [x.numel() // x.shape[0] for x in values.values()]
+
+
+def _taken_apart(joint: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    pieces = joint.split(_widths(values))
+    return {n: piece.view(x.shape[1:]) for (n, x), piece in zip(values.items(), pieces, strict=True)}
