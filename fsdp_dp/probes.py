@@ -47,7 +47,7 @@ def recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     slot: Any = module._fsdp_dp_slot
     if torch.compiler.is_dynamo_compiling() and _takes(slot, args, kwargs, output):
         slot.taken = True
-        return _Handover.apply(output, args[0], slot.g, slot.a)
+        return _hand_over(output, args[0], slot.g, slot.a)
     return slot.leave(module, args, kwargs, output)
 
 
@@ -74,6 +74,12 @@ class _Handover(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (a,) = ctx.saved_tensors
         return g, None, g, a
+
+
+@torch.compiler.allow_in_graph
+def _hand_over(output: Tensor, a: Tensor, probe_g: Tensor, probe_a: Tensor) -> Tensor:
+    """Not traced into, or what is saved would be what the program wrote to ``a`` later, which autograd refuses."""
+    return _Handover.apply(output, a, probe_g, probe_a)  # type: ignore[no-any-return]
 
 
 @dataclasses.dataclass(frozen=True)
