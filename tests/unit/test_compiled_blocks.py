@@ -221,7 +221,7 @@ def test_reentrant_checkpointing_around_a_block_is_refused() -> None:
 
 @pytest.mark.parametrize("precision", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_rows_and_positions_may_change(precision: torch.dtype) -> None:
-    """Each number of them anew, and again: in the first forward of its kind layers break the graph."""
+    """Each number of them anew, and again: the first forward of its kind runs as it is written."""
     reference, model = Model().to(precision), compiled(Model().to(precision))
     engine = started(model, max_grad_norm=1e9)
     generator = torch.Generator().manual_seed(1)
@@ -235,6 +235,37 @@ def test_rows_and_positions_may_change(precision: torch.dtype) -> None:
             assert engine.per_sample_norms.tolist() == pytest.approx(
                 norms, rel=1e-9 if precision.itemsize == 8 else 1e-4
             )
+    engine.discard()
+
+
+def test_a_graph_that_must_not_be_broken_up() -> None:
+    """Seen to fail, with the compiler's error, when layers broke graphs of new shapes, and of forwards without backward."""
+    sizes, model, reference = Sizes(), Model(), Model()
+    for block in model.blocks:
+        block.compile(backend=sizes, fullgraph=True)
+    engine, (x, y) = started(model, max_grad_norm=1e9), rows()
+    for t in (POSITIONS, 2, 2, POSITIONS):
+        with torch.no_grad():
+            assert torch.allclose(model(x[2:, :t]), reference(x[2:, :t]))
+        square_losses(model(x[:2, :t]), y[:2]).mean().backward()
+        norms = [norm(g) for g in row_gradients(reference, (x[:2, :t], y[:2]), square_losses)]
+        assert engine.per_sample_norms.tolist() == pytest.approx(norms, rel=1e-9)
+    engine.discard()
+    assert set(sizes.records) == {0, 3}
+    assert breaks() == 0
+
+
+@pytest.mark.parametrize("block", [Twice, CheckpointWithin])
+def test_a_graph_that_would_be_broken_up_and_must_not_be_is_refused(block: type[Block]) -> None:
+    model, (x, y) = Model(block), rows()
+    for module in model.blocks:
+        module.compile(backend="aot_eager", fullgraph=True)
+    engine = make_private(model, privacy_config(max_grad_norm=1.0))
+    square_losses(model(x[:2]), y[:2]).mean().backward()
+    engine.privatize()
+    engine.discard()
+    with pytest.raises(UnsupportedModelError, match=r"'blocks\.0' may not be broken up \(fullgraph=True\)"):
+        model(x[:2])
     engine.discard()
 
 
