@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from fsdp_dp.errors import UnsupportedModelError
-from fsdp_dp.probes import Call, Form, Leave, Probes, Slot, recorded
+from fsdp_dp.probes import Call, Form, Leave, Probes, Slot, prepare, recorded
 from fsdp_dp.records import Report
 
 _KINDS_KEPT = 100
@@ -74,6 +74,7 @@ class CompiledModule:
         recomputing: Callable[[], bool],
         append: Callable[[Any], None],
     ) -> None:
+        prepare()
         self._name, self.module = name, module
         self._layers: dict[str, tuple[nn.Module, Slot]] = {}
         self._start, self._is_plain, self._is_watched = start, is_plain, is_watched

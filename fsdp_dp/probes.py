@@ -79,10 +79,14 @@ class _Handover(torch.autograd.Function):
         return g, None, g, a
 
 
-@torch.compiler.allow_in_graph
 def _hand_over(output: Tensor, a: Tensor, probe_g: Tensor, probe_a: Tensor) -> Tensor:
-    """Not traced into, or what is saved would be what the program wrote to ``a`` later, which autograd refuses."""
+    """Not traced into (see `prepare`): what is saved would be what the program writes to ``a`` later. Autograd refuses."""
     return _Handover.apply(output, a, probe_g, probe_a)  # type: ignore[no-any-return]
+
+
+def prepare() -> None:
+    """To be called before anything is compiled; not where this is imported, for it imports the compiler."""
+    torch.compiler.allow_in_graph(_hand_over)
 
 
 @dataclasses.dataclass(frozen=True)
