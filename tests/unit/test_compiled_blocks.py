@@ -219,6 +219,20 @@ def test_reentrant_checkpointing_around_a_block_is_refused() -> None:
     engine.discard()
 
 
+def test_checkpointing_that_becomes_reentrant_is_refused() -> None:
+    """Its recomputation has probes. Seen to fail, with another message, where no report was asked for in that."""
+    reentrant = False
+
+    def around(block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(block, x if x.requires_grad else x.requires_grad_(), use_reentrant=reentrant)
+
+    model, (x, y) = compiled(Model(around=around)), rows()
+    engine, reentrant = started(model, max_grad_norm=1.0), True
+    with pytest.raises(UnsupportedModelError, match=r"'blocks\.1\..*' is recomputed in backward.*reentrant"):
+        square_losses(model(x[:2]), y[:2]).mean().backward()
+    engine.discard()
+
+
 @pytest.mark.parametrize("precision", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 def test_rows_and_positions_may_change(precision: torch.dtype) -> None:
     """Each number of them anew, and again: the first forward of its kind runs as it is written."""
