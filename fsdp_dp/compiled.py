@@ -150,10 +150,12 @@ class CompiledModule:
         except RuntimeError as error:
             if not any(reason in str(error) for reason in _BREAKS):
                 raise
+            known = self._known.get(self._now.kind) if self._now is not None else None
+            breaking = [name for name in known.calls if name not in known.forms] if known is not None else []
             raise UnsupportedModelError(
-                f"The compiled module '{self._name}' may not be broken up (fullgraph=True), but has a layer that needs "
-                "to be: one that is given ids, is called twice or by keyword, has no rule, or is in a checkpoint within the "
-                "module. Compile it without fullgraph, or leave it uncompiled"
+                f"The compiled module '{self._name}' may not be broken up (fullgraph=True), but has to be where a layer is "
+                "given ids, is called twice or by keyword, has no rule, or is in a checkpoint within the module "
+                f"(found: {', '.join(breaking[:4]) or 'a checkpoint'}). Compile it without fullgraph, or leave it uncompiled"
             ) from error
 
     def _hand_out(self, call: Call) -> Any:

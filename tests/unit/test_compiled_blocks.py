@@ -207,6 +207,15 @@ def test_checkpointing_around_a_block() -> None:
     assert sizes.records == [3, 3]
 
 
+def test_checkpointing_within_a_graph() -> None:
+    """With this switch of the compiler it is one graph as well."""
+    sizes = Sizes()
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        check_exact(compiled(Model(CheckpointWithin), sizes), Model(CheckpointWithin))
+    assert breaks() == 0
+    assert len(sizes.records) == 2
+
+
 def test_reentrant_checkpointing_around_a_block_is_refused() -> None:
     def around(block: nn.Module, x: Tensor) -> Tensor:
         return checkpoint(block, x.requires_grad_(), use_reentrant=True)
@@ -269,8 +278,10 @@ def test_a_graph_that_must_not_be_broken_up() -> None:
     assert breaks() == 0
 
 
-@pytest.mark.parametrize("block", [Twice, CheckpointWithin])
-def test_a_graph_that_would_be_broken_up_and_must_not_be_is_refused(block: type[Block]) -> None:
+@pytest.mark.parametrize(
+    ("block", "found"), [(Twice, r"blocks\.0\.up, blocks\.0\.down"), (CheckpointWithin, "a checkpoint")]
+)
+def test_a_graph_that_would_be_broken_up_and_must_not_be_is_refused(block: type[Block], found: str) -> None:
     model, (x, y) = Model(block), rows()
     for module in model.blocks:
         module.compile(backend="aot_eager", fullgraph=True)
@@ -278,7 +289,7 @@ def test_a_graph_that_would_be_broken_up_and_must_not_be_is_refused(block: type[
     square_losses(model(x[:2]), y[:2]).mean().backward()
     engine.privatize()
     engine.discard()
-    with pytest.raises(UnsupportedModelError, match=r"'blocks\.0' may not be broken up \(fullgraph=True\)"):
+    with pytest.raises(UnsupportedModelError, match=rf"'blocks\.0' may not be broken up .*found: {found}\)"):
         model(x[:2])
     engine.discard()
 
