@@ -1,13 +1,14 @@
 """Layers of a module that `torch.compile` compiled are recorded by probes (see `probes`), so that it stays one graph.
 
-Whether a layer has probes, and of what shapes, is guarded by the compiler. It takes them once in a call of the module,
-and only where it is given and gives tensors of the shapes that it had when inputs like these came first; else it breaks
-the graph, as every tapped layer outside of such modules does. At the end of a call every layer must have been recorded as
-often as it was when the module ran as it is written.
+Where inputs like these come first the module runs as it is written, and shows which of its layers are called, how often,
+and of what shapes. From the next forward on they have probes of these shapes, which the compiler guards. A layer takes
+them once in a call; where it cannot it breaks the graph, as every tapped layer outside of such modules does. At the end of
+a call every layer must have been recorded as often as when the module ran as it is written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import weakref
@@ -21,15 +22,20 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from fsdp_dp.errors import UnsupportedModelError
-from fsdp_dp.probes import Call, Form, Leave, Probes, Slot, recorded
+from fsdp_dp.probes import Call, Form, Leave, Probes, Slot, prepare, recorded
 from fsdp_dp.records import Report
 
 _KINDS_KEPT = 100
+_REASON = "fsdp_dp records what layers were given"
+_BREAKS = (
+    _REASON,
+    "Attribute 'taken'",
+)  # what the compiler says of a layer that breaks a graph; in a checkpoint: `Slot`
 
 
 def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile` leaves ``function`` out of its graphs, where it would run once, or keep buffers that are reused."""
-    return torch.compiler.disable(function, reason="fsdp_dp records what layers were given")  # type: ignore[no-any-return]
+    return torch.compiler.disable(function, reason=_REASON)  # type: ignore[no-any-return]
 
 
 @dataclasses.dataclass
@@ -68,6 +74,7 @@ class CompiledModule:
         recomputing: Callable[[], bool],
         append: Callable[[Any], None],
     ) -> None:
+        prepare()
         self._name, self.module = name, module
         self._layers: dict[str, tuple[nn.Module, Slot]] = {}
         self._start, self._is_plain, self._is_watched = start, is_plain, is_watched
@@ -77,7 +84,6 @@ class CompiledModule:
         self._anchor = torch.zeros((), requires_grad=True)
         self._known: dict[Hashable, Habits] = {}
         self._learned: dict[Hashable, Habits] = {}
-        self._ever_called: set[str] = set()
         self._now: Call | None = None
         self._call_impl = as_written(self._call)
         vars(module)["_compiled_call_impl"] = self._call_impl
@@ -118,12 +124,13 @@ class CompiledModule:
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         if self._now is not None or not torch.is_grad_enabled():
-            return self._inner(*args, **kwargs)
+            return self._run(args, kwargs)
         call = Call((self.module.training, *_kind(args, kwargs)))
         node = self._hand_out(call)
         self._now = call
         try:
-            output = self._inner(*args, **kwargs)
+            with contextlib.nullcontext() if call.kind in self._known else torch.compiler.set_stance("force_eager"):
+                output = self._run(args, kwargs)
             taken = [name for name in call.forms if self._layers[name][1].taken]
         finally:
             self._now = None
@@ -136,6 +143,20 @@ class CompiledModule:
             if taken:
                 self._append((weakref.ref(node), call.not_reached, None))
         return output
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self._inner(*args, **kwargs)
+        except RuntimeError as error:
+            if not any(reason in str(error) for reason in _BREAKS):
+                raise
+            known = self._known.get(self._now.kind) if self._now is not None else None
+            breaking = [name for name in known.calls if name not in known.forms] if known is not None else []
+            raise UnsupportedModelError(
+                f"The compiled module '{self._name}' may not be broken up (fullgraph=True), but has to be where a layer is "
+                "given ids, is called twice or by keyword, has no rule, or is in a checkpoint within the module "
+                f"(found: {', '.join(breaking[:4]) or 'a checkpoint'}). Compile it without fullgraph, or leave it uncompiled"
+            ) from error
 
     def _hand_out(self, call: Call) -> Any:
         known = self._known.get(call.kind)
@@ -160,14 +181,12 @@ class CompiledModule:
     def _check(self, call: Call, taken: Iterable[str]) -> None:
         """Raises UnsupportedModelError if a layer was not recorded as often as when the module ran as it is written."""
         calls = call.tapped + Counter(taken)
-        known = self._known.get(call.kind) or self._learned.get(call.kind)
-        if self._is_watched() or known is None:
-            missing = set() if self._is_watched() else self._ever_called - calls.keys()
+        known = self._known.get(call.kind)
+        if self._is_watched() or known is None:  # it ran as it is written
             forms = {n: form for n, form in call.seen.items() if form is not None and calls[n] == 1}
             self._learned[call.kind] = Habits(forms, calls)
-            self._ever_called |= calls.keys()
-        else:
-            missing = {name for name in known.calls | calls if known.calls[name] != calls[name]}
+            return
+        missing = {name for name in known.calls | calls if known.calls[name] != calls[name]}
         if missing:
             name = min(missing)
             raise UnsupportedModelError(

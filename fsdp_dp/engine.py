@@ -29,6 +29,7 @@ from fsdp_dp import accounting, noise
 from fsdp_dp.bounds import Bounds
 from fsdp_dp.clipped_sum import ClippedSum, ClippingPlan
 from fsdp_dp.clipping import RowWeights, row_weights
+from fsdp_dp.compiled import as_written
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.coverage import (
     mark_attached,
@@ -129,8 +130,8 @@ class PrivacyEngine:
         if optimizer is not None:
             self._gate.adopt(optimizer)
         self._hooks = [
-            model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(as_written(self._before_forward), prepend=True, with_kwargs=True),
+            model.register_forward_hook(as_written(self._after_forward), with_kwargs=True, always_call=True),
         ]
         if hasattr(model, "privacy_engine"):
             model.privacy_engine = self  # type: ignore[assignment]

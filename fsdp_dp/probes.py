@@ -45,15 +45,18 @@ class Slot:
 def recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """A forward hook, the same function for all layers: the compiler guards what it reads here, but not which hook it is."""
     slot: Any = module._fsdp_dp_slot
-    if torch.compiler.is_dynamo_compiling() and _takes(slot, args, kwargs, output):
-        slot.taken = True
-        return _Handover.apply(output, args[0], slot.g, slot.a)
+    if torch.compiler.is_dynamo_compiling():
+        if not torch.is_grad_enabled():
+            return None
+        if _takes(slot, args, kwargs, output):
+            slot.taken = True
+            return _hand_over(output, args[0], slot.g, slot.a)
     return slot.leave(module, args, kwargs, output)
 
 
 def _takes(slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
     """Whether the layer can take its probes, of which there are two for each call of the block."""
-    if slot.taken or kwargs or len(args) != 1 or not torch.is_grad_enabled():
+    if slot.taken or kwargs or len(args) != 1:
         return False
     return _is_like(output, slot.g) and _is_like(args[0], slot.a)
 
@@ -74,6 +77,16 @@ class _Handover(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (a,) = ctx.saved_tensors
         return g, None, g, a
+
+
+def _hand_over(output: Tensor, a: Tensor, probe_g: Tensor, probe_a: Tensor) -> Tensor:
+    """Not traced into (see `prepare`): what is saved would be what the program writes to ``a`` later. Autograd refuses."""
+    return _Handover.apply(output, a, probe_g, probe_a)  # type: ignore[no-any-return]
+
+
+def prepare() -> None:
+    """To be called before anything is compiled; not where this is imported, for it imports the compiler."""
+    torch.compiler.allow_in_graph(_hand_over)
 
 
 @dataclasses.dataclass(frozen=True)

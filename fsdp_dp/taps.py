@@ -70,13 +70,13 @@ class _Boundary(torch.autograd.Function):
     """Identity on one output of the root; tells when backward enters the model."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, entered: Callable[[int, Tensor], None], index: int) -> Tensor:
+    def forward(ctx: Any, output: Tensor, entered: Callable[[int, Tensor, bool], None], index: int) -> Tensor:
         ctx.entered, ctx.index = entered, index
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        ctx.entered(ctx.index, grad_output)
+        ctx.entered(ctx.index, grad_output, torch.compiler.is_dynamo_compiling())
         return grad_output, None, None
 
 
@@ -91,8 +91,18 @@ def with_boundary(outputs: Any, entered: Callable[[int, Tensor], None]) -> tuple
     """
     indices = itertools.count()
 
+    def enter(index: int, grad: Tensor, compiling: bool) -> None:
+        if compiling:
+            raise UnsupportedModelError(
+                "backward runs inside of a function that torch.compile compiled, which would compile the engine as well. "
+                "Call loss.backward() outside of it"
+            )
+        entered(index, grad)
+
+    enter = as_written(enter)
+
     def wrap(x: Any) -> Any:
-        return _Boundary.apply(x, entered, next(indices)) if isinstance(x, Tensor) and x.requires_grad else x
+        return _Boundary.apply(x, enter, next(indices)) if isinstance(x, Tensor) and x.requires_grad else x
 
     return tree_map(wrap, outputs), next(indices) > 0
 
