@@ -86,7 +86,6 @@ class ClippedSum:
         self._whole = NormTally(rows, plan.model.device)
         self._split = NormTally(rows, plan.model.device) if plan.model.split_group is not None else None
         self._batches, self._units = list(range(len(plan.batches))), list(plan.unit_order)
-        self._begun = False
         self._unsummed = Counter(plan.parameters_of_unit)
         self._sums: dict[int, dict[str, Tensor]] = defaultdict(dict)
 
@@ -119,9 +118,20 @@ class ClippedSum:
                 "complete. Call the layer outside of the function, or take clipping='flat'"
             )
         if self._plan.streams and self._of_batch[batch] == 0:
-            self._clip_ready_batches(batch)
+            self._clip_ready_batch(batch)
         elif not self._plan.streams and self._of_part[unit] == 0:
             self._measure(self._plan.parts[batch][unit], self._plan.side.beside)
+
+    def start(self) -> None:
+        """The backward begins: groups that nothing is expected of are ready.
+
+        Later would be too late: a rank that has them comes to no other layer before the all-gathers of ranks that wait for
+        their sums.
+        """
+        if self._plan.streams:
+            for batch in list(self._batches):
+                if self._of_batch[batch] == 0:
+                    self._clip_ready_batch(batch)
 
     def finish(self) -> None:
         """The backward is over: what was not reported has no gradient."""
@@ -134,22 +144,16 @@ class ClippedSum:
         """The per-sample gradients that are kept at this moment."""
         return [gradient for uses in self._uses.values() for gradient in uses] + list(self._gradients.values())
 
-    def _clip_ready_batches(self, latest: int) -> None:
-        """Norms that ranks add up are taken in order; others as they come, so that records are freed at once.
+    def _clip_ready_batch(self, latest: int) -> None:
+        """Norms that ranks add up are taken in order; others as they come, so that records are freed at once."""
+        if self._plan.model.split_group is not None:
+            self._clip_first_batches()
+        elif latest in self._batches:
+            self._clip(latest)
 
-        The first time, groups that nothing is expected of are ready as well; from then on only the ``latest`` can be.
-        """
-        in_order = self._plan.model.split_group is not None
-        if self._begun and not in_order:
-            if latest in self._batches:
-                self._clip(latest)
-            return
-        self._begun = True
-        for batch in list(self._batches):
-            if self._of_batch[batch] == 0:
-                self._clip(batch)
-            elif in_order:
-                return
+    def _clip_first_batches(self) -> None:
+        while self._batches and self._of_batch[self._batches[0]] == 0:
+            self._clip(self._batches[0])
 
     def _clip(self, batch: int) -> None:
         self._batches.remove(batch)
@@ -165,7 +169,7 @@ class ClippedSum:
         for unit, names in self._plan.parts[batch].items():
             of_unit = {name: self._gradients.pop(name) for name in names if name in self._gradients}
             # A unit that is summed as a whole, and is the next to be reduced, needs no room besides its bucket.
-            alone = self._units[:1] == [unit] and self._unsummed[unit] == len(names)
+            alone = bool(of_unit) and self._units[:1] == [unit] and self._unsummed[unit] == len(names)
             places = self._plan.model.places(unit) if alone else {}
             others = {name: gradient for name, gradient in of_unit.items() if name not in vectors}
             self._sums[unit] |= weighted_sums(others, rows.weight_B, rows.keep_B, places, owners)

@@ -134,6 +134,9 @@ class Recorder:
             self._entered()
             self._batch.poisoned = "the last backward did not finish"
             self.window.close()
+            if microbatch.sums is not None:
+                with exact_arithmetic(self._model.device):
+                    microbatch.sums.start()
 
     def discard(self) -> None:
         self.window.open()

@@ -200,6 +200,7 @@ class ShardedModel(abc.ABC):
                 if group is not None and group not in own:
                     own[group] = dedicated(group)
             unit.shard_group, unit.replicate_group = own[unit.shard_group], own[unit.replicate_group]
+        self._sums.inside_backward = True
 
     @abc.abstractmethod
     def publish(self, parameter: ManagedParameter, gradient: Tensor) -> None:

@@ -6,6 +6,9 @@
 
 So the collectives of one unit run while the weighted sums of the next are computed, and every rank issues them in the
 order of the calls. Always SUM, in the format of the accumulators: float32 or float64.
+
+Inside backward a rank may have nothing to add to units that its backward has not come to yet. Their sums wait for no other:
+the ranks that they would wait for may need this one's all-gathers first.
 """
 
 from __future__ import annotations
@@ -109,10 +112,15 @@ class Sums:
 
     Args:
         device: where gradients are computed; accumulators may be elsewhere (CPU offload).
+
+    Attributes:
+        inside_backward: sums start there, between collectives of the sharding's own.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.inside_backward = False
         self._memories = deque(_Memory(device) for _ in range(MAX_UNDER_WAY))
+        self._nothing = _Nothing(device)
         self._under_way: deque[_Sum] = deque()
         self._reserved = False
         self._device = device
@@ -132,6 +140,9 @@ class Sums:
         if unit.shard_group is None and unit.replicate_group is None:
             unit.add(gradients)
             return
+        if self.inside_backward and not gradients and unit.shard_group is not None:
+            self._under_way.append(_Sum(unit, gradients, self._nothing))
+            return
         memory = self._next_memory()
         self._reserved = False
         self._under_way.append(_Sum(unit, gradients, memory))
@@ -140,7 +151,7 @@ class Sums:
         """That of the sum before the last one, which must be over by then."""
         if not self._reserved:
             self._reserved = True
-            if len(self._under_way) == MAX_UNDER_WAY:
+            while len(self._under_way) >= MAX_UNDER_WAY:
                 self._finish_first()
             self.hand_on()
             self._memories.rotate()
@@ -148,8 +159,8 @@ class Sums:
 
     def hand_on(self) -> None:
         """Begin the last collective of every sum that is under way."""
-        if self._under_way:
-            self._under_way[-1].hand_on()
+        for one in self._under_way:
+            one.hand_on()
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -161,7 +172,7 @@ class Sums:
         """`finish`; and until the next sum, buckets take no room on a GPU, beside activations and the optimizer's tensors."""
         self.finish()
         if _room_is_dear(self._device):
-            for memory in self._memories:
+            for memory in (*self._memories, self._nothing):
                 memory.give_back()
 
     def _finish_first(self) -> None:
@@ -199,6 +210,13 @@ class _Memory:
         if found is None:
             found = self._buckets[unit] = unit.bucket(memory)
         return found
+
+
+class _Nothing(_Memory):
+    """For sums to which this rank adds nothing, any number at once: they share a bucket of zeros, and no shard."""
+
+    def take(self, role: str, numel: int, dtype: torch.dtype) -> Tensor:
+        return super().take(role, numel, dtype) if role == "bucket" else torch.empty(numel, dtype=dtype, device=self.device)
 
 
 class _Sum:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fsdp_dp.sharding.sums import MAX_UNDER_WAY
 from tests.distributed.backends import (
     BACKENDS,
     EXPECTED_BATCH_SIZE,
@@ -81,8 +82,10 @@ class Forks(nn.Module):
                 x_BD.register_hook(fail)
         return self.head(x_BD)
 
-    def uses(self, block: int, use: str) -> Forks:
-        self.blocks[block].use = use
+    def uses(self, last: int, use: str) -> Forks:
+        """Of so many of the last blocks."""
+        for block in list(self.blocks)[-last:]:
+            block.use = use
         return self
 
 
@@ -93,15 +96,16 @@ def rows(rank: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Forking:
-    """Rank 1 leaves a part of the last unit out, which backward comes to first."""
+    """Rank 1 leaves a part of the last unit out, or of several, which backward comes to first."""
 
     backend: str
     clipping: str
     use: str
+    units: int = 1
 
     def run(self) -> dict[str, Any]:
         rank = dist.get_rank()
-        bare = Forks().uses(-1, self.use) if rank else Forks()
+        bare = Forks().uses(self.units, self.use) if rank else Forks()
         model, _ = BACKENDS[self.backend](bare, privacy_config(max_grad_norm=1.0, clipping=self.clipping))
         inputs, targets = rows(rank)
         with Collectives() as collectives:
@@ -112,7 +116,7 @@ class Forking:
         return {"order": seen, "release": Revealed(model).release()}
 
     def problems(self, found: dict[str, Any]) -> list[str]:
-        error = relative_error(found["release"], expected(self.clipping, self.use, MICROBATCHES))
+        error = relative_error(found["release"], expected(self.clipping, self.use, self.units, MICROBATCHES))
         (first, second), problems = found["order"], [] if error < TOLERANCE else [f"off by {error:.1e}"]
         # A unit of which a rank uses nothing is reduced early there: sums have process groups of their own.
         return problems if first == second or self.use == "nothing" else [*problems, f"{first}\n  is not\n{second}"]
@@ -144,13 +148,13 @@ class Interrupted:
         return [] if max(found) == 0 else [f"sums differ by {found}"]
 
 
-def expected(clipping: str, use: str, times: int) -> dict[str, Tensor]:
-    """The release of both ranks' rows, rank 1 with `use` of the last unit."""
+def expected(clipping: str, use: str, units: int, times: int) -> dict[str, Tensor]:
+    """The release of both ranks' rows, rank 1 with `use` of the last units."""
     groups, members = Groups(clipping=clipping), Groups(clipping=clipping).members(Forks(), is_unit)
     numel = {name: p.numel() for name, p in trainable(Forks()).items()}
     sums = [
         groups.clipped_sum(row_gradients(model, rows(rank), square_losses), members, 1.0, numel)
-        for rank, model in enumerate((Forks(), Forks().uses(-1, use)))
+        for rank, model in enumerate((Forks(), Forks().uses(units, use)))
     ]
     return {name: times * (x + sums[1][name]) / EXPECTED_BATCH_SIZE for name, x in sums[0].items()}
 
@@ -161,12 +165,19 @@ TASKS: list[Forking | Interrupted] = [
     for clipping in ("block", "layer")
     for use in ("main", "side unused")
 ]
+TASKS += [
+    Forking(backend=backend, clipping=clipping, use="nothing", units=units)
+    for backend in ("fsdp1", "fsdp2")
+    for clipping in ("block", "layer")
+    for units in (MAX_UNDER_WAY + 1, UNITS)
+]
 TASKS += [Interrupted(backend=backend) for backend in ("fsdp1", "fsdp2")]
 
 
 def test_no_rank_waits_for_what_another_leaves_out_and_nothing_of_a_failed_backward_stays() -> None:
-    """Seen to hang when a group waits for layers that this rank's backward will not reach, and to fail when `discard`
-    keeps what was summed.
+    """Seen to hang when a group waits for layers that this rank's backward will not reach, when a sum to which this rank
+    adds nothing waits for another, and when such a sum starts as late as another group is clipped; and to fail when
+    `discard` keeps what was summed.
     """
     results = zip(TASKS, run(play, 2, TASKS, timeout=300.0)[0], strict=True)
     fail_if_any([f"{problem} in {task}" for task, found in results for problem in task.problems(found)])
