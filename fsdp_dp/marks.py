@@ -39,8 +39,13 @@ def marks(x: Tensor) -> frozenset[str]:
     return getattr(x, _MARKS, frozenset()) | (frozenset({ROWS}) if x.requires_grad else frozenset())
 
 
+def _is_shared(x: Tensor) -> bool:
+    """Whether a tensor is a `SharedValue`, without asking it for its rows."""
+    return hasattr(type(x), "per_row")
+
+
 def mark(x: Tensor, found: frozenset[str]) -> None:
-    if not hasattr(x, "per_row"):
+    if not _is_shared(x):
         setattr(x, _MARKS, getattr(x, _MARKS, frozenset()) | found)
 
 
@@ -57,7 +62,7 @@ def forget(x: Tensor) -> None:
 
 def is_marked(x: Tensor) -> bool:
     """Whether a tensor is known to descend from the rows; in the first forward this is complete."""
-    return not hasattr(x, "per_row") and ROWS in marks(x)
+    return not _is_shared(x) and ROWS in marks(x)
 
 
 def is_picked(x: Tensor) -> bool:
@@ -79,7 +84,7 @@ def marks_of(
     rows_were_read: bool = False,
 ) -> frozenset[str]:
     """The marks of what a function returns."""
-    plain = [x for x in tensors if not hasattr(x, "per_row")]
+    plain = [x for x in tensors if not _is_shared(x)]
     found = frozenset().union(*map(marks, plain))
     if name in _WRITING and args and isinstance(args[0], Tensor):
         found = (found - {PICKED}) | (marks(args[0]) & {PICKED})

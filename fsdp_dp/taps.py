@@ -145,7 +145,9 @@ class Taps:
         self._made: tuple[Any, list[int]] | None = None
         self.of_forward: list[tuple[Callable[[], Any], Report, RemovableHandle | None]] = []
         self._handles: list[RemovableHandle] = []
-        self._following: list[RemovableHandle] = []
+        self._following: dict[nn.Module | None, list[RemovableHandle]] = {}
+        self._always: set[nn.Module] = set()
+        self._follows_all = False
         self._hook_ids: dict[str, int] = {}
         self._attentions = Attentions(layers)
         self.picked: set[str] = set()
@@ -171,10 +173,14 @@ class Taps:
             hook = layer.register_forward_hook(leave, prepend=True, with_kwargs=True)
             if compiled is not None:
                 compiled.hooked(name, hook)
-            self._handles += [hook] if name else [hook, *self._follow(layer)]
+            self._handles.append(hook)
+            if not name:  # the root itself is always followed: its hooks run when `follow` is asked for
+                self.always_follow(layer)
+                self._following[layer] = self._follow(layer)
             self._hook_ids[name] = hook.id
 
     def remove(self) -> None:
+        self._always.clear()
         self.follow(False)
         for compiled in self._compiled:
             compiled.remove()
@@ -185,19 +191,30 @@ class Taps:
 
     def follow(self, wanted: bool) -> None:
         """Know from now on which layers are ``running``; or stop to, which spares every call of a layer two hooks."""
-        if wanted and not self._following:
+        if wanted and not self._follows_all:
+            self._follows_all = True
             if _global_forward_hooks:
-                self._following.append(register_module_forward_hook(as_written(self._note_made)))
-                _global_forward_hooks.move_to_end(self._following[0].id, last=False)  # type: ignore[attr-defined]
-            for name, layer in self._layers.items():
-                if name:  # the root itself is always followed: its hooks run when this is asked for
-                    self._following += self._follow(layer)
+                handle = register_module_forward_hook(as_written(self._note_made))
+                self._following[None] = [handle]
+                _global_forward_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+            for layer in self._layers.values():
+                if layer not in self._following:
+                    self._following[layer] = self._follow(layer)
         elif not wanted:
-            for handle in self._following:
-                handle.remove()
-            self._following.clear()
+            for followed in [layer for layer in self._following if layer not in self._always]:
+                for handle in self._following.pop(followed):
+                    handle.remove()
+            self._follows_all = False
             self.running.clear()
             self._made = None
+
+    def can_follow(self, layer: nn.Module) -> bool:
+        """Whether it would be seen that ``layer`` runs: not in the middle of a compiled graph."""
+        return layer not in self._compiled_in
+
+    def always_follow(self, layer: nn.Module) -> None:
+        """Know of a layer whether it is ``running``, in every forward that comes, and in this one where all are followed."""
+        self._always.add(layer)
 
     def _follow(self, layer: nn.Module) -> list[RemovableHandle]:
         return [
@@ -364,7 +381,7 @@ class SharedParameters:
         self._classes: dict[nn.Module, type[nn.Module]] = {}
         owners: dict[nn.Module, dict[str, Any]] = {}
         for p in bare:
-            owners.setdefault(p.owner, {})[p.attribute] = _shared_attribute(p.name, p.attribute, active, share)
+            owners.setdefault(p.owner, {})[p.attribute] = shared_attribute(p.name, p.attribute, active, share)
         for owner, attributes in owners.items():
             kind = self._classes[owner] = type(owner)
             owner.__class__ = type(kind.__name__, (kind,), {**attributes, "__module__": kind.__module__})
@@ -374,9 +391,11 @@ class SharedParameters:
             owner.__class__ = kind
 
 
-def _shared_attribute(
+def shared_attribute(
     name: str, attribute: str, active: Callable[[], bool], share: Callable[[str, Tensor], SharedValue]
 ) -> property:
+    """A parameter's place on a module, which gives a shared value while ``active``."""
+
     def read(module: nn.Module) -> Any:
         value = raw_attribute(module, attribute)
         if value is _ABSENT:

@@ -93,9 +93,10 @@ Unmodified models in small configurations with random weights; rows of different
 Refused:
 
 {refused}
-DeBERTa-v2 is exact with its position table frozen (`requires_grad_(False)`), ResNet after
-`fsdp_dp.replace_batch_norm(model)`. Mixtures of experts are exact with `experts_implementation="batched_mm"`, and with
-`"eager"` one row a microbatch; `"grouped_mm"`, which `transformers` chooses by itself, is refused.
+ResNet is exact after `fsdp_dp.replace_batch_norm(model)`. Mixtures of experts are exact with
+`experts_implementation="batched_mm"`, and with `"eager"` one row a microbatch; `"grouped_mm"`, which `transformers` chooses
+by itself, is refused. State-space models are exact as torch computes them, and refused with the kernels of `mamba_ssm` and
+`causal_conv1d`, which are given weights inside an operator.
 
 Other ways to use them, each exact on one device:
 

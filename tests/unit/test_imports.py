@@ -54,6 +54,7 @@ ORDER = (
         "node_taps",
         "compiled",
         "taps",
+        "outside_reads",
         "watch",
         "intake",
         "sharding",
