@@ -29,7 +29,6 @@ from torch.nn.modules.module import _global_forward_hooks, register_module_forwa
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from fsdp_dp.attention import Attentions
 from fsdp_dp.compiled import CompiledModule, as_written, compiled_modules
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.graph_identity import TappedClasses
@@ -37,6 +36,7 @@ from fsdp_dp.layers import is_product
 from fsdp_dp.layers.leaf import is_proven
 from fsdp_dp.marks import PICKED_REFUSED, is_picked
 from fsdp_dp.node_taps import NodeTap, come_last, node_of
+from fsdp_dp.parts import Opened
 from fsdp_dp.records import Call, Report
 from fsdp_dp.shared_values import SharedValue, unwrapped
 
@@ -149,7 +149,7 @@ class Taps:
         self._always: set[nn.Module] = set()
         self._follows_all = False
         self._hook_ids: dict[str, int] = {}
-        self._attentions = Attentions(layers)
+        self._opened = Opened(layers)
         self.picked: set[str] = set()
         # Of an FSDP unit the output must be no view: a write to that would drop FSDP's own hook.
         self._products = {n for n, layer in layers.items() if is_product(layer) and not isinstance(layer, FSDPModule)}
@@ -185,7 +185,7 @@ class Taps:
         for compiled in self._compiled:
             compiled.remove()
         self._classes.remove()
-        self._attentions.remove()
+        self._opened.remove()
         for handle in self._handles:
             handle.remove()
 

@@ -19,11 +19,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fsdp_dp.attention import Projection
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.label_watch import LOSSES, averaged_labels
 from fsdp_dp.marks import forget, mark, mark_rows, marks_of, reads_rows
 from fsdp_dp.module_tree import modules_of
+from fsdp_dp.parts import Part
 from fsdp_dp.shared_values import METADATA, SharedValue, function_name
 from fsdp_dp.taps import raw_attribute
 
@@ -98,7 +98,7 @@ class FirstForward(TorchFunctionMode):
     def _check_use(self, tensor: Tensor, func: str) -> None:
         owners = [(module, name) for (module, attribute), name in self._sites.items() if _is(module, attribute, tensor)]
         running = self._running[-1] if self._running else None
-        running = running.owner if isinstance(running, Projection) else running
+        running = running.owner if isinstance(running, Part) else running
         if not owners or any(module is running for module, _ in owners):
             return
         if _called_from_torch_distributed():

@@ -110,6 +110,11 @@ The loss is the user's: `fsdp_dp.per_sample_cross_entropy(logits, labels).mean()
 num_items_in_batch=N).loss` with one number N for the whole run and `loss_reduction="sum"`. For next-token prediction,
 `per_sample_cross_entropy(logits[:, :-1], labels[:, 1:])`.
 
+## Recurrent modules of torch
+
+`nn.LSTM`, `nn.GRU` and `nn.RNN`, with layers, directions, projections and packed sequences: exact on one device, under FSDP1
+and under FSDP2.
+
 ## Parts of a model: `peft`, BiTFiT, frozen layers
 
 Frozen parameters cost no norm, no memory and no noise. What is trained may change between releases
