@@ -9,7 +9,6 @@ Legend: B rows, L queries, S keys, E width, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,29 +19,24 @@ from fsdp_dp.errors import UnsupportedModelError
 from fsdp_dp.gradients import Materialized, OuterProduct, PerSampleGradient
 from fsdp_dp.layers.linear import linear
 from fsdp_dp.layers.registry import layer_rule
+from fsdp_dp.parts import Part
 
 _PARTS = {"qkv": (0, 3), "kv": (1, 3), "q": (0, 1), "k": (1, 2), "v": (2, 3)}
 
 
-class Projection(nn.Module):
-    """``x W[part]^T + b[part]`` with an attention's ``in_proj_weight`` and ``in_proj_bias``, or its ``q_proj_weight``.
+class Projection(Part):
+    """``x W[part]^T + b[part]`` with an attention's ``in_proj_weight`` and ``in_proj_bias``, or its ``q_proj_weight``."""
 
-    Its ``owner`` is the attention.
-    """
-
-    owner: nn.MultiheadAttention
     documented_as = "MultiheadAttention"
 
     def __init__(self, owner: nn.MultiheadAttention, part: str) -> None:
-        super().__init__()
-        self.__dict__["owner"] = owner  # not a submodule
         self.packed = owner._qkv_same_embed_dim
-        self.weight_name = "in_proj_weight" if self.packed else f"{part}_proj_weight"
+        super().__init__(owner, "in_proj_weight" if self.packed else f"{part}_proj_weight", "in_proj_bias")
         start, stop = (i * owner.embed_dim for i in _PARTS[part])
         self.part, self.width = slice(start, stop), 3 * owner.embed_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = getattr(self.owner, self.weight_name), self.owner.in_proj_bias
+        weight, bias = getattr(self.owner, self.weight_name), getattr(self.owner, "in_proj_bias")  # noqa: B009
         whole = self.part == slice(0, self.width)
         if self.packed and not whole:
             weight = weight[self.part]
@@ -86,31 +80,6 @@ def projections(module: nn.Module) -> dict[str, Projection]:
     return {name: Projection(module, name) for name in names}
 
 
-class Attentions:
-    """Gives attentions the forward of this file until `remove`.
-
-    torch's encoders take their own fast path, in eval mode, only where no module in them has a hook: here all do.
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self._classes: dict[nn.Module, type[nn.Module]] = {}
-        for name, layer in layers.items():
-            if isinstance(layer, Projection):
-                self._open(layer.owner)
-                layer.owner.__dict__["_projections"][name.rpartition(".")[2]] = layer
-
-    def _open(self, owner: nn.Module) -> None:
-        if owner not in self._classes:
-            kind = self._classes[owner] = type(owner)
-            owner.__dict__["_projections"] = {}
-            owner.__class__ = type(kind.__name__, (kind,), {"forward": _forward, "__module__": kind.__module__})
-
-    def remove(self) -> None:
-        for owner, kind in self._classes.items():
-            owner.__class__ = kind
-            del owner.__dict__["_projections"]
-
-
 def _forward(
     self: Any,
     query: Tensor,
@@ -145,10 +114,13 @@ def _forward(
     return out_BLE if self.batch_first else out_BLE.transpose(0, 1), weights
 
 
+Projection.forward_of_owner = _forward
+
+
 def _projected(self: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """Queries, keys and values ``[B, L, E]``, what is the same tensor in one product, as torch does."""
     q, k, v = (x if self.batch_first else x.transpose(0, 1) for x in (query, key, value))
-    project = self._projections
+    project = self._parts
     if "qkv" in project and key is value:
         if query is key:
             return project["qkv"](q).chunk(3, -1)  # type: ignore[no-any-return]

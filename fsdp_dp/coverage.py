@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,6 +12,8 @@ from fsdp_dp.attention import is_attention, projections, refusal_of_attention
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.layers import has_rule, refusal, unknown_parameters
 from fsdp_dp.module_tree import modules_of
+from fsdp_dp.parts import Part
+from fsdp_dp.recurrence import is_recurrent, products, refusal_of_recurrence
 from fsdp_dp.sharding.base import ManagedParameter, ShardedModel, canonical_name
 from fsdp_dp.taps import Bare
 
@@ -31,9 +33,10 @@ def tapped_layers(model: ShardedModel) -> tuple[dict[str, nn.Module], list[Bare]
         if not used and not _is_training_batch_norm(module):
             continue
         name = canonical_name(module_name + ".").rstrip(".")
-        if is_attention(module):
-            layers |= _projections(name, module, model)
-            problems += [f"  '{name}': {reason}" for reason in [refusal_of_attention(module)] if reason]
+        parts, reason = _parts(module)
+        if parts:
+            layers |= _placed(name, module, parts, model)
+            problems += [f"  '{name}': {reason}"] if reason else []
             continue
         if not has_rule(module) and (isinstance(module, _CONTAINERS) or next(module.children(), None) is not None):
             bare += [Bare(model.names[module, attribute], module, attribute) for attribute in owners[module]]
@@ -66,14 +69,24 @@ def _unfit(parameter: ManagedParameter) -> str | None:
     return None
 
 
-def _projections(name: str, module: nn.Module, model: ShardedModel) -> dict[str, nn.Module]:
-    """The layers of an attention, as further places of its parameters."""
-    layers = {f"{name}.{part}".lstrip("."): layer for part, layer in projections(module).items()}
-    for layer in layers.values():
-        for attribute, site in (("weight", (module, layer.weight_name)), ("bias", (module, "in_proj_bias"))):
-            if site in model.names:
-                model.names[layer, attribute] = model.names[site]
-    return dict(layers)
+def _parts(module: nn.Module) -> tuple[Mapping[str, Part], str | None]:
+    """What a module that torch computes as a whole is made of, none if it is not one; and why it cannot be."""
+    if is_attention(module):
+        return projections(module), refusal_of_attention(module)
+    if is_recurrent(module):
+        return products(module), refusal_of_recurrence(module)
+    return {}, None
+
+
+def _placed(name: str, module: nn.Module, parts: Mapping[str, Part], model: ShardedModel) -> dict[str, nn.Module]:
+    """Parts as layers, which are further places of the module's parameters."""
+    layers: dict[str, nn.Module] = {}
+    for part_name, part in parts.items():
+        layers[f"{name}.{part_name}".lstrip(".")] = part
+        for attribute, own in (("weight", part.weight_name), ("bias", part.bias_name)):
+            if own is not None and (module, own) in model.names:
+                model.names[part, attribute] = model.names[module, own]
+    return layers
 
 
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)

@@ -7,7 +7,8 @@ before taps were there, would lend its graph to a block of the same code, whose 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -32,10 +33,16 @@ def _tapped(kind: type[nn.Module]) -> type[nn.Module]:
     known = _TAPPED.get(kind)
     found = known() if known is not None else None
     if found is None:
-        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        found = type(kind.__name__, (kind,), names)
+        found = derived(kind, {})
         _TAPPED[kind] = weakref.ref(found)
-        _UNTAPPED[found] = kind
+    return found
+
+
+def derived(kind: type[nn.Module], attributes: Mapping[str, Any]) -> type[nn.Module]:
+    """A class on top of a layer's that has these attributes, and is no other kind of layer."""
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    found = type(kind.__name__, (kind,), names | dict(attributes))
+    _UNTAPPED[found] = untapped(kind)
     return found
 
 

@@ -545,15 +545,17 @@ def _has_rows(x: Tensor, rows: int) -> bool:
     return x.ndim > 0 and x.shape[0] % rows == 0
 
 
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
+def _random_state(device: torch.device) -> list[Any]:
+    """Of torch, and of Python and NumPy, by which models draw which spans to mask."""
+    numpy = sys.modules.get("numpy.random")
+    states = [torch.get_rng_state(), random.getstate(), numpy and numpy.get_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return states
 
 
 @contextmanager
-def _restored(states: list[Tensor], device: torch.device) -> Iterator[None]:
+def _restored(states: list[Any], device: torch.device) -> Iterator[None]:
     """Run with the given random state, so that dropout repeats its masks; the program's own state is put back."""
     now = _random_state(device)
     _set_random_state(states, device)
@@ -580,7 +582,10 @@ def _copy(x: Any) -> Any:
     return x.detach().clone() if isinstance(x, Tensor) else x
 
 
-def _set_random_state(states: list[Tensor], device: torch.device) -> None:
+def _set_random_state(states: list[Any], device: torch.device) -> None:
     torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    if states[2] is not None:
+        sys.modules["numpy.random"].set_state(states[2])
     if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+        torch.cuda.set_rng_state(states[3], device)

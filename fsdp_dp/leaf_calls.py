@@ -32,16 +32,26 @@ from fsdp_dp.records import Record
 Gradients = dict[str, Tensor]
 
 
+_RUNNING_AGAIN: list[nn.Module] = []
+
+
+def runs_again() -> bool:
+    """Whether a module's forward is run now for its rows' gradients, and not by the program."""
+    return bool(_RUNNING_AGAIN)
+
+
 @contextlib.contextmanager
 def _owning(module: nn.Module, own: Mapping[str, Tensor]) -> Iterator[None]:
     """Let the module find ``own`` wherever it looks for what it owns; FSDP1 puts views beside the registry."""
     tables: tuple[dict[str, Any], ...] = (vars(module), module._parameters, module._buffers)
     before = [(table, n, table[n]) for table in tables for n in own if n in table]
+    _RUNNING_AGAIN.append(module)
     try:
         for table, n, _ in before:
             table[n] = own[n]
         yield
     finally:
+        _RUNNING_AGAIN.pop()
         for table, n, x in before:
             table[n] = x
 

@@ -8,13 +8,17 @@ out. So they are told apart here, function by function.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
 
 _MARKS = "_fsdp_dp_marks"
 ROWS, CHANCE, PICKED = "rows", "chance", "picked"
+SORTED, PACKED, PADDED = "sorted", "packed", "padded"
+_PACKING = frozenset({"index_select", "__getitem__", "_pack_padded_sequence", "_pad_packed_sequence"})
 
 PICKED_REFUSED = (
     "is given entries that were picked from all rows by the data or by chance (tokens of an expert, positions without "
@@ -39,8 +43,13 @@ def marks(x: Tensor) -> frozenset[str]:
     return getattr(x, _MARKS, frozenset()) | (frozenset({ROWS}) if x.requires_grad else frozenset())
 
 
+def _is_shared(x: Tensor) -> bool:
+    """Whether a tensor is a `SharedValue`, without asking it for its rows."""
+    return hasattr(type(x), "per_row")
+
+
 def mark(x: Tensor, found: frozenset[str]) -> None:
-    if not hasattr(x, "per_row"):
+    if not _is_shared(x):
         setattr(x, _MARKS, getattr(x, _MARKS, frozenset()) | found)
 
 
@@ -57,7 +66,7 @@ def forget(x: Tensor) -> None:
 
 def is_marked(x: Tensor) -> bool:
     """Whether a tensor is known to descend from the rows; in the first forward this is complete."""
-    return not hasattr(x, "per_row") and ROWS in marks(x)
+    return not _is_shared(x) and ROWS in marks(x)
 
 
 def is_picked(x: Tensor) -> bool:
@@ -79,13 +88,46 @@ def marks_of(
     rows_were_read: bool = False,
 ) -> frozenset[str]:
     """The marks of what a function returns."""
-    plain = [x for x in tensors if not hasattr(x, "per_row")]
+    plain = [x for x in tensors if not _is_shared(x)]
     found = frozenset().union(*map(marks, plain))
+    if name in _PACKING and plain and (known := _of_packing(name, marks(plain[0]))) is not None:
+        return known
     if name in _WRITING and args and isinstance(args[0], Tensor):
         found = (found - {PICKED}) | (marks(args[0]) & {PICKED})
     if name in _DRAWING or (rows_were_read and name in ("tensor", "as_tensor")):
         found |= {CHANCE}
     return found | {PICKED} if plain and _picks(name, args, kwargs, rows_were_read) else found
+
+
+def _of_packing(name: str, found: frozenset[str]) -> frozenset[str] | None:
+    """The marks of what torch's own `pack_padded_sequence` and `pad_packed_sequence` make of a tensor with marks ``found``.
+
+    Packed entries are picked by lengths. Padded again, the rows are where they were: if they were not sorted, or if their
+    order is undone.
+    """
+    if name == "_pack_padded_sequence":
+        return found | {PICKED} | ({PACKED} if PICKED not in found else frozenset())
+    if name == "_pad_packed_sequence" and PACKED in found:
+        return (found - {PACKED}) | {PADDED} if SORTED in found else found - {PACKED, PICKED}
+    if (
+        PADDED in found and _caller_in_torch() == "pad_packed_sequence"
+    ):  # rows, or their lengths, go back to their places
+        return found - {PICKED, SORTED, PADDED}
+    if name == "index_select" and ROWS in found and _caller_in_torch() == "pack_padded_sequence":
+        return found | {SORTED}
+    return None
+
+
+def _caller_in_torch() -> str | None:
+    """The function of torch's that packs sequences and runs now."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(8):
+        if frame is None:
+            break
+        if frame.f_code.co_filename.replace("\\", "/").endswith("torch/nn/utils/rnn.py"):
+            return frame.f_code.co_name
+        frame = frame.f_back
+    return None
 
 
 def _picks(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows_were_read: bool) -> bool:

@@ -22,6 +22,7 @@ from fsdp_dp.layers import keeps, layouts, per_sample_gradients
 from fsdp_dp.logical_batch import LogicalBatch, Microbatch
 from fsdp_dp.node_taps import packing
 from fsdp_dp.numerics import accumulate_dtype, exact_arithmetic
+from fsdp_dp.outside_reads import OutsideReads
 from fsdp_dp.records import NO_CALL, Call, Layout, Record, Report
 from fsdp_dp.row_layouts import RowLayouts
 from fsdp_dp.sharding.base import ShardedModel
@@ -81,6 +82,8 @@ class Recorder:
             model.root, lambda: self.meetings.learning,
         )  # fmt: skip
         self._shared_parameters = SharedParameters(bare, self._is_sharing, self._share_parameter)
+        sites = {site: name for site, name in model.names.items() if site[0] in self._attributes}
+        self._outside_reads = OutsideReads(sites, self._taps, self.meetings, self._is_sharing, self._share_parameter)
         self._habits: dict[str, Habit] = {}
         self._report = self._record  # bound once: the garbage collector counts what every tap keeps
         self._same_for_all_rows: set[str] = set()
@@ -94,16 +97,19 @@ class Recorder:
     def follow_calls(self) -> None:
         """Until the end of the forward that starts now."""
         self._taps.follow(True)
+        self._outside_reads.watch()
 
     def start_forward(self, microbatch: Microbatch) -> None:
         self.current = microbatch
         self.window.close()
         self._taps.start_forward()
+        self._outside_reads.keep()
         self.in_forward = True
 
     def end_forward(self) -> None:
         self.in_forward = self.meetings.learning = False
         self._taps.follow(False)
+        self._outside_reads.keep()
         self.window.open()
 
     def let_go_with(self, graph: object) -> None:
@@ -144,6 +150,7 @@ class Recorder:
         self.current, self.in_forward = None, False
 
     def remove(self) -> None:
+        self._outside_reads.remove()
         self._taps.remove()
         self._shared_parameters.remove()
         self.window.remove()
@@ -241,11 +248,11 @@ class Recorder:
         return torch.is_grad_enabled() and (self.in_forward or recomputing())
 
     def _share_parameter(self, name: str, parameter: Tensor) -> SharedValue:
-        """A bare parameter, carried once a row behind a tap."""
+        """A parameter that the program reads itself, carried once a row behind a tap."""
         if isinstance(parameter, DTensor):
             raise UnsupportedModelError(
-                f"Parameter '{name}' on a module with children is a DTensor in forward (tensor parallelism); move it into "
-                "a layer of its own"
+                f"Parameter '{name}', read outside of a layer's own forward, is a DTensor there (tensor parallelism); move "
+                "that use into a layer of its own"
             )
         if recomputing():
             report = self._recomputed(self.current, name)

@@ -35,7 +35,7 @@ METADATA = frozenset(
     "is_mkldnn is_nested is_xla is_mps names itemsize nbytes _version output_nr size dim numel nelement stride "
     "element_size is_floating_point is_complex is_contiguous data_ptr untyped_storage storage_offset __len__ __hash__ "
     "__repr__ __format__ get_device requires_grad_ is_inference _backward_hooks __deepcopy__ is_tensor is_storage "
-    "is_signed dim_order ndimension".split()
+    "is_signed dim_order ndimension _has_compatible_shallow_copy_type".split()
 )
 """Names of what a tensor can be asked without using its values."""
 
@@ -47,6 +47,12 @@ _ELEMENTWISE = frozenset(
     "__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __mod__ "
     "add_ sub_ mul_ div_ masked_fill_ __iadd__ __isub__ __imul__ __itruediv__ __idiv__".split()
 )
+_WRITING = frozenset(
+    "__iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ipow__ add_ sub_ mul_ div_ pow_ clamp_ clamp_min_ clamp_max_ relu_ "
+    "sigmoid_ tanh_ exp_ log_ sqrt_ rsqrt_ square_ abs_ neg_ masked_fill_ fill_ zero_ copy_".split()
+)
+"""Whose first argument keeps its shape."""
+_ACTIVATIONS = frozenset("relu relu6 elu selu celu leaky_relu rrelu silu hardswish hardtanh mish threshold".split())
 _JOINING = frozenset({"cat", "concat", "concatenate", "stack"})
 _ROWWISE = frozenset(
     "linear matmul __matmul__ __rmatmul__ bmm embedding layer_norm group_norm rms_norm prelu bilinear "
@@ -108,22 +114,51 @@ class SharedValue(Tensor):
         owner: the parameter or layer that it comes from, for messages.
         meetings: what is known of the tensors that it meets.
         expanded: ``[B, *shape[1:]]`` where the program expanded it to the rows: then ``per_row[i, j] = expanded[i]``.
+        viewed: whether another one has, or had, the same memory.
+        torn: whether another one that has the same memory in the program's eyes has its own here.
     """
 
-    per_row: Tensor
     owner: str
     meetings: Meetings
     expanded: Tensor | None
+    viewed: bool
+    torn: bool
+    _per_row: Tensor | Callable[[], Tensor]
 
     @staticmethod
     def __new__(cls, per_row: Tensor, owner: str, meetings: Meetings, expanded: Tensor | None = None) -> SharedValue:
-        self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, per_row.shape[1:], dtype=per_row.dtype, device=per_row.device, requires_grad=False
-        )
-        self.per_row, self.owner, self.meetings, self.expanded = per_row, owner, meetings, expanded
-        return self  # type: ignore[no-any-return]
+        return cls._like(per_row, per_row.shape[1:], per_row, owner, meetings, expanded)
 
     def __init__(self, *args: Any) -> None: ...
+
+    @classmethod
+    def later(cls, x: Tensor, first_used: Callable[[], Tensor], owner: str, meetings: Meetings) -> SharedValue:
+        """``x`` as a shared value, whose rows ``first_used`` gives when they are asked for, if they are."""
+        return cls._like(x, x.shape, first_used, owner, meetings, None)
+
+    @classmethod
+    def _like(
+        cls, x: Tensor, shape: torch.Size, per_row: Tensor | Callable[[], Tensor], owner: str, meetings: Meetings,
+        expanded: Tensor | None,
+    ) -> SharedValue:  # fmt: skip
+        self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=x.dtype, device=x.device, requires_grad=False
+        )
+        self._per_row, self.owner, self.meetings, self.expanded = per_row, owner, meetings, expanded
+        self.viewed = self.torn = False
+        return self  # type: ignore[no-any-return]
+
+    def replace(self, per_row: Tensor) -> None:
+        """The same values, in memory of their own."""
+        self._per_row = per_row
+
+    @property
+    def per_row(self) -> Tensor:
+        if not isinstance(self._per_row, Tensor):
+            if torch._C._are_functorch_transforms_active():
+                raise _unsupported(self, "a transform of torch.func")
+            self._per_row = self._per_row()
+        return self._per_row
 
     def with_rows(self, per_row: Tensor) -> SharedValue:
         """The same value, behind something in the graph."""
@@ -149,6 +184,13 @@ class SharedValue(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         shared = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, SharedValue))
         raise _unsupported(shared, str(func))
+
+
+def _memory(x: Tensor) -> int | None:
+    try:
+        return x.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # inside torch.func's transforms
+        return None
 
 
 def function_name(func: Callable[..., Any]) -> str:
@@ -196,7 +238,7 @@ class _Use:
         self.owner = self.first.owner
         self.row_data = [
             x for x in self.leaves
-            if isinstance(x, Tensor) and not isinstance(x, SharedValue) and name != "expand_as"
+            if isinstance(x, Tensor) and not isinstance(x, SharedValue) and name not in ("expand_as", "type_as")
             and self.meetings.is_row_data(x, (name, self.owner, self.first.ndim))
         ]  # fmt: skip
         self.meetings.refuse_picked(self.row_data, self.owner)
@@ -214,9 +256,32 @@ class _Use:
             return expanded
         if self.name in _KEEPS_SHAPE and self.first.expanded is not None and len(self.shared) == 1:
             return self._of_expanded(self.call(lambda x: x.expanded if isinstance(x, SharedValue) else x))
-        if self.name.endswith("_") and not self.name.startswith("__"):
-            raise _unsupported(self.first, f"{self.name}, which writes to it,")
+        if self._writes():
+            self._make_writable()
         return self._alone()
+
+    def _writes(self) -> bool:
+        """Whether the function writes to its first argument: by its name, or as an activation that is told to."""
+        by_name = self.name.endswith("_") and not self.name.endswith("__")
+        in_place = tree_unflatten(self.leaves, self.spec)[1].get("inplace", False) is True
+        return by_name or self.name in _WRITING or in_place or (self.name in _ACTIVATIONS and True in self.leaves[1:])
+
+    def _make_writable(self) -> None:
+        """What is written must have memory of its own for each row, and views of it must be views here, too."""
+        x = self.leaves[0]
+        known = not self.name.endswith("_") or self.name in _WRITING or self.name in _ELEMENTWISE
+        if (
+            not isinstance(x, SharedValue)
+            or not known
+            or x.expanded is not None
+            or x.torn
+            or not x.per_row.requires_grad
+        ):
+            raise _unsupported(self.first, f"{self.name}, which writes to it,")
+        if any(step == 0 < size - 1 for step, size in zip(x.per_row.stride(), x.per_row.shape, strict=True)):
+            if x.viewed:
+                raise _unsupported(self.first, f"{self.name}, which writes to it,")
+            x.replace(x.per_row.clone(memory_format=torch.contiguous_format))
 
     def _by_row(self, one_row: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         try:
@@ -235,8 +300,21 @@ class _Use:
             return tuple(flat)
 
         found: list[Any] = []
-        flat = self._by_row(one_row, [x.per_row for x in self.shared])
-        return tree_unflatten([SharedValue(x, self.owner, self.meetings) for x in flat], found[0])
+        copied = False
+        try:
+            flat = self._by_row(one_row, [x.per_row for x in self.shared])
+        except UnsupportedModelError:
+            if self.name != "view" or any(isinstance(x, torch.dtype) for x in self.leaves):
+                raise
+            self.func, copied = Tensor.reshape, True  # rows that were expanded may lie in memory as one row does not
+            flat = self._by_row(one_row, [x.per_row for x in self.shared])
+        results = [SharedValue(x, self.owner, self.meetings) for x in flat]
+        for result in results:
+            same = [x for x in self.shared if copied or _memory(x.per_row) == _memory(result.per_row)]
+            torn = copied or any(x.torn for x in self.shared)
+            for x in (result, *same):
+                x.viewed, x.torn = x.viewed or bool(same), torn
+        return tree_unflatten(results, found[0])
 
     def _expanded(self) -> SharedValue | None:
         """Expanded to the rows: ``[1, ...]`` or ``[...]`` to ``[B, ...]``."""

@@ -29,7 +29,6 @@ from torch.nn.modules.module import _global_forward_hooks, register_module_forwa
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from fsdp_dp.attention import Attentions
 from fsdp_dp.compiled import CompiledModule, as_written, compiled_modules
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.graph_identity import TappedClasses
@@ -37,6 +36,7 @@ from fsdp_dp.layers import is_product
 from fsdp_dp.layers.leaf import is_proven
 from fsdp_dp.marks import PICKED_REFUSED, is_picked
 from fsdp_dp.node_taps import NodeTap, come_last, node_of
+from fsdp_dp.parts import Opened
 from fsdp_dp.records import Call, Report
 from fsdp_dp.shared_values import SharedValue, unwrapped
 
@@ -155,10 +155,12 @@ class Taps:
         self._made: tuple[Any, list[int]] | None = None
         self.of_forward: list[tuple[Any, Report, RemovableHandle | None]] = []
         self._handles: list[RemovableHandle] = []
-        self._following: list[RemovableHandle] = []
+        self._following: dict[nn.Module | None, list[RemovableHandle]] = {}
+        self._always: set[nn.Module] = set()
+        self._follows_all = False
         self._hook_ids: dict[str, int] = {}
         self._shapes: dict[torch.Size, torch.Size] = {}
-        self._attentions = Attentions(layers)
+        self._opened = Opened(layers)
         self.picked: set[str] = set()
         # Of an FSDP unit the output must be no view: a write to that would drop FSDP's own hook.
         self._products = {n for n, layer in layers.items() if is_product(layer) and not isinstance(layer, FSDPModule)}
@@ -182,33 +184,48 @@ class Taps:
             hook = layer.register_forward_hook(leave, prepend=True, with_kwargs=True)
             if compiled is not None:
                 compiled.hooked(name, hook)
-            self._handles += [hook] if name else [hook, *self._follow(layer)]
+            self._handles.append(hook)
+            if not name:  # the root itself is always followed: its hooks run when `follow` is asked for
+                self.always_follow(layer)
+                self._following[layer] = self._follow(layer)
             self._hook_ids[name] = hook.id
 
     def remove(self) -> None:
+        self._always.clear()
         self.follow(False)
         for compiled in self._compiled:
             compiled.remove()
         self._classes.remove()
-        self._attentions.remove()
+        self._opened.remove()
         for handle in self._handles:
             handle.remove()
 
     def follow(self, wanted: bool) -> None:
         """Know from now on which layers are ``running``; or stop to, which spares every call of a layer two hooks."""
-        if wanted and not self._following:
+        if wanted and not self._follows_all:
+            self._follows_all = True
             if _global_forward_hooks:
-                self._following.append(register_module_forward_hook(as_written(self._note_made)))
-                _global_forward_hooks.move_to_end(self._following[0].id, last=False)  # type: ignore[attr-defined]
-            for name, layer in self._layers.items():
-                if name:  # the root itself is always followed: its hooks run when this is asked for
-                    self._following += self._follow(layer)
+                handle = register_module_forward_hook(as_written(self._note_made))
+                self._following[None] = [handle]
+                _global_forward_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+            for layer in self._layers.values():
+                if layer not in self._following:
+                    self._following[layer] = self._follow(layer)
         elif not wanted:
-            for handle in self._following:
-                handle.remove()
-            self._following.clear()
+            for followed in [layer for layer in self._following if layer not in self._always]:
+                for handle in self._following.pop(followed):
+                    handle.remove()
+            self._follows_all = False
             self.running.clear()
             self._made = None
+
+    def can_follow(self, layer: nn.Module) -> bool:
+        """Whether it would be seen that ``layer`` runs: not in the middle of a compiled graph."""
+        return layer not in self._compiled_in
+
+    def always_follow(self, layer: nn.Module) -> None:
+        """Know of a layer whether it is ``running``, in every forward that comes, and in this one where all are followed."""
+        self._always.add(layer)
 
     def _follow(self, layer: nn.Module) -> list[RemovableHandle]:
         return [
@@ -382,7 +399,7 @@ class SharedParameters:
         self._classes: dict[nn.Module, type[nn.Module]] = {}
         owners: dict[nn.Module, dict[str, Any]] = {}
         for p in bare:
-            owners.setdefault(p.owner, {})[p.attribute] = _shared_attribute(p.name, p.attribute, active, share)
+            owners.setdefault(p.owner, {})[p.attribute] = shared_attribute(p.name, p.attribute, active, share)
         for owner, attributes in owners.items():
             kind = self._classes[owner] = type(owner)
             owner.__class__ = type(kind.__name__, (kind,), {**attributes, "__module__": kind.__module__})
@@ -392,9 +409,11 @@ class SharedParameters:
             owner.__class__ = kind
 
 
-def _shared_attribute(
+def shared_attribute(
     name: str, attribute: str, active: Callable[[], bool], share: Callable[[str, Tensor], SharedValue]
 ) -> property:
+    """A parameter's place on a module, which gives a shared value while ``active``."""
+
     def read(module: nn.Module) -> Any:
         value = raw_attribute(module, attribute)
         if value is _ABSENT:

@@ -19,15 +19,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fsdp_dp.attention import Projection
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.label_watch import LOSSES, averaged_labels
 from fsdp_dp.marks import forget, mark, mark_rows, marks_of, reads_rows
 from fsdp_dp.module_tree import modules_of
+from fsdp_dp.parts import Part
 from fsdp_dp.shared_values import METADATA, SharedValue, function_name
 from fsdp_dp.taps import raw_attribute
 
 Site = tuple[nn.Module, str]
+
+_CONVERSIONS = frozenset("to type float double half bfloat16 contiguous type_as".split())
+_WRITING = frozenset("__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ipow__ __set__".split())
 
 
 class FirstForward(TorchFunctionMode):
@@ -68,10 +71,13 @@ class FirstForward(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function_name(func) in METADATA:
+        if function_name(func) in METADATA or _sets_itself(function_name(func), args):
             return func(*args, **kwargs)
         tensors = list(_tensors(args, kwargs))
+        if function_name(func) in _CONVERSIONS and (unchanged := _nothing_to_do(func, args, kwargs)) is not None:
+            return unchanged
         self.check_uses(tensors, function_name(func))
+        self._check_write(function_name(func), args, kwargs)
         result = func(*args, **kwargs)
         if func in LOSSES and result.requires_grad:
             labels = averaged_labels(args, kwargs, self._rows)
@@ -92,7 +98,7 @@ class FirstForward(TorchFunctionMode):
     def _check_use(self, tensor: Tensor, func: str) -> None:
         owners = [(module, name) for (module, attribute), name in self._sites.items() if _is(module, attribute, tensor)]
         running = self._running[-1] if self._running else None
-        running = running.owner if isinstance(running, Projection) else running
+        running = running.owner if isinstance(running, Part) else running
         if not owners or any(module is running for module, _ in owners):
             return
         if _called_from_torch_distributed():
@@ -101,6 +107,21 @@ class FirstForward(TorchFunctionMode):
             f"Parameter '{owners[0][1]}' is used by {func} outside its own layer's forward, so that part of "
             "its gradient would escape clipping. Call the layer itself, or wrap this use in a supported layer"
         )
+
+    def _check_write(self, func: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises UnsupportedModelError if a parameter is written, by its ``data``: the noise would not cover that."""
+        writes = (func.endswith("_") and not func.endswith("__")) or func in _WRITING
+        written = [kwargs.get("out"), *(args[:1] if writes else ())]
+        memory = {_memory(x) for x in written if isinstance(x, Tensor) and not isinstance(x, SharedValue)} - {None, 0}
+        if not memory or _called_from_torch_distributed():
+            return
+        for (module, attribute), name in self._sites.items():
+            parameter = raw_attribute(module, attribute)
+            if isinstance(parameter, Tensor) and _memory(parameter) in memory:
+                raise UnsupportedModelError(
+                    f"Parameter '{name}' is written by {func} in forward (a codebook that is moved, weights that are "
+                    "clamped), past its gradient and its noise. Do that after the step, from no row's data, or leave it out"
+                )
 
     def verify(self) -> None:
         """Raises UnsupportedModelError if the forward used a parameter unseen by functions, or changed a buffer."""
@@ -195,6 +216,28 @@ def buffer_versions(root: nn.Module) -> list[tuple[int, int]]:
     """What changes when a buffer is written or replaced; reads no data."""
     buffers = (buffer for module in modules_of(root) for buffer in module._buffers.values() if buffer is not None)
     return [(id(buffer), buffer._version) for buffer in buffers]
+
+
+def _nothing_to_do(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """A parameter that is converted to the type that it has: the same tensor, so no use of it."""
+    if not args or not isinstance(args[0], nn.Parameter):
+        return None
+    with torch._C.DisableTorchFunction():
+        result = func(*args, **kwargs)
+    return result if result is args[0] else None
+
+
+def _sets_itself(func: str, args: tuple[Any, ...]) -> bool:
+    """What `nn.Module.to` does with a parameter that need not be converted."""
+    return func == "__set__" and len(args) == 2 and args[0] is args[1]
+
+
+def _memory(x: Tensor) -> int | None:
+    try:
+        with torch._C.DisableTorchFunction():
+            return x.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def _is(module: nn.Module, attribute: str, tensor: Tensor) -> bool:

@@ -93,9 +93,10 @@ Unmodified models in small configurations with random weights; rows of different
 Refused:
 
 {refused}
-DeBERTa-v2 is exact with its position table frozen (`requires_grad_(False)`), ResNet after
-`fsdp_dp.replace_batch_norm(model)`. Mixtures of experts are exact with `experts_implementation="batched_mm"`, and with
-`"eager"` one row a microbatch; `"grouped_mm"`, which `transformers` chooses by itself, is refused.
+ResNet is exact after `fsdp_dp.replace_batch_norm(model)`. Mixtures of experts are exact with
+`experts_implementation="batched_mm"`, and with `"eager"` one row a microbatch; `"grouped_mm"`, which `transformers` chooses
+by itself, is refused. State-space models are exact as torch computes them, and refused with the kernels of `mamba_ssm` and
+`causal_conv1d`, which are given weights inside an operator.
 
 Other ways to use them, each exact on one device:
 
@@ -108,6 +109,11 @@ And what else programs do:
 The loss is the user's: `fsdp_dp.per_sample_cross_entropy(logits, labels).mean()`, or `model(**batch,
 num_items_in_batch=N).loss` with one number N for the whole run and `loss_reduction="sum"`. For next-token prediction,
 `per_sample_cross_entropy(logits[:, :-1], labels[:, 1:])`.
+
+## Recurrent modules of torch
+
+`nn.LSTM`, `nn.GRU` and `nn.RNN`, with layers, directions, projections and packed sequences: exact on one device, under FSDP1
+and under FSDP2.
 
 ## Parts of a model: `peft`, BiTFiT, frozen layers
 

@@ -390,6 +390,30 @@ class Twice(nn.Module):
         return self.head(self.block(self.block(self.token(ids_BT))))
 
 
+class RecurrentBlock(Unit):
+    """Sequence first and batch first; two layers, two directions, a projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(WIDTH, WIDTH, 2, bidirectional=True, proj_size=3)
+        self.gru = nn.GRU(6, WIDTH, batch_first=True)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y_TBD, (h, c) = self.lstm(x_BTD.transpose(0, 1))
+        start = h[:1].repeat(1, 1, 3)[..., :WIDTH].contiguous() + c[-1:]
+        return x_BTD + self.gru(y_TBD.transpose(0, 1), start)[0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.block = nn.Embedding(VOCABULARY, WIDTH), RecurrentBlock()
+        self.rnn, self.head = nn.RNN(WIDTH, WIDTH, batch_first=True), nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return self.head(self.rnn(self.block(self.token(ids_BT)))[0])
+
+
 class ScaledBlock(Unit):
     """A layer scale as in vision transformers, and a gate in a list; optionally recomputed in backward."""
 
@@ -787,6 +811,7 @@ CASES = {
     "shared weights": Case(build=Shared),
     "bare parameters": Case(build=Bare),
     "leaf modules": Case(build=Leaves),
+    "recurrent": Case(build=Recurrent),
     "vision": Case(build=Vision, row_losses=square_losses, input_shape=(2, 4, 6)),
     "fewer rows than ranks": Case(build=Narrow, row_losses=square_losses),
     "routed": Case(build=Routed, one_at_a_time=True),

@@ -182,8 +182,8 @@ _REFUSED: dict[tuple[type[nn.Module], ...], str] = {
         "GroupNorm in its place, or freeze its parameters, if any, and keep it in eval mode"
     ),
     (nn.RNNBase,): (
-        "is recurrent inside one fused kernel, where the gradient of a step cannot be recorded; use attention or "
-        "convolutions, or a loop over a cell (nn.LSTMCell, nn.GRUCell)"
+        "is recurrent inside one fused kernel, where the gradient of a step cannot be recorded, and has a forward of its "
+        "own, so that no loop can stand for it; use nn.LSTM, nn.GRU or nn.RNN as they are, or a loop over a cell"
     ),
 }  # fmt: skip
 

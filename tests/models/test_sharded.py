@@ -13,8 +13,20 @@ from tests.models.sharded import SHARDINGS, SUBJECTS, Update
 from tests.models.zoo import MODELS
 from tests.oracle import Gradients, relative_error
 
-# One of each kind: tied and untied heads, custom norms, an encoder, an encoder and decoder, patches, windows.
-IN_CI = ("GPT-2", "Llama", "BERT", "T5", "Swin", "GPT-2, its own loss", "LoRA on all Linears", "BiTFiT")
+# One of each kind: tied and untied heads, custom norms, an encoder, an encoder and decoder, patches, windows, weights that
+# the program reads itself.
+IN_CI = (
+    "GPT-2",
+    "Llama",
+    "BERT",
+    "Mamba",
+    "DeBERTa",
+    "T5",
+    "Swin",
+    "GPT-2, its own loss",
+    "LoRA on all Linears",
+    "BiTFiT",
+)
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 
 

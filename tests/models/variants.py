@@ -20,8 +20,6 @@ from tests.models.zoo import (
     IMAGE,
     MODELS,
     PAD,
-    POSITIONS_READ,
-    REFUSED,
     T5,
     N,
     T,
@@ -96,15 +94,15 @@ def checkpointed(name: str) -> Subject:
 
 
 def without_position_table(name: str) -> Subject:
-    """A model that is refused for its position table, with that table frozen."""
+    """A model with the table frozen that it reads itself."""
 
     def build() -> nn.Module:
-        model = REFUSED[name][0].model()
+        model = MODELS[name].model()
         for parameter_name, parameter in model.named_parameters():
-            parameter.requires_grad_(not any(part in parameter_name for part in POSITIONS_READ))
+            parameter.requires_grad_("rel_embeddings" not in parameter_name)
         return model
 
-    return dataclasses.replace(REFUSED[name][0], model=build)
+    return dataclasses.replace(MODELS[name], model=build)
 
 
 def eager(make: Callable[..., Subject], *arguments: Any, **options: Any) -> Subject:
@@ -142,6 +140,7 @@ VARIANTS: dict[str, Subject] = {
     "GPT-2, activation checkpointing": checkpointed("GPT-2"),
     "Llama, activation checkpointing": checkpointed("Llama"),
     "T5, activation checkpointing": checkpointed("T5"),
+    "Mamba, activation checkpointing": checkpointed("Mamba"),
     "T5, masks that the first microbatch has no use for": dataclasses.replace(MODELS["T5"], batch=masked_last),
     "T5, masks that the last microbatch has no use for": dataclasses.replace(MODELS["T5"], batch=masked_first),
     "DeBERTa-v2, position table frozen": without_position_table("DeBERTa-v2"),

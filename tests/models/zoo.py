@@ -175,6 +175,10 @@ DISENTANGLED = ENCODER | {
 DISENTANGLED_V2 = DISENTANGLED | {"position_buckets": 4, "share_att_key": True, "norm_rel_ebd": "layer_norm"}
 EXPERTS = GROUPED | {"num_local_experts": 3, "num_experts_per_tok": 2}
 BY_TOKEN = {"experts_implementation": "batched_mm"}
+STATES = TOKENS | {"hidden_size": 12, "num_hidden_layers": 2, "state_size": 4}
+MAMBA2 = {
+    "mamba_n_heads": 4, "mamba_d_head": 6, "mamba_n_groups": 1, "mamba_d_state": 4, "mamba_chunk_size": 4
+}  # fmt: skip
 RESNET = {"embedding_size": 6, "hidden_sizes": [6, 8], "depths": [1, 1], "num_labels": 3}
 
 
@@ -209,6 +213,34 @@ MODELS: dict[str, Subject] = {
         GROUPED | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8} | BY_TOKEN,
         tolerance=FLOAT32,
     ),
+    "Mamba": lm("MambaForCausalLM", STATES),
+    "Mamba 2": lm("Mamba2ForCausalLM", STATES | {"num_heads": 4, "head_dim": 6, "n_groups": 1, "chunk_size": 4}),
+    "Falcon-Mamba": lm("FalconMambaForCausalLM", STATES),
+    "Jamba, batched experts": lm(
+        "JambaForCausalLM",
+        GROUPED
+        | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+        | {"num_experts": 2, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
+        | BY_TOKEN,
+    ),
+    "Bamba": lm("BambaForCausalLM", GROUPED | MAMBA2 | {"attn_layer_indices": [1]}),
+    "Falcon-H1": lm("FalconH1ForCausalLM", GROUPED | MAMBA2 | {"mamba_d_ssm": 24}),
+    "Granite 4 hybrid": lm(
+        "GraniteMoeHybridForCausalLM",
+        GROUPED
+        | MAMBA2
+        | {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 20},
+    ),
+    "LFM2": lm("Lfm2ForCausalLM", GROUPED | {"layer_types": ["conv", "full_attention"]}),
+    "Qwen3-Next, batched experts": lm(
+        "Qwen3NextForCausalLM",
+        GROUPED
+        | {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
+        | {"linear_num_value_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4, "num_experts": 3}
+        | {"num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+        | BY_TOKEN,
+        tolerance=FLOAT32,
+    ),
     "BERT": mlm("BertForMaskedLM", ENCODER),
     "BERT, classes": subject("BertForSequenceClassification", ENCODER | {"num_labels": 3}, classes, class_losses),
     "RoBERTa": mlm("RobertaForMaskedLM", ENCODER),
@@ -229,6 +261,13 @@ MODELS: dict[str, Subject] = {
     "ELECTRA": mlm("ElectraForMaskedLM", ENCODER | {"embedding_size": 8}),
     "ModernBERT": mlm(
         "ModernBertForMaskedLM", ENCODER | {"mlp_dropout": 0.0, "embedding_dropout": 0.0}, tolerance=FLOAT32
+    ),
+    "DeBERTa": subject("DebertaForSequenceClassification", DISENTANGLED, classes, class_losses),
+    "DeBERTa-v2": subject("DebertaV2ForSequenceClassification", DISENTANGLED_V2, classes, class_losses),
+    "MobileBERT": mlm(
+        "MobileBertForMaskedLM",
+        ENCODER
+        | {"embedding_size": 8, "intra_bottleneck_size": 6, "true_hidden_size": 6, "num_feedforward_networks": 2},
     ),
     "T5": subject("T5ForConditionalGeneration", T5, translation, token_losses, tolerance=FLOAT32),
     "Flan-T5": subject(
@@ -275,6 +314,22 @@ MODELS: dict[str, Subject] = {
         functools.partial(images, 16),
         class_losses,
     ),
+    "Swin v2": subject(
+        "Swinv2ForImageClassification",
+        NO_DROPOUT
+        | {
+            "image_size": 16,
+            "patch_size": 2,
+            "embed_dim": 6,
+            "depths": [2, 2],
+            "num_heads": [2, 2],
+            "window_size": 4,
+            "drop_path_rate": 0.0,
+            "num_labels": 3,
+        },
+        functools.partial(images, 16),
+        class_losses,
+    ),
     "ConvNeXt": subject(
         "ConvNextForImageClassification",
         {
@@ -295,23 +350,10 @@ MODELS: dict[str, Subject] = {
     "Wav2Vec2": subject("Wav2Vec2ForSequenceClassification", WAV2VEC2, sound, class_losses),
 }
 
-POSITIONS_READ = ("rel_embeddings",)
 REFUSED: dict[str, tuple[Subject, str]] = {
-    "DeBERTa": (
-        subject("DebertaForSequenceClassification", DISENTANGLED, classes, class_losses),
-        "rel_embeddings.weight' is used by dropout outside its own layer's forward",
-    ),
-    "DeBERTa-v2": (
-        subject("DebertaV2ForSequenceClassification", DISENTANGLED_V2, classes, class_losses),
-        "rel_embeddings.weight' is used by layer_norm outside its own layer's forward",
-    ),
     "Mixtral, other experts": (
         lm("MixtralForCausalLM", EXPERTS | {"experts_implementation": "eager"}),
         "experts.gate_up_proj' is given entries that were picked from all rows by the data",
-    ),
-    "Mamba": (
-        lm("MambaForCausalLM", TOKENS | {"hidden_size": 12, "num_hidden_layers": 2, "state_size": 4}),
-        "'backbone.layers.0.mixer.dt_proj.bias' is used by float outside its own layer's forward",
     ),
     "ResNet": (
         subject("ResNetForImageClassification", RESNET, functools.partial(images, 16), class_losses),

@@ -203,7 +203,7 @@ def test_it_is_torchs_again_after_the_engine() -> None:
     subject = private(model, sampling="external_poisson")
     assert list(model.state_dict()) == names and isinstance(model, nn.MultiheadAttention)
     subject.engine.detach()
-    assert type(model) is nn.MultiheadAttention and "_projections" not in vars(model)
+    assert type(model) is nn.MultiheadAttention and "_parts" not in vars(model)
     assert list(model.state_dict()) == names
 
 

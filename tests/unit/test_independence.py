@@ -3,9 +3,12 @@
 Seen to fail with the check left out: every coupled program below was released.
 """
 
+import copy
+import random
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fsdp_dp import PrivacyConfig, PrivacyError, UnsupportedModelError, make_private
 from fsdp_dp.independence import FirstMicrobatch, exchanged_rows
+from tests.unit.toys import ROWS, clipped_sum, private, released
 
 V, B, T = 11, 6, 5
 IGNORED = -100
+WIDTH = 3
 
 
 class Decoder(nn.Module):
@@ -458,3 +463,45 @@ def test_a_rank_without_gradients_takes_part_in_the_unchanged_pass(monkeypatch: 
     first.measured({}, torch.bfloat16)
     first.run_unchanged()
     assert first.was_measured and first._noise == 0.0
+
+
+class Masking(nn.Module):
+    """Hides positions that NumPy and Python draw, as speech models hide spans in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.hidden = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Parameter(torch.randn(WIDTH)),
+        )
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        hide = torch.from_numpy(np.random.rand(len(x), T) < 0.5)
+        hide[:, random.randrange(T)] = True
+        h[hide] = self.hidden
+        return self.last(h.tanh())
+
+
+def test_positions_that_numpy_hides() -> None:
+    """A row's gradient is that under the mask that was drawn; the program's own states go on as ever. Seen to be refused
+    where the rehearsal draws others, and to fail where it does not give the states back."""
+
+    def losses(model: nn.Module) -> Tensor:
+        np.random.seed(3)
+        random.seed(3)
+        return model(x).square().flatten(1).sum(1)
+
+    model, x = Masking(), torch.randn(ROWS, T, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    of_rows = [torch.autograd.grad(loss, list(plain.parameters()), retain_graph=True) for loss in losses(plain)]
+    after = np.random.rand(), random.random()
+    expected = clipped_sum(torch.stack([torch.cat([g.flatten() for g in of_row]) for of_row in of_rows]))
+    subject = private(model, sampling="external_poisson")
+    losses(model).mean().backward()
+    found = released(subject)
+    assert (np.random.rand(), random.random()) == after
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)

@@ -242,12 +242,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "hidden parameter": (lambda: Hidden(False), "does not read from its own attribute"),
     "hidden view": (lambda: Hidden(True), "does not read from its own attribute"),
     "weight norm": (with_weight_norm, "pre-hook.*parametrizations"),
-    "lstm": (lambda: nn.LSTM(D, D, batch_first=True), "LSTM is recurrent"),
-    "gru": (lambda: nn.GRU(D, D), "GRU is recurrent"),
-    "rnn": (lambda: nn.RNN(D, D), "RNN is recurrent"),
+    "recurrent, with a forward of its own": (lambda: Skipping(D, D, batch_first=True), "Skipping is recurrent"),
     "batch norm": (lambda: nn.BatchNorm1d(T), r"replace_batch_norm\(model\)"),
     "replaced forward": (lambda: replaced(), "make it a class"),
 }  # fmt: skip
+
+
+class Skipping(nn.LSTM):
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        return super().forward(input, hx)[0] + input
 
 
 def replaced() -> nn.Module:

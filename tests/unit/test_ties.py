@@ -95,6 +95,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear and its transpose": lambda: Tied(in_turn, nn.Linear(D, D), Conv1D(D, D)),
     "linear and leaf": lambda: Tied(in_turn, nn.Linear(D, D), Product()),
     "two leaves and a linear": lambda: Tied(in_turn, Product(), nn.Linear(D, D), Product()),
+    "encoder and its transpose, by a function": lambda: Tied(
+        lambda m, x, ids: F.linear(m.layers[0](x), m.layers[0].weight.T), nn.Linear(D, D)
+    ),
+    "table and head, by a function": lambda: Tied(lambda m, x, ids: F.linear(x, m.token.weight)),
     "table and head": lambda: Tied(with_table, nn.Embedding(V, D, padding_idx=1), nn.Linear(D, V)),
     "leaf table and head": lambda: Tied(with_table, Look(), nn.Linear(D, V)),
     "table, leaf table and head": lambda: Tied(
@@ -196,14 +200,6 @@ def test_release_is_the_oracles(name: str) -> None:
         row_loss(model, part).backward()
     subject.optimizer.step()
     torch.testing.assert_close(flat(moved(model, before)), expected, rtol=1e-9, atol=1e-11)
-
-
-def test_a_layers_weight_used_by_another_function_is_refused() -> None:
-    """The decoder of an autoencoder that takes its encoder's weight."""
-    model = Tied(lambda m, x, ids: F.linear(m.layers[0](x), m.layers[0].weight.T), nn.Linear(D, D))
-    private(model, sampling="external_poisson")
-    with pytest.raises(UnsupportedModelError, match="outside its own layer"):
-        model(IDS)
 
 
 def test_bags_by_offsets_are_refused() -> None:

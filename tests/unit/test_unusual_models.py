@@ -96,6 +96,9 @@ EXACT: dict[str, tuple[Make, Use]] = {
     "over positions": (lambda: {"c": nn.Linear(T, T)}, lambda m, h: m.c(h.mT).mT),
     "bilinear": (lambda: {"c": nn.Bilinear(D, D, D)}, lambda m, h: m.c(h, h.sin())),
     "prelu": (lambda: {"c": nn.PReLU(D)}, lambda m, h: m.c(h.mT).mT),
+    "recurrence along the rows' own steps": (
+        lambda: {"c": nn.GRU(D, D, batch_first=True)}, lambda m, h: m.c(h)[0] + m.c(h.mT.mT, m.c(h)[1])[0]
+    ),
     "cells": (lambda: {"c": nn.LSTMCell(D, D)}, cells),
     "gradient reversal": (dict, lambda m, h: Reversed.apply(h)),
     "bags": (lambda: {"c": nn.EmbeddingBag(9, D)}, lambda m, h: h + m.c(ids(h))[:, None]),
@@ -126,7 +129,7 @@ REFUSED: dict[str, tuple[Make, Use, str]] = {
     "features are rows": (
         lambda: {"c": nn.Linear(ROWS, ROWS)}, lambda m, h: m.c(h.transpose(0, 2)).transpose(0, 2), "told apart by row"
     ),
-    "fused recurrence": (lambda: {"c": nn.GRU(D, D)}, lambda m, h: m.c(h)[0], "recurrent"),
+    "recurrence along rows": (lambda: {"c": nn.GRU(D, D)}, lambda m, h: m.c(h)[0], "told apart by row"),
     "dropped weights": (lambda: {"c": DropConnect(D, D)}, lambda m, h: m.c(h), "draws random numbers"),
     "table that forward rewrites": (
         lambda: {"c": nn.Embedding(9, D, max_norm=0.5)}, lambda m, h: h + m.c(ids(h)), "max_norm"
@@ -196,7 +199,10 @@ def test_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("parameter", "message"),
-    [(torch.zeros(0), "'p': it has no elements"), (torch.zeros(2, dtype=torch.complex64), "'p': it is torch.complex64")],
+    [
+        (torch.zeros(0), "'p': it has no elements"),
+        (torch.zeros(2, dtype=torch.complex64), "'p': it is torch.complex64"),
+    ],
 )
 def test_parameters_that_cannot_be_clipped_are_named(parameter: Tensor, message: str) -> None:
     model = nn.Sequential(nn.Linear(2, 2))

@@ -1,0 +1,200 @@
+"""A layer's parameter that the program reads itself: exact in every combination with the layer's own calls, or refused.
+
+`test_release_is_the_oracles` was seen to fail where the layer's own forward gets shared values too, where one that is run
+again row by row does, and where it is forgotten which layers were read.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fsdp_dp import UnsupportedModelError
+from tests.unit.toys import ROWS, Private, clipped_sum, flat, moved, private, row_gradients, values
+
+T, D = 4, 3
+
+
+class Leaf(nn.Module):
+    """Without a rule: run again row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight).sin()
+
+
+class Reader(nn.Module):
+    def __init__(self, use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.use = use
+        self.first, self.last, self.leaf = nn.Linear(D, D), nn.Linear(D, D), Leaf()
+        self.norm, self.table, self.conv = nn.LayerNorm(D), nn.Embedding(T, D), nn.Conv1d(D, D, 3, groups=D, padding=1)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.use(self, torch.tanh(self.first(x))))
+
+
+def _convolved(m: Any, x: Tensor) -> Tensor:
+    """As state-space models do it where their kernels are missing."""
+    windows = F.pad(x, (0, 0, 1, 1)).unfold(1, 3, 1)
+    return (windows * m.conv.weight.squeeze(1)).sum(-1) + m.conv.bias
+
+
+def _scaled_in_place(m: Any, x: Tensor) -> Tensor:
+    keys = m.norm(m.table.weight).unsqueeze(0).permute(0, 2, 1)
+    keys /= torch.sqrt(torch.tensor(3.0, dtype=torch.float64))
+    return x @ (x.mT @ keys.mT.relu())
+
+
+def _with_a_view_of_what_is_written(m: Any, x: Tensor) -> Tensor:
+    values = m.first(m.table.weight)
+    part = values[:, :1]
+    values.mul_(2.0)
+    return x * part
+
+
+USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "beside its layer": lambda m, x: F.linear(m.first(x), m.first.weight),
+    "alone": lambda m, x: F.linear(x, m.norm.weight.diag(), m.norm.bias),
+    "transposed": lambda m, x: x @ m.first.weight.T,
+    "its forward, not called": lambda m, x: m.first.forward(x),
+    "bias": lambda m, x: x + m.first.bias.float().double(),
+    "of a leaf": lambda m, x: m.leaf(x) + x @ m.leaf.weight,
+    "a table as a layer's input": lambda m, x: x + m.norm(m.table.weight),
+    "a table, dropout first": lambda m, x: x + m.norm(F.dropout(m.table.weight, 0.0, training=True)),
+    "a kernel": _convolved,
+    "written in place": _scaled_in_place,
+    "written in place, seen in a view": _with_a_view_of_what_is_written,
+    "an activation in place": lambda m, x: x + F.relu(m.first(m.table.weight), inplace=True),
+    "shape and type only": lambda m, x: x.to(m.first.weight.dtype).reshape(-1, T, m.last.weight.shape[0]),
+    "read twice": lambda m, x: F.linear(x, m.first.weight) * F.linear(x, m.first.weight),
+    "recomputed": lambda m, x: checkpoint(lambda h: F.linear(m.first(h), m.first.weight), x, use_reentrant=False),
+    "detached": lambda m, x: x + m.first.weight.detach().norm() + m.first.weight.data.mean(),
+    "by a hook of its layer": lambda m, x: m.first(x),
+    "converted to the type that it has": lambda m, x: m.first.to(torch.float64)(x),
+}
+
+
+def model(name: str) -> Reader:
+    made = Reader(USES[name])
+    if "hook" in name:
+        made.first.register_forward_hook(lambda module, args, output: output + args[0] @ module.weight)
+    return made
+
+
+def row_loss(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).sin().flatten(1).sum(1).mean()
+
+
+def rows() -> Tensor:
+    return torch.randn(ROWS, T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def released(subject: Private, microbatch: int) -> Tensor:
+    before = values(subject.model)
+    for part in rows().split(microbatch):
+        row_loss(subject.model, part).backward()
+    subject.step()
+    return flat(moved(subject.model, before))
+
+
+@pytest.mark.parametrize("microbatches", [(4, 4, 1), (1, 1, 4)], ids=str)
+@pytest.mark.parametrize("name", USES)
+def test_release_is_the_oracles(name: str, microbatches: tuple[int, ...]) -> None:
+    subject = private(model(name), sampling="external_poisson")
+    for microbatch in microbatches:  # the second release's forwards are not watched, the third's are again
+        expected = clipped_sum(row_gradients(_as_now(name, subject.model), row_loss, rows())) / ROWS
+        torch.testing.assert_close(released(subject, microbatch), expected, rtol=1e-9, atol=1e-11)
+    kinds = {type(layer).__name__ for layer in subject.model.children()}
+    subject.engine.detach()
+    assert {type(layer) for layer in subject.model.children()} == {
+        nn.Linear,
+        Leaf,
+        nn.LayerNorm,
+        nn.Embedding,
+        nn.Conv1d,
+    }
+    assert kinds == {layer.__name__ for layer in (nn.Linear, Leaf, nn.LayerNorm, nn.Embedding, nn.Conv1d)}
+
+
+def _as_now(name: str, trained: nn.Module) -> nn.Module:
+    plain = model(name)
+    plain.load_state_dict(copy.deepcopy(trained.state_dict()))
+    return plain
+
+
+def test_only_what_was_used_is_recorded() -> None:
+    """Models ask for a layer's type all the time, which must not cost a tap."""
+    subject = private(model("shape and type only"), sampling="external_poisson")
+    row_loss(subject.model, rows()).backward()
+    assert not any(hasattr(type(layer), "weight") for layer in subject.model.children())
+
+
+def _moved(m: Any, x: Tensor) -> Tensor:
+    m.table.weight.data.lerp_(x.detach().mean(0), 0.1)
+    return x + m.table.weight
+
+
+class Codebook(nn.Module):
+    """Entries on a module with children, which are moved to the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.entries = nn.Linear(D, D), nn.Parameter(torch.zeros(D))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        self.entries.data += h.detach().mean((0, 1))
+        return h + self.entries
+
+
+@pytest.mark.parametrize("of", ["layer", "bare"])
+def test_parameters_that_forward_writes_are_refused(of: str) -> None:
+    """The mean of all rows would be in the weights without any noise. Seen to be released without a look at writes."""
+    subject = private(Reader(_moved) if of == "layer" else Codebook(), sampling="external_poisson")
+    with pytest.raises(UnsupportedModelError, match=r"'(table.weight|entries)' is written by (lerp_|add_)"):
+        row_loss(subject.model, rows())
+    subject.engine.discard()
+
+
+def _written_after_a_copy(m: Any, x: Tensor) -> Tensor:
+    table = m.table.weight.expand(2, T, D)
+    flat = table.view(2 * T, D)
+    flat.mul_(2.0)
+    return x + table[0] + flat[:T]
+
+
+def _written_and_seen(m: Any, x: Tensor) -> Tensor:
+    positions = m.table(torch.arange(T))
+    part = positions[:1]
+    positions.mul_(2.0)
+    return x + part
+
+
+REFUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "in memory that is shared": _written_after_a_copy,
+    "in memory that is shared, and seen": _written_and_seen,
+    "transform": lambda m, x: torch.vmap(lambda row: F.linear(row, m.first.weight))(x),
+    "kept from __init__": lambda m, x: F.linear(x, m.kept[0]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name: str) -> None:
+    reader = Reader(REFUSED[name])
+    reader.kept = [reader.first.weight]
+    subject = private(reader, sampling="external_poisson")
+    with pytest.raises(UnsupportedModelError, match=r"'(first\.weight|table\.weight|table)' is used by"):
+        row_loss(subject.model, rows())
+    subject.engine.discard()
