@@ -31,6 +31,7 @@ class OutsideReads:
         taps: of the layers.
         active: whether the program that reads a parameter now is the model's training forward.
         share: a parameter, carried once a row behind a tap of its own.
+        without_gradient: whether it is read where no gradient is recorded.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class OutsideReads:
         meetings: Meetings,
         active: Callable[[], bool],
         share: Callable[[str, Tensor], SharedValue],
+        without_gradient: Callable[[], bool],
     ) -> None:
         self._taps, self._meetings, self._active, self._share = taps, meetings, active, share
+        self._without_gradient = without_gradient
         self._running: Sequence[nn.Module] = taps.running
         self._names: dict[nn.Module, dict[str, str]] = {}
         for (layer, attribute), name in sites.items():
@@ -87,7 +90,15 @@ class OutsideReads:
         def is_outside() -> bool:
             running = self._running[-1] if self._running else None
             by_leaf = running is not None and running in self._names and not has_rule(running)
-            return running is not layer and not by_leaf and not runs_again() and self._active()
+            return running is not layer and not by_leaf and not runs_again()
 
-        attributes = {a: shared_attribute(name, a, is_outside, share) for a, name in self._names[layer].items()}
+        def active() -> bool:
+            return is_outside() and self._active()
+
+        def without_gradient() -> bool:  # it need not be noted: in other forwards the parameter itself is as constant
+            return is_outside() and self._without_gradient()
+
+        attributes = {
+            a: shared_attribute(name, a, active, share, without_gradient) for a, name in self._names[layer].items()
+        }
         return derived(type(layer), attributes)

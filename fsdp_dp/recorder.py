@@ -26,7 +26,7 @@ from fsdp_dp.outside_reads import OutsideReads
 from fsdp_dp.records import NO_CALL, Call, Layout, Record, Report
 from fsdp_dp.row_layouts import RowLayouts
 from fsdp_dp.sharding.base import ShardedModel
-from fsdp_dp.shared_values import Meetings, SharedValue, is_marked
+from fsdp_dp.shared_values import Meetings, SharedValue, inside_custom_function, is_marked
 from fsdp_dp.taps import (
     Bare,
     FreezeWindow,
@@ -81,9 +81,13 @@ class Recorder:
             layers, keeps, self._start_record, self._share_output, self._is_plain, lambda: self.meetings.rows,
             model.root, lambda: self.meetings.learning,
         )  # fmt: skip
-        self._shared_parameters = SharedParameters(bare, self._is_sharing, self._share_parameter)
+        self._shared_parameters = SharedParameters(
+            bare, self._is_sharing, self._share_parameter, self._is_without_gradient
+        )
         sites = {site: name for site, name in model.names.items() if site[0] in self._attributes}
-        self._outside_reads = OutsideReads(sites, self._taps, self.meetings, self._is_sharing, self._share_parameter)
+        self._outside_reads = OutsideReads(
+            sites, self._taps, self.meetings, self._is_sharing, self._share_parameter, self._is_without_gradient
+        )
         self._habits: dict[str, Habit] = {}
         self._report = self._record  # bound once: the garbage collector counts what every tap keeps
         self._same_for_all_rows: set[str] = set()
@@ -246,6 +250,10 @@ class Recorder:
     def _is_sharing(self) -> bool:
         """Whether the program that reads a bare parameter now is the model's training forward, or a part run again."""
         return torch.is_grad_enabled() and (self.in_forward or recomputing())
+
+    def _is_without_gradient(self) -> bool:
+        """Whether it reads it under ``torch.no_grad()``, and not within a function whose backward may give it a gradient."""
+        return self.in_forward and not torch.is_grad_enabled() and not inside_custom_function()
 
     def _share_parameter(self, name: str, parameter: Tensor) -> SharedValue:
         """A parameter that the program reads itself, carried once a row behind a tap."""

@@ -56,7 +56,7 @@ _ACTIVATIONS = frozenset("relu relu6 elu selu celu leaky_relu rrelu silu hardswi
 _JOINING = frozenset({"cat", "concat", "concatenate", "stack"})
 _ROWWISE = frozenset(
     "linear matmul __matmul__ __rmatmul__ bmm embedding layer_norm group_norm rms_norm prelu bilinear "
-    "conv1d conv2d conv3d cdist".split()
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d cdist".split()
 )
 _OF_ROWS = frozenset({"lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "cdist"})
 """Of values that the program expanded to the rows."""
@@ -175,7 +175,7 @@ class SharedValue(Tensor):
         name = function_name(func)
         if name in METADATA:
             return super().__torch_function__(func, types, args, kwargs)
-        if not torch.is_grad_enabled() and _inside_custom_function():
+        if not torch.is_grad_enabled() and inside_custom_function():
             shared = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, SharedValue))
             raise _unsupported(shared, "a torch.autograd.Function")
         return _Use(func, name, args, kwargs).result()
@@ -204,7 +204,7 @@ def unwrapped(tree: Any) -> Any:
     return tree_map(lambda x: x.per_row if isinstance(x, SharedValue) else x, tree)
 
 
-def _inside_custom_function() -> bool:
+def inside_custom_function() -> bool:
     """Whether a `torch.autograd.Function` of the program runs forward, from which no gradient comes back to a row's value."""
     frame: Any = sys._getframe(2)
     while frame is not None:

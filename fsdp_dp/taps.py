@@ -394,12 +394,18 @@ class SharedParameters:
     """
 
     def __init__(
-        self, bare: Sequence[Bare], active: Callable[[], bool], share: Callable[[str, Tensor], SharedValue]
+        self,
+        bare: Sequence[Bare],
+        active: Callable[[], bool],
+        share: Callable[[str, Tensor], SharedValue],
+        without_gradient: Callable[[], bool],
     ) -> None:
         self._classes: dict[nn.Module, type[nn.Module]] = {}
         owners: dict[nn.Module, dict[str, Any]] = {}
         for p in bare:
-            owners.setdefault(p.owner, {})[p.attribute] = shared_attribute(p.name, p.attribute, active, share)
+            owners.setdefault(p.owner, {})[p.attribute] = shared_attribute(
+                p.name, p.attribute, active, share, without_gradient
+            )
         for owner, attributes in owners.items():
             kind = self._classes[owner] = type(owner)
             owner.__class__ = type(kind.__name__, (kind,), {**attributes, "__module__": kind.__module__})
@@ -410,18 +416,27 @@ class SharedParameters:
 
 
 def shared_attribute(
-    name: str, attribute: str, active: Callable[[], bool], share: Callable[[str, Tensor], SharedValue]
+    name: str,
+    attribute: str,
+    active: Callable[[], bool],
+    share: Callable[[str, Tensor], SharedValue],
+    without_gradient: Callable[[], bool],
 ) -> property:
-    """A parameter's place on a module, which gives a shared value while ``active``."""
+    """A parameter's place on a module, which gives a shared value while ``active``, and ``without_gradient`` a constant."""
 
     def read(module: nn.Module) -> Any:
         value = raw_attribute(module, attribute)
         if value is _ABSENT:
             raise AttributeError(attribute)
         by_fsdp = "/torch/distributed/" in _reader()
-        if by_fsdp or not isinstance(value, Tensor) or isinstance(value, SharedValue) or not active():
+        if by_fsdp or not isinstance(value, Tensor) or isinstance(value, SharedValue):
             return value
-        return share(name, value)
+        if active():
+            return share(name, value)
+        if without_gradient():
+            with torch._C.DisableTorchFunction():  # no use of the parameter that the watch should look at
+                return value.detach()
+        return value
 
     def write(module: nn.Module, value: Any) -> None:
         module.__dict__[attribute] = value  # parameters go to nn.Module's own registry and do not come here

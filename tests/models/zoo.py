@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tests.agreement import Batch, Subject
 
 N, T, V, PAD = 5, 6, 29, 1
+PICTURE = V  # a token
 FLOAT32 = 1e-5  # where a model computes in float32 whatever its weights are
 
 TOKENS = {"vocab_size": V, "pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 3}
@@ -77,6 +78,17 @@ def translation() -> Batch:
 def images(size: int = 8) -> Batch:
     pixels = torch.randn(N, 3, size, size, generator=random(), dtype=torch.float64)
     return {"pixel_values": pixels, "labels": torch.arange(N) % 3}
+
+
+def pictures_and_text() -> Batch:
+    """Four tokens that stand for the picture's patches, then text."""
+    batch, front = language(), torch.full((N, 4), PICTURE)
+    return {
+        "input_ids": torch.cat([front, batch["input_ids"]], 1),
+        "attention_mask": torch.cat([torch.ones_like(front), batch["attention_mask"]], 1),
+        "labels": torch.cat([torch.full_like(front, -100), batch["labels"]], 1),
+        "pixel_values": images()["pixel_values"],
+    }
 
 
 def pixels() -> Batch:
@@ -179,6 +191,12 @@ STATES = TOKENS | {"hidden_size": 12, "num_hidden_layers": 2, "state_size": 4}
 MAMBA2 = {
     "mamba_n_heads": 4, "mamba_d_head": 6, "mamba_n_groups": 1, "mamba_d_state": 4, "mamba_chunk_size": 4
 }  # fmt: skip
+LLAVA = {
+    "text_config": GROUPED | {"model_type": "llama", "vocab_size": V + 1},
+    "vision_config": SIZES | {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4},
+    "image_token_id": PICTURE,
+    "vision_feature_layer": -1,
+}
 RESNET = {"embedding_size": 6, "hidden_sizes": [6, 8], "depths": [1, 1], "num_labels": 3}
 
 
@@ -241,6 +259,33 @@ MODELS: dict[str, Subject] = {
         | BY_TOKEN,
         tolerance=FLOAT32,
     ),
+    "Gemma 2": lm("Gemma2ForCausalLM", WIDE_GROUPED, tolerance=FLOAT32),
+    "Granite": lm("GraniteForCausalLM", GROUPED, tolerance=FLOAT32),
+    "Falcon": lm("FalconForCausalLM", TEXT | {"new_decoder_architecture": True, "num_kv_heads": 1}),
+    "MPT": lm("MptForCausalLM", TOKENS | {"d_model": 12, "n_heads": 2, "n_layers": 2, "max_seq_len": 16}),
+    "StarCoder2": lm(
+        "Starcoder2ForCausalLM", TEXT | {"num_key_value_heads": 1, "residual_dropout": 0.0, "embedding_dropout": 0.0}
+    ),
+    "Cohere 2": lm("Cohere2ForCausalLM", TEXT | {"num_key_value_heads": 1}, tolerance=FLOAT32),
+    "RWKV": lm("RwkvForCausalLM", TOKENS | {"hidden_size": 12, "num_hidden_layers": 2, "context_length": 16}),
+    "OLMoE, batched experts": lm(
+        "OlmoeForCausalLM", TEXT | {"num_experts": 3, "num_experts_per_tok": 2} | BY_TOKEN, tolerance=FLOAT32
+    ),
+    "GPT-OSS, batched experts": lm(
+        "GptOssForCausalLM",
+        EXPERTS | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4} | BY_TOKEN,
+        tolerance=FLOAT32,
+    ),
+    "DeepSeek-V3, batched experts": lm(
+        "DeepseekV3ForCausalLM",
+        TEXT
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1}
+        | {"q_lora_rank": 6, "kv_lora_rank": 6, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 6}
+        | {"moe_intermediate_size": 8, "first_k_dense_replace": 1, "num_key_value_heads": 2}
+        | BY_TOKEN,
+        tolerance=FLOAT32,
+    ),
+    "LLaVA": subject("LlavaForConditionalGeneration", LLAVA, pictures_and_text, next_token_losses, tolerance=FLOAT32),
     "BERT": mlm("BertForMaskedLM", ENCODER),
     "BERT, classes": subject("BertForSequenceClassification", ENCODER | {"num_labels": 3}, classes, class_losses),
     "RoBERTa": mlm("RobertaForMaskedLM", ENCODER),
@@ -264,6 +309,15 @@ MODELS: dict[str, Subject] = {
     ),
     "DeBERTa": subject("DebertaForSequenceClassification", DISENTANGLED, classes, class_losses),
     "DeBERTa-v2": subject("DebertaV2ForSequenceClassification", DISENTANGLED_V2, classes, class_losses),
+    "LayoutLMv3": subject(
+        "LayoutLMv3ForSequenceClassification",
+        ENCODER
+        | {"num_labels": 3, "max_2d_position_embeddings": 16, "coordinate_size": 2, "shape_size": 2}
+        | {"visual_embed": False, "has_relative_attention_bias": True, "has_spatial_attention_bias": True}
+        | {"rel_pos_bins": 4, "rel_2d_pos_bins": 4},
+        classes,
+        class_losses,
+    ),
     "MobileBERT": mlm(
         "MobileBertForMaskedLM",
         ENCODER
@@ -344,10 +398,20 @@ MODELS: dict[str, Subject] = {
         functools.partial(images, 16),
         class_losses,
     ),
+    "SegFormer": subject(
+        "SegformerForImageClassification",
+        {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [6, 8], "num_labels": 3}
+        | {"patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}
+        | {"drop_path_rate": 0.0, "classifier_dropout_prob": 0.0}
+        | NO_DROPOUT,
+        functools.partial(images, 16),
+        class_losses,
+    ),
     "CLIP text": subject("CLIPTextModel", TEXT, tokens, pooled_losses),
     "CLIP vision": subject("CLIPVisionModel", SIZES | {"image_size": 8, "patch_size": 4}, pixels, pooled_losses),
     "SigLIP vision": subject("SiglipVisionModel", SIZES | {"image_size": 8, "patch_size": 4}, pixels, pooled_losses),
     "Wav2Vec2": subject("Wav2Vec2ForSequenceClassification", WAV2VEC2, sound, class_losses),
+    "HuBERT": subject("HubertForSequenceClassification", WAV2VEC2, sound, class_losses),
 }
 
 REFUSED: dict[str, tuple[Subject, str]] = {

@@ -37,6 +37,7 @@ class Reader(nn.Module):
         torch.manual_seed(0)
         self.use = use
         self.first, self.last, self.leaf = nn.Linear(D, D), nn.Linear(D, D), Leaf()
+        self.scale = nn.Parameter(torch.ones(D))
         self.norm, self.table, self.conv = nn.LayerNorm(D), nn.Embedding(T, D), nn.Conv1d(D, D, 3, groups=D, padding=1)
         self.double()
 
@@ -63,6 +64,13 @@ def _with_a_view_of_what_is_written(m: Any, x: Tensor) -> Tensor:
     return x * part
 
 
+def _without_gradient(m: Any, x: Tensor) -> Tensor:
+    """As LayoutLMv3 reads its tables of positions."""
+    with torch.no_grad():
+        bias = m.first.weight.t()[torch.arange(T) % D].mean(1, keepdim=True) * m.scale
+    return m.first(x) * m.scale + bias
+
+
 USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "beside its layer": lambda m, x: F.linear(m.first(x), m.first.weight),
     "alone": lambda m, x: F.linear(x, m.norm.weight.diag(), m.norm.bias),
@@ -80,6 +88,7 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "read twice": lambda m, x: F.linear(x, m.first.weight) * F.linear(x, m.first.weight),
     "recomputed": lambda m, x: checkpoint(lambda h: F.linear(m.first(h), m.first.weight), x, use_reentrant=False),
     "detached": lambda m, x: x + m.first.weight.detach().norm() + m.first.weight.data.mean(),
+    "without a gradient": _without_gradient,
     "by a hook of its layer": lambda m, x: m.first(x),
     "converted to the type that it has": lambda m, x: m.first.to(torch.float64)(x),
 }
@@ -182,10 +191,29 @@ def _written_and_seen(m: Any, x: Tensor) -> Tensor:
     return x + part
 
 
+def _product(x: Tensor, m: Any) -> Tensor:
+    return F.linear(x, m.first.weight)
+
+
+class Product(torch.autograd.Function):
+    """Reads the weight itself, where torch records nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
+        ctx.save_for_backward(layer.weight)
+        return x @ layer.weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g @ ctx.saved_tensors[0], None
+
+
 REFUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "in memory that is shared": _written_after_a_copy,
     "in memory that is shared, and seen": _written_and_seen,
     "transform": lambda m, x: torch.vmap(lambda row: F.linear(row, m.first.weight))(x),
+    "without a graph, recomputed": lambda m, x: checkpoint(_product, x, m, use_reentrant=True),
+    "in a function of autograd": lambda m, x: Product.apply(x, m.first),
     "kept from __init__": lambda m, x: F.linear(x, m.kept[0]),
 }
 
@@ -195,6 +223,7 @@ def test_refused_by_name(name: str) -> None:
     reader = Reader(REFUSED[name])
     reader.kept = [reader.first.weight]
     subject = private(reader, sampling="external_poisson")
-    with pytest.raises(UnsupportedModelError, match=r"'(first\.weight|table\.weight|table)' is used by"):
-        row_loss(subject.model, rows())
+    told = r"'(first\.weight|table\.weight|table)' is (used by|recomputed in backward)"
+    with pytest.raises(UnsupportedModelError, match=told):
+        row_loss(subject.model, rows()).backward()
     subject.engine.discard()

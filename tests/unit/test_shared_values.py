@@ -90,6 +90,7 @@ USES: dict[str, tuple[tuple[int, ...], Callable[..., Tensor], tuple[Tensor, ...]
     "distances": ((6, D), lambda p, x: torch.cdist(x, p), (X,)),
     "layer norm": ((D,), lambda p, x: F.layer_norm(x, (D,), p), (X,)),
     "convolution": ((6, T, 3), lambda p, x: F.conv1d(x, p, padding=1), (X,)),
+    "transposed convolution": ((T, 6, 3), lambda p, x: F.conv_transpose1d(x, p, stride=2, groups=1), (X,)),
     "addcmul": ((D,), lambda p, x: torch.addcmul(x, x, p), (X,)),
     "in parts": ((2, D), lambda p, x: x * p.chunk(2, 0)[1][0] + p.unbind(0)[0], (X,)),
     "lookup of functional embedding": ((6, D), lambda p, ids: F.embedding(ids, p) * 1.0, (IDS,)),
