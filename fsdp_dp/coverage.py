@@ -38,7 +38,7 @@ def tapped_layers(model: ShardedModel) -> tuple[dict[str, nn.Module], list[Bare]
             layers |= _placed(name, module, parts, model)
             problems += [f"  '{name}': {reason}"] if reason else []
             continue
-        if not has_rule(module) and (isinstance(module, _CONTAINERS) or next(module.children(), None) is not None):
+        if not has_rule(module) and (next(module.children(), None) is not None or _is_bare(module)):
             bare += [Bare(model.names[module, attribute], module, attribute) for attribute in owners[module]]
             continue
         layers[name] = module
@@ -90,6 +90,14 @@ def _placed(name: str, module: nn.Module, parts: Mapping[str, Part], model: Shar
 
 
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
+_CALLS_LAYERS = frozenset({"peft.tuners.lora.dora.DoraLinearLayer"})
+"""Modules without children that are given layers to call, so that their forward cannot be run again alone."""
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether the parameters of a module without children are followed through what is done with them."""
+    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__}
+    return isinstance(module, _CONTAINERS) or bool(names & _CALLS_LAYERS)
 
 
 def _is_training_batch_norm(module: nn.Module) -> bool:

@@ -90,7 +90,8 @@ class Recorder:
         )
         self._habits: dict[str, Habit] = {}
         self._report = self._record  # bound once: the garbage collector counts what every tap keeps
-        self._same_for_all_rows: set[str] = set()
+        self._same_for_all_rows: dict[str, set[tuple[int, ...]]] = {}
+        """Layers that were given what is the same for all rows, and with how many dimensions: they may be given rows, too."""
         self._looks_at_shapes: set[str] = set()
 
     @property
@@ -219,13 +220,14 @@ class Recorder:
             return None
         if any(isinstance(x, DTensor) for x in inputs):
             return None  # under tensor parallelism every input needs the batch, or its layout is refused
+        dimensions = tuple(x.ndim for x in inputs)
         if self.meetings.learning and not any(map(is_marked, inputs)) and not self._has_equal_rows(inputs):
-            self._same_for_all_rows.add(layer)
+            self._same_for_all_rows.setdefault(layer, set()).add(dimensions)
         if self.meetings.learning and not any(map(is_marked, outputs)):
             self._looks_at_shapes.add(layer)
         if layer in self._looks_at_shapes and any(x.ndim and x.shape[0] % self.meetings.rows for x in outputs):
             return self._sharing(layer)
-        return self._sharing(layer) if layer in self._same_for_all_rows else None
+        return self._sharing(layer) if dimensions in self._same_for_all_rows.get(layer, ()) else None
 
     def _is_plain(self, layer: str) -> bool:
         """Whether `_share_output` would find nothing in tensors that are no shared values, nor picked from rows."""

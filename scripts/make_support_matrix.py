@@ -121,7 +121,7 @@ Frozen parameters cost no norm, no memory and no noise. What is trained may chan
 ([usage.md](usage.md#saving-and-resuming)).
 
 {adapted}
-DoRA is refused: it reads its adapters behind their layers' backs.
+DoRA is exact on Linears; on embeddings and GPT-2's `Conv1D` it is refused.
 
 ## `accelerate` and the `Trainer`
 

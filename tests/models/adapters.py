@@ -52,6 +52,8 @@ ADAPTED: dict[str, Subject] = {
     "LoRA on embeddings": with_lora("GPT-NeoX", target_modules=[*QKV, "embed_in"]),
     "LoRA and biases": with_lora("GPT-NeoX", target_modules=QKV, bias="all"),
     "LoRA, rank-stabilized": with_lora("GPT-NeoX", target_modules=QKV, use_rslora=True),
+    "DoRA on attention": with_lora("GPT-NeoX", target_modules=QKV, use_dora=True),
+    "DoRA on all Linears": with_lora("Llama", target_modules="all-linear", use_dora=True),
     "LoRA, modules to save": with_lora(
         "BERT, classes", target_modules=["query", "value"], modules_to_save=["classifier", "LayerNorm"]
     ),

@@ -39,10 +39,10 @@ def test_placement_after_attachment_is_refused(monkeypatch: pytest.MonkeyPatch) 
         loss_of(subject, model, subject.batch())
 
 
-def test_dora_is_refused() -> None:
-    """Its magnitude is divided by a norm of the adapted weight, which it computes behind the layers' backs."""
-    model = with_lora("GPT-NeoX", target_modules=QKV, use_dora=True).model()
-    with pytest.raises(UnsupportedModelError, match=r"lora_magnitude_vector|lora_[AB]"):
+def test_dora_of_embeddings_is_refused() -> None:
+    """Its magnitude is divided by a norm of the adapted table, of which there may be as many as rows of the batch."""
+    model = with_lora("GPT-NeoX", target_modules=[*QKV, "embed_in"], use_dora=True).model()
+    with pytest.raises(UnsupportedModelError, match=r"lora_(magnitude_vector|embedding_[AB]|[AB])"):
         engine = make_private(model, config(max_grad_norm=1.0))
         subject = MODELS["GPT-NeoX"]
         loss_of(subject, model, subject.batch()).backward()
