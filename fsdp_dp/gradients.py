@@ -306,11 +306,11 @@ class OuterProduct:
         return NormTerms.unstack(torch.cat(parts, dim=1))
 
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
-        if self.is_fused:
-            return fused.weighted_outer(self.a_BTD, self.g_BTP, _kept(weight_B, keep_B).to(self.dtype))
+        if self.is_fused and weight_B.dtype == self.dtype:
+            return fused.weighted_outer(self.a_BTD, self.g_BTP, _kept(weight_B, keep_B))
         a = _kept(self.a_BTD, keep_B).flatten(0, 1)
         scaled = (_kept(self.g_BTP, keep_B) * weight_B.to(self.dtype)[:, None, None]).flatten(0, 1)
-        if not on_tensor_cores(a):
+        if self.is_fused or not on_tensor_cores(a):  # the kernels' norms leave no room for a factor in two parts
             return product(scaled.T, a)
         high, low = split_bfloat16(scaled)
         return product(high.T, a).add_(product(low.T, a))
@@ -682,10 +682,12 @@ def weighted_sums(
 
     Weights are ``[B]``, the same for all, or ``[K, B]``, of which each takes its owner's. A weight is zero for rows that are
     not kept, as `clipping.RowWeights` has it: all that kernels ask about them. Sums that kernels make are written to their
-    place ``into``, if there is one (see `fused.weighted_outers`).
+    place ``into``, if there is one (see `fused.weighted_outers`). Kernels take weights of the
+    gradients' own format: those of float64 sums may be too far apart for quotients in float32.
     """
     into = into or {}
-    together = {n: g for n, g in gradients.items() if isinstance(g, OuterProduct) and g.is_fused}
+    alike = weight_KB.dtype
+    together = {n: g for n, g in gradients.items() if isinstance(g, OuterProduct) and g.is_fused and g.dtype == alike}
     small = {n: g.value for n, g in gradients.items() if n not in together and _is_small(g)}  # type: ignore[attr-defined]
     others = {n: g for n, g in gradients.items() if n not in together and n not in small}
     rows = [(weight_KB, keep_KB)] if owners is None else list(zip(weight_KB.unbind(), keep_KB.unbind(), strict=True))
@@ -707,7 +709,9 @@ def weighted_sums(
     of_owner: dict[int, dict[str, Tensor]] = {}
     at_once: dict[str, Tensor] = {}
     for name, value in small.items():
-        (at_once if vectors.usable(value) else of_owner.setdefault(owner_of[name], {}))[name] = value
+        (at_once if value.dtype == alike and vectors.usable(value) else of_owner.setdefault(owner_of[name], {}))[
+            name
+        ] = value
     for part in _portions(at_once):
         whole = _side_by_side(list(part.values()))
         joint = vectors.weighted_sum(whole, weight_KB, _widths(part), [owner_of[n] for n in part])
