@@ -245,11 +245,11 @@ class OuterProduct:
         return NormTerms.unstack(torch.cat(parts, dim=1))
 
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
-        if self.is_fused:
-            return fused.weighted_outer(self.a_BTD, self.g_BTP, _kept(weight_B, keep_B).to(self.dtype))
+        if self.is_fused and weight_B.dtype == self.dtype:
+            return fused.weighted_outer(self.a_BTD, self.g_BTP, _kept(weight_B, keep_B))
         a = _kept(self.a_BTD, keep_B).flatten(0, 1)
         scaled = (_kept(self.g_BTP, keep_B) * weight_B.to(self.dtype)[:, None, None]).flatten(0, 1)
-        if not on_tensor_cores(a):
+        if self.is_fused or not on_tensor_cores(a):  # the kernels' norms leave no room for a factor in two parts
             return product(scaled.T, a)
         high, low = split_bfloat16(scaled)
         return product(high.T, a).add_(product(low.T, a))

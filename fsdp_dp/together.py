@@ -141,10 +141,12 @@ def weighted_sums(
 
     Weights are ``[B]``, the same for all, or ``[K, B]``, of which each takes its owner's. A weight is zero for rows that are
     not kept, as `clipping.RowWeights` has it: all that kernels ask about them. Sums that kernels make are written to their
-    place ``into``, if there is one (see `sharding.sums.Bucket`).
+    place ``into``, if there is one (see `sharding.sums.Bucket`). Kernels take weights of the gradients' own format: those of
+    float64 sums may be too far apart for quotients in float32.
     """
     into = into or {}
-    together = {n: g for n, g in gradients.items() if isinstance(g, OuterProduct) and g.is_fused}
+    alike = weight_KB.dtype
+    together = {n: g for n, g in gradients.items() if isinstance(g, OuterProduct) and g.is_fused and g.dtype == alike}
     small = {n: g.value for n, g in gradients.items() if n not in together and _is_small(g)}  # type: ignore[attr-defined]
     others = {n: g for n, g in gradients.items() if n not in together and n not in small}
     rows = [(weight_KB, keep_KB)] if owners is None else list(zip(weight_KB.unbind(), keep_KB.unbind(), strict=True))
@@ -166,7 +168,8 @@ def weighted_sums(
     of_owner: dict[int, dict[str, Tensor]] = {}
     at_once: dict[str, Tensor] = {}
     for name, value in small.items():
-        (at_once if vectors.usable(value) else of_owner.setdefault(owner_of[name], {}))[name] = value
+        by_kernel = value.dtype == alike and vectors.usable(value)
+        (at_once if by_kernel else of_owner.setdefault(owner_of[name], {}))[name] = value
     placed = {n: x for n, x in at_once.items() if n in into}
     for part in (*portions(placed), *portions({n: x for n, x in at_once.items() if n not in into})):
         owns, places = [owner_of[n] for n in part], {n: into[n] for n in part if n in into}

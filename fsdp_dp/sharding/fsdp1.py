@@ -5,10 +5,11 @@ the same shard (the hybrid strategies); with NO_SHARD it is all-reduced whole.
 
 Private names used, checked by `_check_private_names` when a model is attached: ``FSDP.fsdp_modules``, ``_handle``,
 ``_inter_node_pg``, ``_handle.flat_param``, ``_handle._get_flat_param_offsets()``, ``_handle.process_group``,
-``_handle.device``, ``_handle.uses_sharded_strategy``, ``_handle._use_sharded_views``, and on the flat parameter
+``_handle.device``, ``_handle.uses_sharded_strategy``, ``_handle._use_sharded_views``, ``_handle.needs_unshard()``, and on the
+flat parameter ``_full_param_padded`` (after the first forward),
 ``_param_infos``, ``_shared_param_infos``, ``_shard_param_infos``, ``_is_padding_mask``, ``_sharded_size``, ``_params``; on a
 root ``training_state`` and ``_post_backward_callback_queued``; torch's
-``_post_backward_final_callback``. In torch 2.11 to 2.13.
+``_post_backward_final_callback`` and ``_reshard``. In torch 2.11 to 2.13.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp._runtime_utils import _post_backward_final_callback
+from torch.distributed.fsdp._runtime_utils import _post_backward_final_callback, _reshard
 
 from fsdp_dp.numerics import accumulate_dtype
 from fsdp_dp.sharding.base import ManagedParameter, Region, ShardedModel, canonical_name, narrow_reduction
 from fsdp_dp.sharding.sums import Bucket, Unit
 
 _HANDLE_NAMES = ("flat_param", "_get_flat_param_offsets", "process_group", "device", "uses_sharded_strategy",
-                 "_use_sharded_views")  # fmt: skip
+                 "_use_sharded_views", "needs_unshard")  # fmt: skip
 _FLAT_NAMES = (
     "_param_infos", "_shared_param_infos", "_shard_param_infos", "_is_padding_mask", "_sharded_size", "_params",
 )  # fmt: skip
@@ -75,6 +76,14 @@ class Fsdp1Model(ShardedModel):
         """A view of the flat parameter: of the gathered one, or of the shard."""
         memory = value.untyped_storage().data_ptr()
         return any(memory == m._handle.flat_param.untyped_storage().data_ptr() for m in self._wrappers)
+
+    def prepare_forward(self) -> None:
+        """An evaluation leaves units gathered, with the weights that they had before an optimizer's step."""
+        for wrapper in self._wrappers:
+            handle = wrapper._handle
+            begun = hasattr(handle.flat_param, "_full_param_padded")
+            if begun and handle.uses_sharded_strategy and not handle.needs_unshard():
+                _reshard(wrapper, handle, free_unsharded_flat_param=True)
 
     def after_backward(self) -> None:
         super().after_backward()

@@ -216,7 +216,11 @@ class _Nothing(_Memory):
     """For sums to which this rank adds nothing, any number at once: they share a bucket of zeros, and no shard."""
 
     def take(self, role: str, numel: int, dtype: torch.dtype) -> Tensor:
-        return super().take(role, numel, dtype) if role == "bucket" else torch.empty(numel, dtype=dtype, device=self.device)
+        return (
+            super().take(role, numel, dtype)
+            if role == "bucket"
+            else torch.empty(numel, dtype=dtype, device=self.device)
+        )
 
 
 class _Sum:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsdp_dp.gradients import Materialized
+from fsdp_dp.gradients import Materialized, OuterProduct, PerSampleGradient
 from fsdp_dp.kernels import vectors
 from fsdp_dp.together import NormTally, weighted_sums
 from tests.unit.interpreted import interpreter
@@ -98,3 +98,26 @@ def test_what_cannot_be_measured_is_not_finite() -> None:
     assert torch.isfinite(terms.norm_sq[0]).tolist() == [False, False, True]
     assert torch.isfinite(terms.norm_sq[1]).all()
     assert torch.isfinite(terms.error[0]).tolist() == [False, False, True]
+
+
+def test_weights_of_float64_sums_go_past_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that compute in float32, or in half precision, of a model in float64: compiled kernels refuse such weights, with
+    an error of the compiler's, and quotients of these overflow. Seen to fail when kernels are asked by the layer's format.
+    """
+    from fsdp_dp.kernels import outer
+
+    monkeypatch.setattr(outer, "_runs_on", lambda device: True)
+    monkeypatch.setattr(vectors, "weighted_sum", _refuse)
+    monkeypatch.setattr(outer, "weighted_outers", _refuse)
+    (x,) = stored(2, [40])
+    a, g = (y.bfloat16().view(2, 5, 8) for y in stored(2, [40, 40]))
+    weight = torch.tensor([[2.0**63, 2.0**-130], [0.5, 0.0]], dtype=torch.float64)
+    named: dict[str, PerSampleGradient] = {"vector": Materialized(x), "matrix": OuterProduct(a, g)}
+    sums = weighted_sums(named, weight, weight > 0, owners={"vector": 0, "matrix": 1})
+    torch.testing.assert_close(sums["vector"].double(), weight[0] @ x.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(sums["matrix"].double(), 0.5 * g[0].double().T @ a[0].double(), rtol=1e-6, atol=1e-6)
+    assert torch.isfinite(named["matrix"].weighted_sum(weight[0], weight[0] > 0)).all()
+
+
+def _refuse(*_: object, **__: object) -> Tensor:
+    raise AssertionError("a kernel was given weights in float64")
