@@ -384,18 +384,27 @@ def test_rule_09_optimizer_with_a_stranger_raises() -> None:
         make_private(model, config(), optimizer)
 
 
-def test_rule_09_use_behind_a_layers_back_raises() -> None:
-    """Seen to fail when the first forward is not watched: the step then releases without that part."""
+@pytest.mark.parametrize("read", [True, False], ids=["read from its layer", "kept elsewhere"])
+def test_rule_09_use_behind_a_layers_back(read: bool) -> None:
+    """That part of the gradient is found, or the program refused. Seen to fail when the first forward is not watched: the
+    step then releases without that part."""
 
     class Functional(nn.Module):
         def __init__(self) -> None:
             super().__init__()
+            torch.manual_seed(0)
             self.lin = nn.Linear(INPUTS, INPUTS).double()
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear(self.lin(x), self.lin.weight)
+            return F.linear(self.lin(x), self.lin.weight if read else self.lin._parameters["weight"])
 
-    subject = private(Functional())
+    model = Functional()
+    expected = clipped_sum(row_gradients(model, loss, rows()))
+    subject = private(model, sampling="external_poisson")
+    if read:
+        subject.backward(rows())
+        torch.testing.assert_close(released(subject), expected)
+        return
     with nothing_released(subject), pytest.raises(UnsupportedModelError, match=r"'lin.weight'"):
         subject.backward(rows())
 
