@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from fsdp_dp.errors import UnsupportedModelError
-from fsdp_dp.probes import Call, Form, Leave, Probes, Slot, prepare, recorded
+from fsdp_dp.probes import HANDED_OUT, Call, Form, Leave, Probes, Slot, prepare, recorded
 from fsdp_dp.records import Report
 
 _KINDS_KEPT = 100
@@ -134,9 +134,11 @@ class CompiledModule:
             taken = [name for name in call.forms if self._layers[name][1].taken]
         finally:
             self._now = None
+            if call.forms:
+                HANDED_OUT.probes = []
             for name in call.forms:
                 slot = self._layers[name][1]
-                slot.g, slot.a, slot.taken = None, None, False
+                slot.number, slot.taken = -1, False
         if not self._recomputing():
             self._check(call, taken)
             call.reports = {name: self._start(name) for name in taken}
@@ -160,7 +162,7 @@ class CompiledModule:
 
     def _hand_out(self, call: Call) -> Any:
         known = self._known.get(call.kind)
-        if known is None:
+        if known is None or HANDED_OUT.probes:  # or a compiled module that is no part of this one calls it
             return None
         call.forms = {name: form for name, form in known.forms.items() if self._can_take(name)}
         if not call.forms:
@@ -168,11 +170,10 @@ class CompiledModule:
         if self._recomputing():
             for name in call.forms:
                 self._start(name)  # refuses what cannot be recorded so
-        probes = Probes.apply(self._anchor, call)
-        for name, g, a in zip(call.forms, probes[::2], probes[1::2], strict=True):
-            slot = self._layers[name][1]
-            slot.g, slot.a = g, a
-        return probes[0].grad_fn
+        HANDED_OUT.probes = list(Probes.apply(self._anchor, call))
+        for number, name in enumerate(call.forms):
+            self._layers[name][1].number = number
+        return HANDED_OUT.probes[0].grad_fn
 
     def _can_take(self, name: str) -> bool:
         layer, slot = self._layers[name]  # a hook before it would be refused by `leave`

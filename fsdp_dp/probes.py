@@ -31,15 +31,23 @@ class Slot:
     Attributes:
         leave: the layer's forward hook, which breaks graphs.
         hook_id: of the hook that stands for it.
-        g, a: its probes, while its module is called.
+        number: which of the probes that are handed out are its own, while its module is called; else -1.
         taken: the layer took them.
     """
 
     def __init__(self, leave: Leave) -> None:
         self.leave, self.hook_id = leave, -1
-        self.g: Tensor | None = None
-        self.a: Tensor | None = None
-        self.taken = False
+        self.number, self.taken = -1, False
+
+
+class _HandedOut:
+    """The probes (g, a) of each layer, in turn: not kept at the layers, for shapes of what modules hold never are dynamic."""
+
+    def __init__(self) -> None:
+        self.probes: list[Tensor] = []
+
+
+HANDED_OUT = _HandedOut()
 
 
 def recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -48,21 +56,16 @@ def recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
     if torch.compiler.is_dynamo_compiling():
         if not torch.is_grad_enabled():
             return None
-        if _takes(slot, args, kwargs, output):
-            slot.taken = True
-            return _hand_over(output, args[0], slot.g, slot.a)
+        if slot.number >= 0 and not slot.taken and not kwargs and len(args) == 1:
+            g, a = HANDED_OUT.probes[2 * slot.number], HANDED_OUT.probes[2 * slot.number + 1]
+            if _is_like(output, g) and _is_like(args[0], a):
+                slot.taken = True
+                return _hand_over(output, args[0], g, a)
     return slot.leave(module, args, kwargs, output)
 
 
-def _takes(slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
-    """Whether the layer can take its probes, of which there are two for each call of the block."""
-    if slot.taken or kwargs or len(args) != 1:
-        return False
-    return _is_like(output, slot.g) and _is_like(args[0], slot.a)
-
-
-def _is_like(x: Any, probe: Tensor | None) -> bool:
-    return probe is not None and type(x) is Tensor and x.shape == probe.shape and x.dtype == probe.dtype
+def _is_like(x: Any, probe: Tensor) -> bool:
+    return type(x) is Tensor and x.shape == probe.shape and x.dtype == probe.dtype
 
 
 class _Handover(torch.autograd.Function):

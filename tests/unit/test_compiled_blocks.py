@@ -261,6 +261,40 @@ def test_rows_and_positions_may_change(precision: torch.dtype) -> None:
     engine.discard()
 
 
+def test_shapes_that_change_become_dynamic() -> None:
+    """Seen to fail, with a graph of each number of positions, when layers held their probes."""
+    sizes = Sizes()
+    engine = started(model := compiled(Model(), sizes), max_grad_norm=1e9)
+    for t in (4, 5, 6, 7, 4, 5, 6, 7):
+        x = torch.randn(2, t, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+        square_losses(model(x), rows()[1][:2]).mean().backward()
+        norms = [norm(g) for g in row_gradients(Model(), (x, rows()[1][:2]), square_losses)]
+        assert engine.per_sample_norms.tolist() == pytest.approx(norms, rel=1e-9)
+    engine.discard()
+    assert sizes.records == [3] * 4  # of the first block and of others, of the first number and of any
+
+
+class Calling(Block):
+    """Calls a block that is no part of it."""
+
+    others: tuple[nn.Module, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        for other in self.others:
+            x = other(x)
+        return super().forward(x) + x
+
+
+def test_a_block_that_calls_another_is_exact() -> None:
+    def calling() -> nn.Module:
+        model = Model(Calling)
+        model.blocks[1].others = (model.blocks[0],)
+        return model
+
+    check_exact(compiled(calling()), calling())
+
+
 def test_a_graph_that_must_not_be_broken_up() -> None:
     """Seen to fail, with the compiler's error, when layers broke graphs of new shapes, and of forwards without backward."""
     sizes, model, reference = Sizes(), Model(), Model()
