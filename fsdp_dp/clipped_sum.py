@@ -103,6 +103,12 @@ class ClippedSum:
             UnsupportedModelError: there are more uses than the forward had; some were taken for ones without a gradient.
         """
         if gradient is not None:
+            if name in self._gradients:
+                raise UnsupportedModelError(
+                    f"Parameter '{name}': backward came to its layer more often than forward had called it (a custom "
+                    "autograd.Function that differentiates it more than once), when its gradient had been measured. Call the "
+                    "layer outside of the function"
+                )
             self._uses.setdefault(name, []).append(gradient)
         elif not self._plan.streams:
             return  # nobody waits for it before the end, and a backward inside of this one may come to it yet

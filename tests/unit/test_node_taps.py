@@ -225,6 +225,47 @@ def test_a_graph_of_its_own_is_refused_where_groups_are_clipped_in_backward() ->
         subject.optimizer.step()
 
 
+class InTwoHalves(InGraphOfItsOwn):
+    """A layer that is differentiated twice, in a graph that is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
+        halves = [torch.autograd.grad(ctx.y, ctx.h, 0.5 * g, retain_graph=True)[0] for _ in range(2)]
+        return None, halves[0] + halves[1]
+
+
+class Scale(nn.Module):
+    """A layer without a rule, which has a tap of its own in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(1, 2, D))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * self.scale
+
+
+class Halved(nn.Module):
+    """The layers of three blocks; one call of the first block is in vain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(D, D), Scale(), nn.Linear(D, D)])
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.blocks[0](h)
+        return self.blocks[2](InTwoHalves.apply(self.blocks[1], self.blocks[0](h)).sin())  # type: ignore[no-any-return]
+
+
+def test_a_layer_that_is_differentiated_twice_is_refused() -> None:
+    """Seen to fail: the second half took the place of the first one in the release."""
+    subject = attached(Halved().double())
+    with pytest.raises(UnsupportedModelError, match="more often than forward"):
+        row_loss(subject.model, batches()[0]).backward()
+    with pytest.raises(PrivacyError, match="Nothing was released"):
+        subject.optimizer.step()
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own formulas
 @pytest.mark.parametrize("layer", LAYERS)
 def test_forward_differentiation_is_refused(layer: str) -> None:
