@@ -205,6 +205,28 @@ def _kind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Hashable, ...]
     return autocast, *((x.shape, x.dtype) for x in leaves if isinstance(x, Tensor))
 
 
+def refuse_cuda_graphs(root: nn.Module) -> None:
+    """A replay writes where the one before it wrote, which may be what the engine recorded: not tried, so not done."""
+    for name, module in root.named_modules():
+        if _replays(module) and _is_on_gpu(module):
+            what = f"Module '{name}'" if name else "The model"
+            raise UnsupportedModelError(
+                f"{what} is compiled with CUDA graphs (mode='reduce-overhead', "
+                "mode='max-autotune' or triton.cudagraphs), whose replays overwrite what was recorded. Compile it with "
+                "mode='max-autotune-no-cudagraphs', or without a mode"
+            )
+
+
+def _replays(module: nn.Module) -> bool:
+    compiled = vars(module).get("_compiled_call_impl") or vars(module).get("dynamo_ctx")
+    config = getattr(compiled, "get_compiler_config", lambda: getattr(compiled, "compiler_config", None))()
+    return bool((config or {}).get("triton.cudagraphs"))
+
+
+def _is_on_gpu(module: nn.Module) -> bool:
+    return any(p.device.type == "cuda" for p in module.parameters())
+
+
 def compiled_modules(root: nn.Module, layers: Iterable[nn.Module]) -> dict[nn.Module, str]:
     """The outermost compiled modules in ``root``, and their names; no layer, and not the root, which the engine hooks on."""
     layers, optimized = set(layers), sys.modules.get("torch._dynamo.eval_frame")

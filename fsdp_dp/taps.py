@@ -29,7 +29,7 @@ from torch.nn.modules.module import _global_forward_hooks, register_module_forwa
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from fsdp_dp.compiled import CompiledModule, as_written, compiled_modules
+from fsdp_dp.compiled import CompiledModule, as_written, compiled_modules, refuse_cuda_graphs
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.graph_identity import TappedClasses
 from fsdp_dp.layers import is_product
@@ -164,6 +164,8 @@ class Taps:
         self.picked: set[str] = set()
         # Of an FSDP unit the output must be no view: a write to that would drop FSDP's own hook.
         self._products = {n for n, layer in layers.items() if is_product(layer) and not isinstance(layer, FSDPModule)}
+        self._root = root
+        refuse_cuda_graphs(root)
         self._compiled = [
             CompiledModule(
                 name, module, start=start, is_plain=is_plain, is_watched=is_watched, recomputing=recomputing,
@@ -203,6 +205,7 @@ class Taps:
     def follow(self, wanted: bool) -> None:
         """Know from now on which layers are ``running``; or stop to, which spares every call of a layer two hooks."""
         if wanted and not self._follows_all:
+            refuse_cuda_graphs(self._root)
             self._follows_all = True
             if _global_forward_hooks:
                 handle = register_module_forward_hook(as_written(self._note_made))

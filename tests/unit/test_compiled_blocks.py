@@ -441,3 +441,30 @@ def test_detached_or_copied_it_is_as_before() -> None:
     assert type(model.blocks[0].up) is nn.Linear
     assert torch.equal(model(x), expected)
     assert x.shape == (ROWS, POSITIONS, WIDTH)
+
+
+@pytest.mark.parametrize("kind", ["block", "wrapped", "model"])
+@pytest.mark.parametrize("late", [False, True], ids=["before make_private", "after it"])
+def test_cuda_graphs_are_refused(kind: str, late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU. Seen to fail when only modules that were compiled in place are looked at, and before make_private alone."""
+
+    def with_graphs(model: nn.Module) -> None:
+        if kind == "wrapped":
+            model.blocks[1] = torch.compile(model.blocks[1], mode="reduce-overhead")  # type: ignore[index, operator]
+        else:
+            (model if kind == "model" else model.blocks[1]).compile(mode="max-autotune")  # type: ignore[index]
+
+    monkeypatch.setattr("fsdp_dp.compiled._is_on_gpu", lambda module: True)
+    model = Model()
+    model.blocks[0].compile(mode="max-autotune-no-cudagraphs")
+    if not late:
+        with_graphs(model)
+        with pytest.raises(UnsupportedModelError, match="is compiled with CUDA graphs"):
+            make_private(model, privacy_config(max_grad_norm=1.0))
+        return
+    if kind == "wrapped":
+        pytest.skip("a block is not replaced under an engine")
+    make_private(model, privacy_config(max_grad_norm=1.0))
+    with_graphs(model)
+    with pytest.raises(UnsupportedModelError, match="is compiled with CUDA graphs"):
+        model(rows()[0])
