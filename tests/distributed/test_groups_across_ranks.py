@@ -84,8 +84,8 @@ class Forks(nn.Module):
 
     def uses(self, last: int, use: str) -> Forks:
         """Of so many of the last blocks."""
-        for block in list(self.blocks)[-last:]:
-            block.use = use
+        for block in range(-last, 0):
+            self.blocks[block].use = use
         return self
 
 
