@@ -170,9 +170,9 @@ def weighted_sums(
     for name, value in small.items():
         by_kernel = value.dtype == alike and vectors.usable(value)
         (at_once if by_kernel else of_owner.setdefault(owner_of[name], {}))[name] = value
-    placed = {n: x for n, x in at_once.items() if n in into}
-    for part in (*portions(placed), *portions({n: x for n, x in at_once.items() if n not in into})):
-        owns, places = [owner_of[n] for n in part], {n: into[n] for n in part if n in into}
+    placed = {n: x for n, x in at_once.items() if n in into and x.numel() == x.shape[0] * into[n].numel()}
+    for part in (*portions(placed), *portions({n: x for n, x in at_once.items() if n not in placed})):
+        owns, places = [owner_of[n] for n in part], {n: into[n] for n in part if n in placed}
         whole = side_by_side(list(part.values()))
         joint = vectors.weighted_sum(whole, weight_KB, _widths(part), owns, list(places.values()))
         sums |= places or _taken_apart(joint, part)

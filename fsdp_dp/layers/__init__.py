@@ -4,7 +4,7 @@ A rule is a function ``rule(module, a, g, wanted) -> {parameter name: PerSampleG
 works while FSDP has them resharded. Adding a layer is one file: write the rule, decorate it with `layer_rule`.
 """
 
-from fsdp_dp.layers import convolution, embedding, leaf, linear, normalization
+from fsdp_dp.layers import convolution, embedding, hugging_face_norms, leaf, linear, normalization
 from fsdp_dp.layers.linear import is_product
 from fsdp_dp.layers.registry import (
     Rule,
@@ -25,6 +25,7 @@ __all__ = [
     "convolution",
     "embedding",
     "has_rule",
+    "hugging_face_norms",
     "is_product",
     "keeps",
     "layer_rule",

@@ -29,7 +29,7 @@ def layer_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) 
         return _over_all_positions(a, g, module.eps, wanted, centered=True)
     dtype = accumulate_dtype(a.dtype)
     normalized = F.layer_norm(a.to(dtype), module.normalized_shape, None, None, module.eps)
-    return _scale_and_shift(normalized, g.to(dtype), len(module.normalized_shape), wanted)
+    return scale_and_shift(normalized, g.to(dtype), len(module.normalized_shape), wanted)
 
 
 @layer_rule(nn.RMSNorm)
@@ -42,7 +42,7 @@ def rms_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) ->
     dtype = accumulate_dtype(a.dtype)
     # eps=None: torch takes that of the format it computes in, float32 for half precision, which is ours.
     normalized = F.rms_norm(a.to(dtype), module.normalized_shape, None, module.eps)
-    return _scale_and_shift(normalized, g.to(dtype), len(module.normalized_shape), wanted)
+    return scale_and_shift(normalized, g.to(dtype), len(module.normalized_shape), wanted)
 
 
 def _over_all_positions(
@@ -53,7 +53,8 @@ def _over_all_positions(
     return {name: found[name] for name in found if name in wanted}
 
 
-def _scale_and_shift(x: Tensor, g: Tensor, dims: int, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+def scale_and_shift(x: Tensor, g: Tensor, dims: int, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
+    """Of ``x`` normalized, both stored."""
     out: dict[str, PerSampleGradient] = {}
     if "weight" in wanted:
         out["weight"] = Materialized(_over_positions(g * x, dims))
@@ -95,4 +96,4 @@ def instance_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str
 
 def _of_channels(x: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
     """Scale and shift of ``[B, C, ...]`` channel by channel."""
-    return _scale_and_shift(x.movedim(1, -1), g.movedim(1, -1), 1, wanted)
+    return scale_and_shift(x.movedim(1, -1), g.movedim(1, -1), 1, wanted)

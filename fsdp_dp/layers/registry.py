@@ -10,6 +10,7 @@ from torch import nn
 
 from fsdp_dp.gradients import PerSampleGradient
 from fsdp_dp.graph_identity import untapped
+from fsdp_dp.layers.fingerprints import fingerprint
 from fsdp_dp.records import ALL_LAYOUTS, Layout, Record
 
 Rule = Callable[..., dict[str, PerSampleGradient]]
@@ -27,6 +28,7 @@ class _Entry:
 
 
 _ENTRIES: dict[type[nn.Module] | str, _Entry] = {}
+_BY_FORWARD: dict[str, _Entry] = {}
 _ANY_LEAF: list[_Entry] = []
 
 
@@ -54,6 +56,17 @@ def layer_rule(
     return register
 
 
+def forward_rule(*fingerprints: str) -> Callable[[AnyRule], AnyRule]:
+    """Register a rule of layers with nothing but a ``weight``, whose forward says just this (see `fingerprints`)."""
+
+    def register(rule: AnyRule) -> AnyRule:
+        for text in fingerprints:
+            _BY_FORWARD[text] = _Entry(rule, ("weight",), lambda module: None, "first", ALL_LAYOUTS)
+        return rule
+
+    return register
+
+
 def rule_of_any_leaf(rule: AnyRule) -> AnyRule:
     """Register what is done with modules without children that have no rule of their own."""
     _ANY_LEAF[:] = [_Entry(rule, None, _why_not_as_a_leaf, "all", ALL_LAYOUTS)]
@@ -69,7 +82,7 @@ def _entry(module: nn.Module) -> _Entry | None:
         entry = _ENTRIES.get(base) or _ENTRIES.get(f"{base.__module__}.{base.__qualname__}")
         if entry is not None:
             return entry if _computes_the_same(kind, base) else None
-    return None
+    return _BY_FORWARD.get(fingerprint(kind) or "")
 
 
 _HARMLESS = frozenset("__init__ reset_parameters _reset_parameters extra_repr from_pretrained reset __doc__ __module__ "
