@@ -130,8 +130,8 @@ class PrivacyEngine:
         if optimizer is not None:
             self._gate.adopt(optimizer)
         self._hooks = [
-            model.register_forward_pre_hook(as_written(self._before_forward), prepend=True, with_kwargs=True),
-            model.register_forward_hook(as_written(self._after_forward), with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
         ]
         if hasattr(model, "privacy_engine"):
             model.privacy_engine = self  # type: ignore[assignment]
@@ -426,6 +426,7 @@ class PrivacyEngine:
         self._draws_of_loaders[loader] += 1
         self._batch.intake.start_logical_batch(loader)
 
+    @as_written
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled() or recomputing():
             return
@@ -472,6 +473,7 @@ class PrivacyEngine:
         microbatch.sums = ClippedSum(self._plan, rows, lambda groups, terms: self._weigh(microbatch, groups, terms))
         return microbatch
 
+    @as_written
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The outputs behind a boundary; the freeze window is open until backward comes back there."""
         recorder, failed = self._recorder, output is None
