@@ -82,7 +82,7 @@ class Recorder:
             model.root, lambda: self.meetings.learning,
         )  # fmt: skip
         self._shared_parameters = SharedParameters(
-            bare, self._is_sharing, self._share_parameter, self._is_without_gradient
+            bare, self._is_sharing, self._share_parameter, self._is_without_gradient, self.meetings
         )
         sites = {site: name for site, name in model.names.items() if site[0] in self._attributes}
         self._outside_reads = OutsideReads(
@@ -255,7 +255,8 @@ class Recorder:
 
     def _is_without_gradient(self) -> bool:
         """Whether it reads it under ``torch.no_grad()``, and not within a function whose backward may give it a gradient."""
-        return self.in_forward and not torch.is_grad_enabled() and not inside_custom_function()
+        runs = self.in_forward or (recomputing() and packing())
+        return runs and not torch.is_grad_enabled() and not inside_custom_function()
 
     def _share_parameter(self, name: str, parameter: Tensor) -> SharedValue:
         """A parameter that the program reads itself, carried once a row behind a tap."""

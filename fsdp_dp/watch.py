@@ -112,7 +112,12 @@ class FirstForward(TorchFunctionMode):
         """Raises UnsupportedModelError if a parameter is written, by its ``data``: the noise would not cover that."""
         writes = (func.endswith("_") and not func.endswith("__")) or func in _WRITING
         written = [kwargs.get("out"), *(args[:1] if writes else ())]
-        memory = {_memory(x) for x in written if isinstance(x, Tensor) and not isinstance(x, SharedValue)} - {None, 0}
+        self.check_written(written, func)
+
+    def check_written(self, written: Iterable[Any], func: str) -> None:
+        """Raises UnsupportedModelError if one of these tensors is a parameter, or has its memory."""
+        tensors = [x.unread if isinstance(x, SharedValue) else x for x in written if isinstance(x, Tensor)]
+        memory = {_memory(x) for x in tensors if x is not None} - {None, 0}
         if not memory or _called_from_torch_distributed():
             return
         for (module, attribute), name in self._sites.items():
@@ -158,8 +163,23 @@ class _Operators(TorchDispatchMode):
                 self._watch.check_uses(_tensors(args, kwargs or {}), str(func))
             except UnsupportedModelError as problem:
                 self.problem = problem
+            try:
+                self._watch.check_written(_written(func, args, kwargs or {}), str(func))
+            except UnsupportedModelError as problem:
+                self.problem = problem
+                raise
         with torch._C.DisableTorchFunction():  # a shared value in here is for its own dispatch to refuse
             return func(*args, **(kwargs or {}))
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operator writes to."""
+    known = getattr(func, "_schema", None)
+    if known is None or not known.is_mutable:
+        return []
+    given = dict(zip((a.name for a in known.arguments), args, strict=False)) | kwargs
+    written = [given.get(a.name) for a in known.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return tree_leaves(written)
 
 
 class Uncompiled:
