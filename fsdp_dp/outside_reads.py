@@ -99,6 +99,7 @@ class OutsideReads:
             return is_outside() and self._without_gradient()
 
         attributes = {
-            a: shared_attribute(name, a, active, share, without_gradient, share) for a, name in self._names[layer].items()
+            a: shared_attribute(name, a, active, share, without_gradient, share)
+            for a, name in self._names[layer].items()
         }
         return derived(type(layer), attributes)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.label_watch import LOSSES, averaged_labels
-from fsdp_dp.marks import forget, mark, mark_rows, marks_of, reads_rows
+from fsdp_dp.marks import BY_PYTHON, draws_outside, forget, mark, mark_rows, marks_of, reads_rows
 from fsdp_dp.module_tree import modules_of
 from fsdp_dp.parts import Part
 from fsdp_dp.shared_values import METADATA, SharedValue, function_name
@@ -57,9 +57,11 @@ class FirstForward(TorchFunctionMode):
         self._buffers: dict[str, Tensor] = {}
         self._operators = _Operators(self)
         self.settled, self._rows_were_read = True, False
+        self._random_state: Any = None
 
     def __enter__(self) -> FirstForward:
         self._buffers = {name: buffer.detach().clone() for name, buffer in self._root.named_buffers()}
+        self._random_state = draws_outside()
         self._operators.__enter__()
         return super().__enter__()  # type: ignore[return-value]
 
@@ -84,7 +86,8 @@ class FirstForward(TorchFunctionMode):
             if labels is not None and labels.numel() > self._rows:  # a row may have several, or none
                 result.register_hook(_refuse_average)  # in backward, since the program may have a loss of its own
         self._rows_were_read |= reads_rows(function_name(func), tensors)
-        marks = marks_of(function_name(func), args, kwargs, tensors, rows_were_read=self._rows_were_read)
+        by_python = self._rows_were_read or (function_name(func) in BY_PYTHON and self._random_state != draws_outside())
+        marks = marks_of(function_name(func), args, kwargs, tensors, by_python=by_python)
         for tensor in _tensors((result,), {}) if marks else ():
             mark(tensor, marks)
         return result
