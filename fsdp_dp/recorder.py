@@ -75,7 +75,7 @@ class Recorder:
         self.current: Microbatch | None = None
         self.in_forward = False
         self.layouts = RowLayouts()
-        self.meetings = Meetings(self.layouts)
+        self.meetings = Meetings(self.layouts, sizes={p.name: p.numel for p in model.parameters})
         self.window = FreezeWindow({p.name: p.parameter for p in model.parameters}, batch.refusals_poison)
         self._taps = Taps(
             layers, keeps, self._start_record, self._share_output, self._is_plain, lambda: self.meetings.rows,
@@ -260,11 +260,7 @@ class Recorder:
 
     def _share_parameter(self, name: str, parameter: Tensor) -> SharedValue:
         """A parameter that the program reads itself, carried once a row behind a tap."""
-        if isinstance(parameter, DTensor):
-            raise UnsupportedModelError(
-                f"Parameter '{name}', read outside of a layer's own forward, is a DTensor there (tensor parallelism); move "
-                "that use into a layer of its own"
-            )
+        self.meetings.refuse_sharded(parameter, name)
         if recomputing():
             report = self._recomputed(self.current, name)
         else:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,8 @@ class Meetings:
     rows: int = 0
     learning: bool = True
     wants: bool = False
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Elements of whole parameters, by name."""
     _known: dict[tuple[Any, ...], bool] = dataclasses.field(default_factory=dict)
     _picked: set[str] = dataclasses.field(default_factory=set)
 
@@ -97,6 +99,15 @@ class Meetings:
             return False
         self.wants |= place not in self._known
         return self._known.get(place, False)
+
+    def refuse_sharded(self, x: Tensor, owner: str) -> None:
+        """Raises UnsupportedModelError if what the program reads is this rank's part of a parameter."""
+        if hasattr(x, "placements") or x.numel() != self.sizes.get(owner, x.numel()):
+            raise UnsupportedModelError(
+                f"Parameter '{owner}', read outside of a layer's own forward, is sharded there: its FSDP unit does not run, "
+                "or tensor parallelism splits it. Read it inside of its unit, or after the unit's forward with "
+                "reshard_after_forward=False, or move that use into a layer of its own"
+            )
 
     def refuse_picked(self, row_data: Sequence[Tensor], owner: str) -> None:
         """Raises UnsupportedModelError if the parameter meets, or met in a watched forward, entries picked from all rows."""
@@ -206,6 +217,8 @@ def _as_constants(
     func: Callable[..., Any], unread: Sequence[SharedValue], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """A function on parameters where no gradient is recorded. What gives a parameter as it is gives it for later, too."""
+    for x in unread:
+        x.meetings.refuse_sharded(x._source, x.owner)
     constants = {id(x): x.unread for x in unread}
     back = {id(x.unread): x for x in unread}
     args, kwargs = tree_map(lambda x: constants.get(id(x), x), (args, kwargs))

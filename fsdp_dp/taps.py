@@ -250,7 +250,7 @@ class Taps:
         self.follow(False)
         for layer in self._always:  # the program may have registered hooks since
             if layer in self._following:
-                layer._forward_pre_hooks.move_to_end(self._following[layer][0].id)
+                layer._forward_pre_hooks.move_to_end(self._following[layer][0].id)  # type: ignore[attr-defined]
         for compiled in self._compiled:
             compiled.start_forward()
 
