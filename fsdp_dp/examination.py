@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules.module import _global_forward_hooks
+from torch.utils._pytree import tree_leaves
 
 from fsdp_dp.clipped_sum import MeasuredNorms
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.independence import FirstMicrobatch
 from fsdp_dp.label_watch import LabelWatch
 from fsdp_dp.logical_batch import LogicalBatch, Microbatch
+from fsdp_dp.marks import is_picked
 from fsdp_dp.methods import Measured
 from fsdp_dp.module_tree import modules_of
 from fsdp_dp.recorder import Recorder
@@ -105,8 +107,16 @@ class Examination:
         """The outputs with a boundary, where backward comes back to the model.
 
         Raises:
-            UnsupportedModelError: there is no tensor in them that requires grad.
+            UnsupportedModelError: there is no tensor in them that requires grad, or one that is picked from all rows.
         """
+        picked = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad and is_picked(x)]
+        if microbatch.rows > 1 and any(x.ndim for x in picked):
+            self._batch.poison("the model is not supported")
+            raise UnsupportedModelError(
+                "The model's output holds entries that were picked from all rows by the data or by chance (shuffled rows, "
+                "positions without padding), so a row's loss may be another row's. Keep the batch as the first dimension, "
+                "or run one row a microbatch"
+            )
         recorded = self._first if microbatch.norms is not None and not microbatch.rehearsal else None
 
         def entered(index: int, grad: Tensor) -> None:

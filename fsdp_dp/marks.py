@@ -8,6 +8,7 @@ out. So they are told apart here, function by function.
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Iterable, Mapping
 from types import FrameType
@@ -36,7 +37,16 @@ _WRITING = frozenset(
 )
 """Entries go back to where the first argument has them."""
 _READS = frozenset("tolist numpy __array__ item __int__ __index__ __bool__ __float__".split())
+BY_PYTHON = frozenset({"tensor", "as_tensor", "__getitem__", "roll"})
+"""Functions that may be told by Python which rows to pick."""
 _ORDERING = frozenset("sort topk msort".split())
+
+
+def draws_outside() -> Any:
+    """What is different as soon as Python or NumPy has drawn random numbers."""
+    numpy = sys.modules.get("numpy.random")
+    state: Any = numpy and numpy.get_state()
+    return random.getstate(), state and (state[1].tobytes(), *state[2:])
 
 
 def marks(x: Tensor) -> frozenset[str]:
@@ -85,18 +95,23 @@ def marks_of(
     kwargs: Mapping[str, Any],
     tensors: Iterable[Tensor],
     *,
-    rows_were_read: bool = False,
+    by_python: bool = False,
 ) -> frozenset[str]:
-    """The marks of what a function returns."""
+    """The marks of what a function returns.
+
+    Args:
+        by_python: Python was given values of rows, or it (or NumPy) drew random numbers, in this forward: what comes from
+            there may vary.
+    """
     plain = [x for x in tensors if not _is_shared(x)]
     found = frozenset().union(*map(marks, plain))
     if name in _PACKING and plain and (known := _of_packing(name, marks(plain[0]))) is not None:
         return known
     if name in _WRITING and args and isinstance(args[0], Tensor):
         found = (found - {PICKED}) | (marks(args[0]) & {PICKED})
-    if name in _DRAWING or (rows_were_read and name in ("tensor", "as_tensor")):
+    if name in _DRAWING or (name in ("tensor", "as_tensor") and (by_python or any(map(_is_of_numpy, args[:1])))):
         found |= {CHANCE}
-    return found | {PICKED} if plain and _picks(name, args, kwargs, rows_were_read) else found
+    return found | {PICKED} if plain and _picks(name, args, kwargs, by_python) else found
 
 
 def _of_packing(name: str, found: frozenset[str]) -> frozenset[str] | None:
@@ -130,17 +145,20 @@ def _caller_in_torch() -> str | None:
     return None
 
 
-def _picks(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows_were_read: bool) -> bool:
+def _picks(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], by_python: bool) -> bool:
     """Whether a function picks entries of rows along the first dimension, by values that may differ the next time."""
     x = args[0] if args else kwargs.get("input")
     if not isinstance(x, Tensor) or not x.ndim or not is_marked(x):
         return False
     if name == "__getitem__":
         index = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-        listed = isinstance(index, list) or hasattr(index, "__array_interface__")
-        return (isinstance(index, Tensor) and _varies(index)) or (listed and rows_were_read)
+        listed = isinstance(index, list) and by_python
+        return (isinstance(index, Tensor) and _varies(index)) or listed or _is_of_numpy(index)
     if name in ("masked_select", "take"):
         return True
+    if name == "roll":
+        dims = kwargs.get("dims", args[2] if len(args) > 2 else 0)
+        return by_python and 0 in (d % x.ndim for d in (dims if isinstance(dims, tuple | list) else (dims,)))
     dim = kwargs.get("dim", next((a for a in args[1:] if isinstance(a, int) and not isinstance(a, bool)), -1))
     if name == "topk":
         dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
@@ -152,5 +170,17 @@ def _picks(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows_wer
 
 
 def _varies(index: Tensor) -> bool:
-    """An index that was counted up, or is a constant, picks the same entries every time."""
-    return bool(marks(index) & {ROWS, CHANCE})
+    """An index that was counted up, or is a constant, picks the same entries every time; NumPy's may be drawn by chance."""
+    return bool(marks(index) & {ROWS, CHANCE}) or (not _is_shared(index) and _is_memory_of_numpy(index))
+
+
+def _is_of_numpy(x: Any) -> bool:
+    return hasattr(x, "__array_interface__") and not isinstance(x, Tensor)
+
+
+def _is_memory_of_numpy(x: Tensor) -> bool:
+    """Whether a tensor was made by `torch.from_numpy`, which no mode hears of."""
+    try:
+        return x.device.type == "cpu" and not x.untyped_storage().resizable()
+    except (RuntimeError, NotImplementedError):
+        return False

@@ -95,10 +95,11 @@ class OutsideReads:
         def active() -> bool:
             return is_outside() and self._active()
 
-        def without_gradient() -> bool:  # it need not be noted: in other forwards the parameter itself is as constant
+        def without_gradient() -> bool:
             return is_outside() and self._without_gradient()
 
         attributes = {
-            a: shared_attribute(name, a, active, share, without_gradient) for a, name in self._names[layer].items()
+            a: shared_attribute(name, a, active, share, without_gradient, share)
+            for a, name in self._names[layer].items()
         }
         return derived(type(layer), attributes)

@@ -75,14 +75,14 @@ class Recorder:
         self.current: Microbatch | None = None
         self.in_forward = False
         self.layouts = RowLayouts()
-        self.meetings = Meetings(self.layouts)
+        self.meetings = Meetings(self.layouts, sizes={p.name: p.numel for p in model.parameters})
         self.window = FreezeWindow({p.name: p.parameter for p in model.parameters}, batch.refusals_poison)
         self._taps = Taps(
             layers, keeps, self._start_record, self._share_output, self._is_plain, lambda: self.meetings.rows,
             model.root, lambda: self.meetings.learning,
         )  # fmt: skip
         self._shared_parameters = SharedParameters(
-            bare, self._is_sharing, self._share_parameter, self._is_without_gradient
+            bare, self._is_sharing, self._share_parameter, self._is_without_gradient, self.meetings
         )
         sites = {site: name for site, name in model.names.items() if site[0] in self._attributes}
         self._outside_reads = OutsideReads(
@@ -255,15 +255,12 @@ class Recorder:
 
     def _is_without_gradient(self) -> bool:
         """Whether it reads it under ``torch.no_grad()``, and not within a function whose backward may give it a gradient."""
-        return self.in_forward and not torch.is_grad_enabled() and not inside_custom_function()
+        runs = self.in_forward or (recomputing() and packing())
+        return runs and not torch.is_grad_enabled() and not inside_custom_function()
 
     def _share_parameter(self, name: str, parameter: Tensor) -> SharedValue:
         """A parameter that the program reads itself, carried once a row behind a tap."""
-        if isinstance(parameter, DTensor):
-            raise UnsupportedModelError(
-                f"Parameter '{name}', read outside of a layer's own forward, is a DTensor there (tensor parallelism); move "
-                "that use into a layer of its own"
-            )
+        self.meetings.refuse_sharded(parameter, name)
         if recomputing():
             report = self._recomputed(self.current, name)
         else:

@@ -79,7 +79,7 @@ def _forward(self: Any, input: Any, hx: Any = None) -> Any:
             f"{self.mode} was given a sequence of shape {tuple(x.shape)}, without a batch; give it three dimensions"
         )
     x = x if packed or self.batch_first else x.transpose(0, 1)
-    given = () if hx is None else hx if isinstance(hx, tuple) else (hx,)
+    given = () if hx is None else tuple(hx) if isinstance(hx, tuple | list) else (hx,)
     keep = None if lengths is None else _keep(lengths, x)
     x, state = _layers(self, x, given, keep)
     final = state if self.mode == "LSTM" else state[0]

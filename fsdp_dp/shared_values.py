@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,8 @@ class Meetings:
     rows: int = 0
     learning: bool = True
     wants: bool = False
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Elements of whole parameters, by name."""
     _known: dict[tuple[Any, ...], bool] = dataclasses.field(default_factory=dict)
     _picked: set[str] = dataclasses.field(default_factory=set)
 
@@ -97,6 +99,15 @@ class Meetings:
             return False
         self.wants |= place not in self._known
         return self._known.get(place, False)
+
+    def refuse_sharded(self, x: Tensor, owner: str) -> None:
+        """Raises UnsupportedModelError if what the program reads is this rank's part of a parameter."""
+        if hasattr(x, "placements") or x.numel() != self.sizes.get(owner, x.numel()):
+            raise UnsupportedModelError(
+                f"Parameter '{owner}', read outside of a layer's own forward, is sharded there: its FSDP unit does not run, "
+                "or tensor parallelism splits it. Read it inside of its unit, or after the unit's forward with "
+                "reshard_after_forward=False, or move that use into a layer of its own"
+            )
 
     def refuse_picked(self, row_data: Sequence[Tensor], owner: str) -> None:
         """Raises UnsupportedModelError if the parameter meets, or met in a watched forward, entries picked from all rows."""
@@ -124,6 +135,7 @@ class SharedValue(Tensor):
     viewed: bool
     torn: bool
     _per_row: Tensor | Callable[[], Tensor]
+    _source: Tensor
 
     @staticmethod
     def __new__(cls, per_row: Tensor, owner: str, meetings: Meetings, expanded: Tensor | None = None) -> SharedValue:
@@ -133,8 +145,14 @@ class SharedValue(Tensor):
 
     @classmethod
     def later(cls, x: Tensor, first_used: Callable[[], Tensor], owner: str, meetings: Meetings) -> SharedValue:
-        """``x`` as a shared value, whose rows ``first_used`` gives when they are asked for, if they are."""
-        return cls._like(x, x.shape, first_used, owner, meetings, None)
+        """``x`` as a shared value, whose rows ``first_used`` gives when they are asked for, if they are.
+
+        Where no gradient is recorded it is a constant, and they need not be.
+        """
+        self = cls._like(x, x.shape, first_used, owner, meetings, None)
+        with torch._C.DisableTorchFunction():  # no use of the parameter that the watch should look at
+            self._source = x.detach()
+        return self
 
     @classmethod
     def _like(
@@ -151,6 +169,11 @@ class SharedValue(Tensor):
     def replace(self, per_row: Tensor) -> None:
         """The same values, in memory of their own."""
         self._per_row = per_row
+
+    @property
+    def unread(self) -> Tensor | None:
+        """The parameter, where nobody has asked for its rows."""
+        return None if isinstance(self._per_row, Tensor) else self._source
 
     @property
     def per_row(self) -> Tensor:
@@ -175,15 +198,31 @@ class SharedValue(Tensor):
         name = function_name(func)
         if name in METADATA:
             return super().__torch_function__(func, types, args, kwargs)
-        if not torch.is_grad_enabled() and inside_custom_function():
-            shared = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, SharedValue))
-            raise _unsupported(shared, "a torch.autograd.Function")
+        if not torch.is_grad_enabled():
+            unread = [x for x in tree_leaves((args, kwargs)) if isinstance(x, SharedValue) and x.unread is not None]
+            if inside_custom_function():
+                shared = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, SharedValue))
+                raise _unsupported(shared, "a torch.autograd.Function")
+            if unread:
+                return _as_constants(func, unread, args, kwargs)
         return _Use(func, name, args, kwargs).result()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         shared = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, SharedValue))
         raise _unsupported(shared, str(func))
+
+
+def _as_constants(
+    func: Callable[..., Any], unread: Sequence[SharedValue], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A function on parameters where no gradient is recorded. What gives a parameter as it is gives it for later, too."""
+    for x in unread:
+        x.meetings.refuse_sharded(x._source, x.owner)
+    constants = {id(x): x.unread for x in unread}
+    back = {id(x.unread): x for x in unread}
+    args, kwargs = tree_map(lambda x: constants.get(id(x), x), (args, kwargs))
+    return tree_map(lambda x: back.get(id(x), x), func(*args, **kwargs))
 
 
 def _memory(x: Tensor) -> int | None:
@@ -248,6 +287,8 @@ class _Use:
         return self.func(*args, **kwargs)
 
     def result(self) -> Any:
+        if self.name == "embedding":
+            self._look_at_table()
         if self.name in _READS:
             return self.call(lambda x: x.per_row[0].detach() if isinstance(x, SharedValue) else x)
         if self.row_data:
@@ -259,6 +300,22 @@ class _Use:
         if self._writes():
             self._make_writable()
         return self._alone()
+
+    def _look_at_table(self) -> None:
+        """Of a lookup whose table is shared: the padding's entry is a constant, and `max_norm` would write to it."""
+        args, kwargs = tree_unflatten(self.leaves, self.spec)
+        given = dict(zip(("input", "weight", "padding_idx", "max_norm"), args, strict=False)) | kwargs
+        table, padding = given.get("weight"), given.get("padding_idx")
+        if given.get("max_norm") is not None:
+            raise _unsupported(self.first, "embedding with max_norm, which writes to it,")
+        if not isinstance(table, SharedValue) or not isinstance(padding, int):
+            return
+        entries = torch.arange(len(table), device=table.device)
+        is_padding = (entries == padding % len(table))[:, None]
+        masked = table.with_rows(torch.where(is_padding, table.per_row.detach(), table.per_row))
+        self.leaves = [masked if x is table else x for x in self.leaves]
+        self.shared = [x for x in self.leaves if isinstance(x, SharedValue)]
+        self.first = self.shared[0]
 
     def _writes(self) -> bool:
         """Whether the function writes to its first argument: by its name, or as an activation that is told to."""
@@ -435,10 +492,22 @@ class _Use:
         k = self.row_data[0].shape[0] // self.rows
         return value.unsqueeze(1).expand(self.rows, k, *value.shape[1:]).flatten(0, 1)
 
+    def _has_rows_in_front(self) -> bool:
+        """Whether a function of a weight is given the rows' data where its result has rows."""
+        if self.name in _PRODUCTS or self._looks_up():
+            return True
+        args, kwargs = tree_unflatten(self.leaves, self.spec)
+        inputs = [*args[:1], kwargs.get("input"), kwargs.get("x1"), kwargs.get("input1")]
+        if self.name == "bilinear" or (self.name == "cdist" and all(x.ndim > 2 for x in self.row_data)):
+            inputs += [*args[1:2], kwargs.get("input2"), kwargs.get("x2")]
+        return all(any(x is given for given in inputs) for x in self.row_data)
+
     def _row_by_row(self) -> Any:
         """A function of a weight, applied to each row with the row's own copy of the weight."""
         layout, B = self._layout(), self.rows
         place = 1 if layout == "second" else 0
+        if not self._has_rows_in_front():
+            raise _unsupported(self.first, f"{self.name} with the rows' data in the place of a weight")
         if self.name in _PRODUCTS and any(x.ndim < 2 for x in self.row_data):
             raise _unsupported(self.first, f"{self.name} with a vector of rows")
         if self.name in ("matmul", "__matmul__") and self.leaves[0] is self.first and self.row_data[0].ndim < 3:

@@ -38,7 +38,7 @@ from fsdp_dp.marks import PICKED_REFUSED, is_picked
 from fsdp_dp.node_taps import NodeTap, come_last, node_of
 from fsdp_dp.parts import Opened
 from fsdp_dp.records import Call, Report
-from fsdp_dp.shared_values import SharedValue, unwrapped
+from fsdp_dp.shared_values import Meetings, SharedValue, unwrapped
 
 
 class _Tap(torch.autograd.Function):
@@ -231,8 +231,9 @@ class Taps:
         self._always.add(layer)
 
     def _follow(self, layer: nn.Module) -> list[RemovableHandle]:
+        """Hooks of the program that run before the layer's forward, or after it, are not the layer: they may read it."""
         return [
-            layer.register_forward_pre_hook(as_written(self._enter), prepend=True),
+            layer.register_forward_pre_hook(as_written(self._enter)),
             layer.register_forward_hook(as_written(self._failed), always_call=True),
         ]
 
@@ -250,6 +251,9 @@ class Taps:
         """Nothing of an earlier forward is known any more, also of one whose end nobody told of."""
         self.of_forward = []
         self.follow(False)
+        for layer in self._always:  # the program may have registered hooks since
+            if layer in self._following:
+                layer._forward_pre_hooks.move_to_end(self._following[layer][0].id)  # type: ignore[attr-defined]
         for compiled in self._compiled:
             compiled.start_forward()
 
@@ -402,12 +406,17 @@ class SharedParameters:
         active: Callable[[], bool],
         share: Callable[[str, Tensor], SharedValue],
         without_gradient: Callable[[], bool],
+        meetings: Meetings,
     ) -> None:
         self._classes: dict[nn.Module, type[nn.Module]] = {}
         owners: dict[nn.Module, dict[str, Any]] = {}
+
+        def later(name: str, parameter: Tensor) -> SharedValue:
+            return SharedValue.later(parameter, lambda: share(name, parameter).per_row, name, meetings)
+
         for p in bare:
             owners.setdefault(p.owner, {})[p.attribute] = shared_attribute(
-                p.name, p.attribute, active, share, without_gradient
+                p.name, p.attribute, active, share, without_gradient, later
             )
         for owner, attributes in owners.items():
             kind = self._classes[owner] = type(owner)
@@ -424,8 +433,13 @@ def shared_attribute(
     active: Callable[[], bool],
     share: Callable[[str, Tensor], SharedValue],
     without_gradient: Callable[[], bool],
+    later: Callable[[str, Tensor], SharedValue],
 ) -> property:
-    """A parameter's place on a module, which gives a shared value while ``active``, and ``without_gradient`` a constant."""
+    """A parameter's place on a module, which gives a shared value while ``active``.
+
+    What is read ``without_gradient`` is a constant as long as it is used so; but the program may keep it and use it
+    ``later``, where its gradient is wanted.
+    """
 
     def read(module: nn.Module) -> Any:
         value = raw_attribute(module, attribute)
@@ -436,10 +450,7 @@ def shared_attribute(
             return value
         if active():
             return share(name, value)
-        if without_gradient():
-            with torch._C.DisableTorchFunction():  # no use of the parameter that the watch should look at
-                return value.detach()
-        return value
+        return later(name, value) if without_gradient() else value
 
     def write(module: nn.Module, value: Any) -> None:
         module.__dict__[attribute] = value  # parameters go to nn.Module's own registry and do not come here

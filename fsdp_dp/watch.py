@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.label_watch import LOSSES, averaged_labels
-from fsdp_dp.marks import forget, mark, mark_rows, marks_of, reads_rows
+from fsdp_dp.marks import BY_PYTHON, draws_outside, forget, mark, mark_rows, marks_of, reads_rows
 from fsdp_dp.module_tree import modules_of
 from fsdp_dp.parts import Part
 from fsdp_dp.shared_values import METADATA, SharedValue, function_name
@@ -57,9 +57,11 @@ class FirstForward(TorchFunctionMode):
         self._buffers: dict[str, Tensor] = {}
         self._operators = _Operators(self)
         self.settled, self._rows_were_read = True, False
+        self._random_state: Any = None
 
     def __enter__(self) -> FirstForward:
         self._buffers = {name: buffer.detach().clone() for name, buffer in self._root.named_buffers()}
+        self._random_state = draws_outside()
         self._operators.__enter__()
         return super().__enter__()  # type: ignore[return-value]
 
@@ -84,7 +86,8 @@ class FirstForward(TorchFunctionMode):
             if labels is not None and labels.numel() > self._rows:  # a row may have several, or none
                 result.register_hook(_refuse_average)  # in backward, since the program may have a loss of its own
         self._rows_were_read |= reads_rows(function_name(func), tensors)
-        marks = marks_of(function_name(func), args, kwargs, tensors, rows_were_read=self._rows_were_read)
+        by_python = self._rows_were_read or (function_name(func) in BY_PYTHON and self._random_state != draws_outside())
+        marks = marks_of(function_name(func), args, kwargs, tensors, by_python=by_python)
         for tensor in _tensors((result,), {}) if marks else ():
             mark(tensor, marks)
         return result
@@ -112,7 +115,12 @@ class FirstForward(TorchFunctionMode):
         """Raises UnsupportedModelError if a parameter is written, by its ``data``: the noise would not cover that."""
         writes = (func.endswith("_") and not func.endswith("__")) or func in _WRITING
         written = [kwargs.get("out"), *(args[:1] if writes else ())]
-        memory = {_memory(x) for x in written if isinstance(x, Tensor) and not isinstance(x, SharedValue)} - {None, 0}
+        self.check_written(written, func)
+
+    def check_written(self, written: Iterable[Any], func: str) -> None:
+        """Raises UnsupportedModelError if one of these tensors is a parameter, or has its memory."""
+        tensors = [x.unread if isinstance(x, SharedValue) else x for x in written if isinstance(x, Tensor)]
+        memory = {_memory(x) for x in tensors if x is not None} - {None, 0}
         if not memory or _called_from_torch_distributed():
             return
         for (module, attribute), name in self._sites.items():
@@ -158,8 +166,23 @@ class _Operators(TorchDispatchMode):
                 self._watch.check_uses(_tensors(args, kwargs or {}), str(func))
             except UnsupportedModelError as problem:
                 self.problem = problem
+            try:
+                self._watch.check_written(_written(func, args, kwargs or {}), str(func))
+            except UnsupportedModelError as problem:
+                self.problem = problem
+                raise
         with torch._C.DisableTorchFunction():  # a shared value in here is for its own dispatch to refuse
             return func(*args, **(kwargs or {}))
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operator writes to."""
+    known = getattr(func, "_schema", None)
+    if known is None or not known.is_mutable:
+        return []
+    given = dict(zip((a.name for a in known.arguments), args, strict=False)) | kwargs
+    written = [given.get(a.name) for a in known.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return tree_leaves(written)
 
 
 class Uncompiled:

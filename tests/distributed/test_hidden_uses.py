@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import nn
 
 from fsdp_dp import UnsupportedModelError
 from tests.distributed.backends import BACKENDS, played, privacy_config
+from tests.distributed.harness import RankFailure, run
+from tests.oracle import Unit
 from tests.unit.test_hidden_uses import EXACT, REPLACED, ROWS, USES, Model, in_place_of, row_loss, rows
 
 
@@ -55,3 +58,38 @@ def test_refused_by_name(attempt: Attempt) -> None:
 
 def test_what_functional_call_does_not_replace() -> None:
     assert results()[NO_EFFECT] == "released"
+
+
+class Part(Unit):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+class Summing(nn.Module):
+    """Reads a weight of a unit whose forward is over."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.part, self.last = Part(width), nn.Linear(width, 2)
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.part(x) * self.part.fc.weight.square().sum())
+
+
+def train_summing(rank: int, world_size: int, backend: str) -> None:
+    x = rows()
+    model, engine = BACKENDS[backend](Summing(x.shape[-1]), privacy_config(max_grad_norm=1.0))
+    with engine.microbatch(torch.ones(len(x), dtype=torch.bool)):
+        row_loss(model, x).backward()
+
+
+@pytest.mark.parametrize("backend", ["fsdp1", "fsdp2"])
+def test_sharded_parameters_that_are_read_are_refused(backend: str) -> None:
+    """Under FSDP1 a rank would read its own part. Seen to fail with an error of torch's, of a gradient that does not fit."""
+    with pytest.raises(RankFailure, match=r"'part.fc.weight', read outside of a layer's own forward, is sharded there"):
+        run(train_summing, 2, backend, timeout=60.0)

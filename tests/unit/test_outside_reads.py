@@ -71,6 +71,39 @@ def _without_gradient(m: Any, x: Tensor) -> Tensor:
     return m.first(x) * m.scale + bias
 
 
+@torch.no_grad()
+def _kept(layer: nn.Linear) -> Tensor:
+    return layer.weight
+
+
+def _kept_and_recomputed(m: Any, x: Tensor) -> Tensor:
+    return checkpoint(lambda h: F.linear(h, _kept(m.first)), x, use_reentrant=False)
+
+
+def _kept_scale(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = m.scale.to(torch.float64).contiguous()
+    return x * scale
+
+
+def _with_gradient_within(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        weight = m.first.weight
+        with torch.enable_grad():
+            return F.linear(x, weight)
+
+
+def _used_without_gradient(m: Any, x: Tensor) -> Tensor:
+    weight = m.first.weight
+    with torch.no_grad():
+        constant = F.linear(x, weight)
+    return x + constant
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return (x.detach()[..., 0] > 0).long()
+
+
 USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "beside its layer": lambda m, x: F.linear(m.first(x), m.first.weight),
     "alone": lambda m, x: F.linear(x, m.norm.weight.diag(), m.norm.bias),
@@ -89,14 +122,24 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "recomputed": lambda m, x: checkpoint(lambda h: F.linear(m.first(h), m.first.weight), x, use_reentrant=False),
     "detached": lambda m, x: x + m.first.weight.detach().norm() + m.first.weight.data.mean(),
     "without a gradient": _without_gradient,
+    "read without a gradient, used with one": lambda m, x: F.linear(x, _kept(m.first)),
+    "read without a gradient, recomputed": _kept_and_recomputed,
+    "bare, read without a gradient, used with one": _kept_scale,
+    "read without a gradient, used with one within": _with_gradient_within,
+    "read with a gradient, used without one": _used_without_gradient,
     "by a hook of its layer": lambda m, x: m.first(x),
+    "by a hook before its layer": lambda m, x: m.first(x),
+    "a table with padding": lambda m, x: x + F.embedding(_tokens(x), m.table.weight, padding_idx=1),
+    "a table with padding, the same for all": lambda m, x: x + F.embedding(torch.arange(T), m.table.weight, -T + 1),
     "converted to the type that it has": lambda m, x: m.first.to(torch.float64)(x),
 }
 
 
 def model(name: str) -> Reader:
     made = Reader(USES[name])
-    if "hook" in name:
+    if "before its layer" in name:
+        made.first.register_forward_pre_hook(lambda module, args: (F.linear(args[0], module.weight, module.bias),))
+    elif "hook" in name:
         made.first.register_forward_hook(lambda module, args, output: output + args[0] @ module.weight)
     return made
 
@@ -168,6 +211,21 @@ class Codebook(nn.Module):
         return h + self.entries
 
 
+def _renormed(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return x + F.embedding(_tokens(x), m.table.weight, max_norm=0.5)
+
+
+def test_what_an_operator_inside_of_a_function_writes_is_refused() -> None:
+    """Which tokens the rows have would show in the table. Seen to be released without a look at operators."""
+    subject = private(Reader(_renormed), sampling="external_poisson")
+    before = values(subject.model)
+    with pytest.raises(UnsupportedModelError, match=r"'table.weight' is written by aten.embedding_renorm_"):
+        row_loss(subject.model, rows())
+    assert not flat(moved(subject.model, before)).any()
+    subject.engine.discard()
+
+
 @pytest.mark.parametrize("of", ["layer", "bare"])
 def test_parameters_that_forward_writes_are_refused(of: str) -> None:
     """The mean of all rows would be in the weights without any noise. Seen to be released without a look at writes."""
@@ -209,6 +267,10 @@ class Product(torch.autograd.Function):
 
 
 REFUSED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "with a largest norm": lambda m, x: x + F.embedding(_tokens(x), m.table.weight, max_norm=0.5),
+    "rows in a weight's place": lambda m, x: x + F.linear(m.first.weight, x[:, 0]).sum(0)[:, None, None],
+    "rows in a kernel's place": lambda m, x: x + F.conv1d(m.table.weight.T[None], x.mT[:, :, :2]).sum(2).mT,
+    "rows in the second place": lambda m, x: x + torch.cdist(m.first.weight, x[:, 0]).mT[:, None],
     "in memory that is shared": _written_after_a_copy,
     "in memory that is shared, and seen": _written_and_seen,
     "transform": lambda m, x: torch.vmap(lambda row: F.linear(row, m.first.weight))(x),

@@ -193,6 +193,15 @@ def test_other_uses_are_exact(use: Callable[..., Tensor]) -> None:
     check_exact(Sequence(MODULES["GRU"], use))
 
 
+def test_a_list_of_states() -> None:
+    """As torch takes it, too. Seen to be refused for another reason."""
+
+    def use(m: Any, h: Tensor) -> Tensor:
+        return m.last(m.rnn(h, [s.expand(1, len(h), H).contiguous() for s in (m.start, m.start.cos())])[0])
+
+    check_exact(Sequence(MODULES["LSTM"], use))
+
+
 def test_partly_frozen() -> None:
     model = Sequence(MODULES["LSTM, both directions"])
     for name, p in model.named_parameters():

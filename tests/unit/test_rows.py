@@ -1,7 +1,9 @@
 """Rows that a model merges, splits, permutes or picks from: exact or refused, whatever the sizes happen to be."""
 
+import random
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,17 @@ class Routing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.route(self, self.first(x)))
+
+
+class Shuffling(nn.Module):
+    """Rows are shuffled behind all layers: at first, by chance, into the order that they have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(D, D).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x)[torch.randperm(len(x)).sort()[0]]
 
 
 def row_loss(model: nn.Module, x: Tensor) -> Tensor:
@@ -119,6 +132,33 @@ def shuffled_rows(m: nn.Module, x: Tensor) -> Tensor:
     return m.experts[0](x[order])[order.argsort()]
 
 
+def _in_order(count: int) -> np.ndarray:
+    """As if it had been drawn by chance: at first, of few rows, the order often is this one."""
+    np.random.rand()
+    random.random()
+    return np.arange(count)
+
+
+def shuffled_by_numpy(m: nn.Module, x: Tensor) -> Tensor:
+    return m.experts[0](x[torch.tensor(_in_order(len(x)))])
+
+
+def shuffled_by_array(m: nn.Module, x: Tensor) -> Tensor:
+    return m.experts[0](x[_in_order(len(x))])
+
+
+def shuffled_by_shared_array(m: nn.Module, x: Tensor) -> Tensor:
+    return m.experts[0](x.index_select(0, torch.from_numpy(_in_order(len(x)))))
+
+
+def shuffled_by_python(m: nn.Module, x: Tensor) -> Tensor:
+    return m.experts[0](x[list(_in_order(len(x)))] + x[torch.tensor(_in_order(len(x)).tolist())])
+
+
+def turned_by_chance(m: nn.Module, x: Tensor) -> Tensor:
+    return m.experts[0](x + x.roll(int(_in_order(1)[0]), 0))
+
+
 def positions_first(m: nn.Module, x: Tensor) -> Tensor:
     return m.experts[0](x.transpose(0, 1).reshape(-1, D)).view(x.shape[1], -1, D).transpose(0, 1)
 
@@ -166,6 +206,11 @@ REFUSED: dict[str, Route] = {
     "bare experts by mask": bare_experts_by_mask,
     "without padding": without_padding,
     "shuffled rows": shuffled_rows,
+    "shuffled by NumPy": shuffled_by_numpy,
+    "shuffled by an array": shuffled_by_array,
+    "shuffled by a shared array": shuffled_by_shared_array,
+    "shuffled by Python": shuffled_by_python,
+    "turned by chance": turned_by_chance,
 }
 DISPROVED: dict[str, Route] = {"positions first": positions_first, "turned rows": turned_rows}
 
@@ -194,6 +239,15 @@ def test_entries_picked_from_all_rows_are_refused(name: str) -> None:
     private(model, sampling="external_poisson")
     with pytest.raises(UnsupportedModelError, match=r"'(experts\.\d|weights)' is given entries that were picked"):
         row_loss(model, normal(ROWS, T, D, seed=3))
+
+
+def test_picked_outputs_are_refused() -> None:
+    """No layer is given them. Seen to be released where, by chance, the rows are in their order in the first microbatch."""
+    model = Shuffling()
+    subject = private(model, sampling="external_poisson")
+    with pytest.raises(UnsupportedModelError, match="output holds entries that were picked"):
+        row_loss(model, normal(ROWS, T, D, seed=3))
+    subject.engine.discard()
 
 
 @pytest.mark.parametrize("name", [*REFUSED, *EXACT, *DISPROVED])
