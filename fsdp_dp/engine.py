@@ -18,6 +18,7 @@ import struct
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, NoReturn
 
 import torch
@@ -130,8 +131,8 @@ class PrivacyEngine:
         if optimizer is not None:
             self._gate.adopt(optimizer)
         self._hooks = [
-            model.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(self._as_written(self._before_forward), prepend=True, with_kwargs=True),
+            model.register_forward_hook(self._as_written(self._after_forward), with_kwargs=True, always_call=True),
         ]
         if hasattr(model, "privacy_engine"):
             model.privacy_engine = self  # type: ignore[assignment]
@@ -337,6 +338,10 @@ class PrivacyEngine:
         if getattr(self.model.root, "privacy_engine", None) is self:
             self.model.root.privacy_engine = None  # type: ignore[assignment]
 
+    def _as_written(self, method: Any) -> MethodType:
+        """Left alone by the compiler, and still a method: a copy of what it hooks on leads to a copy of the engine."""
+        return MethodType(as_written(method.__func__), self)
+
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise PrivacyError(
             "A privacy engine cannot be copied: two copies would draw the same noise. Copy the model before "
@@ -426,7 +431,6 @@ class PrivacyEngine:
         self._draws_of_loaders[loader] += 1
         self._batch.intake.start_logical_batch(loader)
 
-    @as_written
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.is_grad_enabled() or recomputing():
             return
@@ -473,7 +477,6 @@ class PrivacyEngine:
         microbatch.sums = ClippedSum(self._plan, rows, lambda groups, terms: self._weigh(microbatch, groups, terms))
         return microbatch
 
-    @as_written
     def _after_forward(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The outputs behind a boundary; the freeze window is open until backward comes back there."""
         recorder, failed = self._recorder, output is None
