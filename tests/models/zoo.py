@@ -168,6 +168,16 @@ def subject(
     return Subject(model=made, batch=batch, losses=losses, **options)
 
 
+WINDOWED = NO_DROPOUT | {
+    "image_size": 16,
+    "patch_size": 2,
+    "embed_dim": 6,
+    "depths": [2, 2],
+    "num_heads": [2, 2],
+    "window_size": 4,
+    "drop_path_rate": 0.0,
+    "num_labels": 3,
+}
 WIDE_GROUPED = GROUPED | {"query_pre_attn_scalar": 6}  # Gemma 2 and 3
 SEQ2SEQ = TOKENS | {
     "d_model": 12, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
@@ -354,33 +364,13 @@ MODELS: dict[str, Subject] = {
     ),
     "Swin": subject(
         "SwinForImageClassification",
-        NO_DROPOUT
-        | {
-            "image_size": 16,
-            "patch_size": 2,
-            "embed_dim": 6,
-            "depths": [2, 2],
-            "num_heads": [2, 2],
-            "window_size": 4,
-            "drop_path_rate": 0.0,
-            "num_labels": 3,
-        },
+        WINDOWED,
         functools.partial(images, 16),
         class_losses,
     ),
     "Swin v2": subject(
         "Swinv2ForImageClassification",
-        NO_DROPOUT
-        | {
-            "image_size": 16,
-            "patch_size": 2,
-            "embed_dim": 6,
-            "depths": [2, 2],
-            "num_heads": [2, 2],
-            "window_size": 4,
-            "drop_path_rate": 0.0,
-            "num_labels": 3,
-        },
+        WINDOWED,
         functools.partial(images, 16),
         class_losses,
     ),
