@@ -88,6 +88,15 @@ def test_sums_are_written_to_their_places_in_a_bucket(shards: int) -> None:
         torch.testing.assert_close(sums[name].flatten().double(), exact, rtol=1e-6, atol=1e-6)
 
 
+def test_a_place_of_another_size_is_not_written_to() -> None:
+    """A rule whose gradient is not of its parameter's shape would write beyond the place. Seen to fail without the check."""
+    (x,) = stored(3, [40])
+    memory = torch.full((2, 30), NAN)
+    weight = torch.rand(3) + 0.1
+    sums = weighted_sums({"a": Materialized(x)}, weight, weight > 0, {"a": memory[:, :15]})
+    assert memory.isnan().all() and sums["a"].shape == (40,)
+
+
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 def test_what_cannot_be_measured_is_not_finite() -> None:
     (x,) = stored(3, [40])
