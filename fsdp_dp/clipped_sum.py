@@ -14,9 +14,10 @@ A single group needs every norm, so it waits for the end of backward, where no c
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor
 
 from fsdp_dp.clipping import RowWeights
@@ -25,10 +26,11 @@ from fsdp_dp.gradients import PerSampleGradient, combine
 from fsdp_dp.groups import Group, groups_of_blocks
 from fsdp_dp.methods import Measured
 from fsdp_dp.norm_terms import TermsOfGroups
+from fsdp_dp.numerics import exact_arithmetic
 from fsdp_dp.sharding import ShardedModel
 from fsdp_dp.side_stream import SideStream
-from fsdp_dp.together import NormTally, is_small_vector, weighted_sums
-from fsdp_dp.vector_gradients import formed
+from fsdp_dp.together import NormTally, is_small_vector, sums_of_vectors, weighted_sums
+from fsdp_dp.vector_gradients import SideBySide, SumOverPositions, formed
 
 Weigh = Callable[[Sequence[int], TermsOfGroups], RowWeights]
 
@@ -40,6 +42,8 @@ class ClippingPlan:
         groups: in the order of registration; backward is expected to finish them from the last to the first.
         streams: groups are clipped within backward, not at its end.
         batches: groups that are clipped together, in as many launches as one of them; expected in this order.
+        waits_with: parameter -> its batch, which is clipped once all of it is reported; without streaming its unit, which is
+            measured then.
         parts: of every batch, unit -> its parameters, in the order in which units are reduced.
         side: where the norms of a group that does not stream are taken.
     """
@@ -51,10 +55,11 @@ class ClippingPlan:
         self.unit_of = {p.name: p.unit for p in model.parameters}
         self.is_split = {p.name: p.split for p in model.parameters}
         self.batches = groups_of_blocks(groups, self.unit_of)
-        self.batch_of = {group: number for number, batch in enumerate(self.batches) for group in batch}
+        batch_of = {group: number for number, batch in enumerate(self.batches) for group in batch}
         self.owner_of = {
             name: batch.index(self.group_of[name]) for batch in self.batches for name in self._names(batch)
         }
+        self.waits_with = {n: batch_of[k] if self.streams else self.unit_of[n] for n, k in self.group_of.items()}
         self.unit_order = list(reversed(range(model.unit_count)))
         self.parameters_of_unit = Counter(self.unit_of.values())
         self.parts = [self._by_unit(batch) for batch in self.batches]
@@ -81,8 +86,10 @@ class ClippedSum:
     def __init__(self, plan: ClippingPlan, rows: int, weigh: Weigh) -> None:
         self._plan, self._rows, self._weigh = plan, rows, weigh
         self._uses: dict[str, list[PerSampleGradient]] = {}
-        self._outstanding, self._of_batch, self._of_part = Counter[int](), Counter[int](), Counter[int]()
+        self._outstanding, self._awaited = [0] * len(plan.groups), [0] * max(len(plan.batches), len(plan.unit_order))
         self._gradients: dict[str, PerSampleGradient] = {}
+        self._vectors: dict[int, list[SideBySide]] = defaultdict(list)
+        self._measured: set[str] = set()
         self._whole = NormTally(rows, plan.model.device)
         self._split = NormTally(rows, plan.model.device) if plan.model.split_group is not None else None
         self._batches, self._units = list(range(len(plan.batches))), list(plan.unit_order)
@@ -91,10 +98,8 @@ class ClippedSum:
 
     def expect(self, name: str) -> None:
         """The forward uses a parameter (once more)."""
-        group = self._plan.group_of[name]
-        self._outstanding[group] += 1
-        self._of_batch[self._plan.batch_of[group]] += 1
-        self._of_part[self._plan.unit_of[name]] += 1
+        self._outstanding[self._plan.group_of[name]] += 1
+        self._awaited[self._plan.waits_with[name]] += 1
 
     def report(self, name: str, gradient: PerSampleGradient | None) -> None:
         """The backward has come to a use of a parameter; None if the loss does not depend on it.
@@ -102,31 +107,32 @@ class ClippedSum:
         Raises:
             UnsupportedModelError: there are more uses than the forward had; some were taken for ones without a gradient.
         """
+        plan = self._plan
         if gradient is not None:
-            if name in self._gradients:
+            if name in self._measured:
                 raise UnsupportedModelError(
                     f"Parameter '{name}': backward came to its layer more often than forward had called it (a custom "
                     "autograd.Function that differentiates it more than once), when its gradient had been measured. Call the "
                     "layer outside of the function"
                 )
             self._uses.setdefault(name, []).append(gradient)
-        elif not self._plan.streams:
+        elif not plan.streams:
             return  # nobody waits for it before the end, and a backward inside of this one may come to it yet
-        group, unit = self._plan.group_of[name], self._plan.unit_of[name]
-        batch = self._plan.batch_of[group]
+        group, waiting = plan.group_of[name], plan.waits_with[name]
         self._outstanding[group] -= 1
-        self._of_batch[batch] -= 1
-        self._of_part[unit] -= 1
+        self._awaited[waiting] -= 1
         if self._outstanding[group] < 0:
             raise UnsupportedModelError(
                 f"Parameter '{name}': a backward inside of backward came to its layer, in a graph of its own (a custom "
                 "autograd.Function that runs layers under torch.enable_grad()), when its clipping group was thought to be "
                 "complete. Call the layer outside of the function, or take clipping='flat'"
             )
-        if self._plan.streams and self._of_batch[batch] == 0:
-            self._clip_ready_batch(batch)
-        elif not self._plan.streams and self._of_part[unit] == 0:
-            self._measure(self._plan.parts[batch][unit], self._plan.side.beside)
+        if self._awaited[waiting] == 0:
+            with exact_arithmetic(plan.model.device):
+                if plan.streams:
+                    self._clip_ready_batch(waiting)
+                else:
+                    self._measure(plan.parts[0][waiting], plan.side.beside)
 
     def start(self) -> None:
         """The backward begins: groups that nothing is expected of are ready.
@@ -136,7 +142,7 @@ class ClippedSum:
         """
         if self._plan.streams:
             for batch in list(self._batches):
-                if self._of_batch[batch] == 0:
+                if self._awaited[batch] == 0:
                     self._clip_ready_batch(batch)
 
     def finish(self) -> None:
@@ -148,7 +154,10 @@ class ClippedSum:
     @property
     def held(self) -> list[PerSampleGradient]:
         """The per-sample gradients that are kept at this moment."""
-        return [gradient for uses in self._uses.values() for gradient in uses] + list(self._gradients.values())
+        vectors = [vector for joint in self._vectors.values() for one in joint for vector in one.apart().values()]
+        return (
+            [gradient for uses in self._uses.values() for gradient in uses] + list(self._gradients.values()) + vectors
+        )
 
     def _clip_ready_batch(self, latest: int) -> None:
         """Norms that ranks add up are taken in order; others as they come, so that records are freed at once."""
@@ -158,7 +167,7 @@ class ClippedSum:
             self._clip(latest)
 
     def _clip_first_batches(self) -> None:
-        while self._batches and self._of_batch[self._batches[0]] == 0:
+        while self._batches and self._awaited[self._batches[0]] == 0:
             self._clip(self._batches[0])
 
     def _clip(self, batch: int) -> None:
@@ -168,43 +177,56 @@ class ClippedSum:
             self._measure(names)
         self._plan.side.join()
         rows = self._weigh(groups, self._terms_of(len(groups)))
-        # A single group has the vectors of all units, which are summed together where each has no place of its own.
-        each = self._plan.streams or self._plan.model.places_vectors
-        vectors = {} if each else {n: g for n, g in self._gradients.items() if is_small_vector(g)}
-        sums_of_vectors = weighted_sums(vectors, rows.weight_B, rows.keep_B, owners=owners)
+        weights = (rows.weight_B, rows.keep_B)
+        vectors, self._vectors = self._vectors, defaultdict(list)
+        # A single group has the vectors of all units, which are summed together where they have no places of their own.
+        together: dict[str, Tensor] = {}
+        if not (self._plan.streams or self._plan.model.places_vectors):
+            together = sums_of_vectors([one for joint in vectors.values() for one in joint], *weights, owners)
+            small = {n: self._gradients.pop(n) for n, x in list(self._gradients.items()) if is_small_vector(x)}
+            together |= weighted_sums(small, *weights, owners=owners)
+            vectors.clear()
         for unit, names in self._plan.parts[batch].items():
             of_unit = {name: self._gradients.pop(name) for name in names if name in self._gradients}
+            joint = vectors.pop(unit, [])
+            sums = self._sums[unit]
             # A unit that is summed as a whole, and is the next to be reduced, needs no room besides its bucket.
-            alone = bool(of_unit) and self._units[:1] == [unit] and self._unsummed[unit] == len(names)
-            places = self._plan.model.places(unit) if alone else {}
-            others = {name: gradient for name, gradient in of_unit.items() if name not in vectors}
-            self._sums[unit] |= weighted_sums(others, rows.weight_B, rows.keep_B, places, owners)
-            if vectors:
-                self._sums[unit] |= {name: sums_of_vectors.pop(name) for name in of_unit if name in vectors}
+            alone = self._units[:1] == [unit] and self._unsummed[unit] == len(names)
+            places = self._plan.model.places(unit) if alone and (of_unit or joint) else {}
+            sums |= weighted_sums(of_unit, *weights, places, owners)
+            sums |= sums_of_vectors(joint, *weights, owners, places)
+            if together:
+                sums |= {name: together.pop(name) for name in names if name in together}
             self._unsummed[unit] -= len(names)
             self._reduce_ready_units()
 
     def _measure(self, names: Sequence[str], where: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        """Take the norms of those of the parameters that have uses and were not measured yet.
+        """Take the norms of those of the parameters of a unit that have uses and were not measured yet.
 
         Only that is done ``where``: what it reads is kept until the weights are known, while uses that are combined may
         be freed at once, and so must be read on the main stream.
         """
-        gradients = formed({name: combine(self._uses.pop(name)) for name in names if name in self._uses})
-        if not gradients:
+        uses = {name: self._uses.pop(name) for name in names if name in self._uses}
+        if not uses:
             return
-        self._gradients |= gradients
-        is_split, now = self._plan.is_split, self._plan.streams
-        with where():
-            if self._split is None:
-                self._add(self._whole, gradients, all_wait=now)
-            else:
-                self._add(self._split, {n: g for n, g in gradients.items() if is_split[n]}, all_wait=now)
-                self._add(self._whole, {n: g for n, g in gradients.items() if not is_split[n]}, all_wait=now)
-
-    def _add(self, tally: NormTally, gradients: Mapping[str, PerSampleGradient], *, all_wait: bool) -> None:
-        owner_of = self._plan.owner_of
-        tally.add(list(gradients.values()), [owner_of[name] for name in gradients], all_wait=all_wait)
+        self._measured |= uses.keys()
+        gradients = {name: combine(of_name) for name, of_name in uses.items()}
+        is_split = self._plan.is_split
+        parts = [(self._whole, gradients)]
+        if self._split is not None:
+            parts = [
+                (tally, {n: g for n, g in gradients.items() if is_split[n] == wanted})
+                for tally, wanted in ((self._split, True), (self._whole, False))
+            ]
+        now, owners = self._plan.streams, self._plan.owner_of
+        for tally, of_tally in parts:
+            stored, joint = formed(of_tally)
+            self._gradients |= stored
+            if joint:
+                self._vectors[self._plan.unit_of[names[0]]] += joint
+            with where():
+                tally.add(list(stored.values()), [owners[name] for name in stored], all_wait=now)
+                tally.add_vectors(joint, owners)
 
     def _terms_of(self, groups: int) -> TermsOfGroups:
         """Squared norms over what was measured, and over all ranks that hold a part of a row's gradient."""
@@ -226,7 +248,8 @@ class MeasuredNorms:
     A parameter is measured as soon as all its uses are in, so that its records can go when its group is finished.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._uses: dict[str, list[PerSampleGradient]] = {}
         self._outstanding = Counter[str]()
         self._measured: dict[str, Measured] = {}
@@ -240,7 +263,8 @@ class MeasuredNorms:
         self._uses.setdefault(name, []).append(gradient)
         self._outstanding[name] -= 1
         if self._outstanding[name] == 0:
-            self._measure(name)
+            with exact_arithmetic(self._device):
+                self._measure(name)
 
     def finish(self) -> dict[str, Measured]:
         """Of the parameters that the loss depends on."""
@@ -250,4 +274,6 @@ class MeasuredNorms:
 
     def _measure(self, name: str) -> None:
         if name in self._uses:
-            self._measured |= {n: Measured.of(x) for n, x in formed({name: combine(self._uses.pop(name))}).items()}
+            gradient = combine(self._uses.pop(name))
+            stored = gradient.formed() if isinstance(gradient, SumOverPositions) else gradient
+            self._measured[name] = Measured.of(stored)

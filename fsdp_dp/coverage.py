@@ -119,17 +119,16 @@ def refuse_training_batch_norm(batch_norms: Sequence[nn.Module]) -> None:
 
 def refuse_strangers(model: ShardedModel) -> None:
     """Parameters that became trainable, or joined the model, after the engine was attached would be trained as they are."""
-    managed = {id(p.parameter) for p in model.parameters}
-    present = (p for module in modules_of(model.root) for p in module._parameters.values() if p is not None)
-    if any(p.requires_grad and id(p) not in managed for p in present):
+    names = model.names_by_identity
+    present = (p for module in modules_of(model.root) for p in module._parameters.values() if id(p) not in names)
+    if any(p is not None and p.requires_grad for p in present):
         trainable = ((name, p) for name, p in model.root.named_parameters() if p.requires_grad)
-        for name in (name for name, p in trainable if id(p) not in managed):
+        for name in (name for name, p in trainable if id(p) not in names):
             raise PrivacyError(
                 f"Parameter '{canonical_name(name)}' became trainable after the engine was attached, so its gradient "
                 "would not be private. Call state = engine.state_dict(), engine.detach(), make_private(...) and "
                 "load_state_dict(state), so that releases stay counted"
             )
-    names = {id(p.parameter): p.name for p in model.parameters}
     for (module, attribute), name in model.names.items():
         now = names.get(id(module._parameters.get(attribute)), name)
         if now != name:

@@ -83,7 +83,7 @@ class Examination:
             return
         self._forget_first()
         self._recorder.layouts.forget()
-        microbatch.norms = MeasuredNorms()
+        microbatch.norms = MeasuredNorms(self._model.device)
         self._first = found
 
     def end_forward(self, *, failed: bool) -> None:
@@ -193,7 +193,7 @@ class Examination:
 
     def _start_rehearsal(self, rows: int) -> None:
         mask_B = torch.ones(rows, dtype=torch.bool)
-        self._recorder.current = Microbatch(rows, mask_B, vouched=False, norms=MeasuredNorms())
+        self._recorder.current = Microbatch(rows, mask_B, vouched=False, norms=MeasuredNorms(self._model.device))
         self._uncompiled.start()
 
     def discard(self) -> None:

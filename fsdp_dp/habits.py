@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fsdp_dp.gradients import OuterProduct, PerSampleGradient
 from fsdp_dp.layers import rule_for
+from fsdp_dp.numerics import exact_arithmetic
 from fsdp_dp.records import NO_CALL, Call
+from fsdp_dp.vector_gradients import SumOverPositions
 
 Form = tuple[Any, ...]
 
@@ -34,20 +37,38 @@ class Habit:
 
     Args:
         layouts: `RowLayouts.fixed` when this was found out.
+        device: of forward and backward.
+        found: the gradients of the record that it was found out of.
         settles: some of the gradients are kept in another form than the rule's (`PerSampleGradient.settle`).
     """
 
-    __slots__ = ("_module", "_plans", "_rule", "_settles", "_wanted", "form", "layouts")
+    __slots__ = ("_computes", "_device", "_module", "_plans", "_rule", "_settles", "_wanted", "form", "layouts")
 
     def __init__(
-        self, form: Form, module: nn.Module, wanted: frozenset[str], layouts: Mapping[Any, Any], *, settles: bool
+        self,
+        form: Form,
+        module: nn.Module,
+        wanted: frozenset[str],
+        layouts: Mapping[Any, Any],
+        device: torch.device,
+        found: Mapping[str, PerSampleGradient],
+        *,
+        settles: bool,
     ) -> None:
         self.form, self.layouts = form, layouts
-        self._module, self._rule, self._wanted, self._settles = module, rule_for(module), wanted, settles
+        self._module, self._rule, self._wanted, self._device = module, rule_for(module), wanted, device
         self._plans: dict[str, dict[str, Any]] = {}
+        self._settles = settles
+        self._computes = settles or not all(type(gradient) in _UNTOUCHED for gradient in found.values())
 
-    def gradients(self, a: Tensor, g: Tensor | None) -> dict[str, PerSampleGradient]:
+    def gradients(self, a: Tensor, g: Tensor | None) -> Mapping[str, PerSampleGradient]:
         """``{parameter name: gradient of every row}``, as `layers.per_sample_gradients` gives them, settled."""
+        if self._computes:
+            with exact_arithmetic(self._device):
+                return self._of_rule(a, g)
+        return self._of_rule(a, g)
+
+    def _of_rule(self, a: Tensor, g: Tensor | None) -> Mapping[str, PerSampleGradient]:
         found: dict[str, PerSampleGradient] = self._rule(self._module, a, g, self._wanted)
         for name, gradient in found.items():
             if type(gradient) is OuterProduct:
@@ -57,3 +78,7 @@ class Habit:
                 else:
                     gradient.adopt(plan)
         return {name: gradient.settle() for name, gradient in found.items()} if self._settles else found
+
+
+_UNTOUCHED = (OuterProduct, SumOverPositions)
+"""What rules return without having computed anything: references to factors."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -50,8 +50,11 @@ class Microbatch:
         return self.sums is None
 
     @property
-    def takers(self) -> list[ClippedSum | MeasuredNorms]:
-        return [taker for taker in (self.norms, self.sums) if taker is not None]
+    def takers(self) -> Sequence[ClippedSum | MeasuredNorms]:
+        norms, sums = self.norms, self.sums
+        if norms is None:
+            return () if sums is None else (sums,)
+        return (norms,) if sums is None else (norms, sums)
 
 
 class LogicalBatch:

@@ -70,6 +70,7 @@ class Recorder:
         for (module, attribute), name in model.names.items():
             if module in self._attributes:
                 self._attributes[module][attribute] = name
+        self._sites = {layer: tuple(self._attributes[module].items()) for layer, module in layers.items()}
         self._names = {layer: tuple(self._attributes[module].values()) for layer, module in layers.items()}
         self._wanted = {layer: frozenset(self._attributes[module]) for layer, module in layers.items()}
         self.current: Microbatch | None = None
@@ -291,20 +292,19 @@ class Recorder:
         grads: tuple[Tensor | None, ...],
     ) -> None:
         self._start_recording(microbatch)
-        gradients: dict[str, PerSampleGradient] = {}
-        with exact_arithmetic(self._model.device):
-            if any(grad is not None for grad in grads):
-                _note_dtypes(microbatch, grads)
-                form = form_of(call, inputs, grads, microbatch.rows)
-                known = self._habits.get(layer)
-                if known is not None and form == known.form and known.layouts is self.layouts.fixed:
-                    gradients = known.gradients(inputs[0], grads[0])
-                else:
+        gradients: Mapping[str, PerSampleGradient] = {}
+        if any(grad is not None for grad in grads):
+            _note_dtypes(microbatch, grads)
+            form = form_of(call, inputs, grads, microbatch.rows)
+            known = self._habits.get(layer)
+            if known is not None and form == known.form and known.layouts is self.layouts.fixed:
+                gradients = known.gradients(inputs[0], grads[0])
+            else:
+                with exact_arithmetic(self._model.device):
                     gradients = self._examined(microbatch, layer, Record(call, inputs, grads), form)
-            names = self._attributes[self._layers[layer]]
-            for taker in microbatch.takers:
-                for attribute, name in names.items():
-                    taker.report(name, gradients.get(attribute))
+        for taker in microbatch.takers:
+            for attribute, name in self._sites[layer]:
+                taker.report(name, gradients.get(attribute))
 
     def _examined(
         self, microbatch: Microbatch, layer: str, record: Record, form: Form | None
@@ -320,7 +320,9 @@ class Recorder:
         settled = {name: gradient.settle() for name, gradient in complete(gradients).items()}
         if form is not None and layout == "rows" and self.layouts.fixed is not None:
             settles = any(settled[name] is not gradient for name, gradient in gradients.items())
-            self._habits[layer] = Habit(form, module, wanted, self.layouts.fixed, settles=settles)
+            self._habits[layer] = Habit(
+                form, module, wanted, self.layouts.fixed, self._model.device, gradients, settles=settles
+            )
         return settled
 
     def _layout(self, layer: str, record: Record, rows: int) -> Layout:
@@ -348,8 +350,8 @@ class Recorder:
                     _note_dtypes(microbatch, grads)
                     g_B = grads[0].reshape(microbatch.rows, *(grads[0].shape[1:] or (1,)))
                     gradient = Materialized(g_B.to(accumulate_dtype(g_B.dtype)))
-                for taker in microbatch.takers:
-                    taker.report(name, gradient)
+            for taker in microbatch.takers:
+                taker.report(name, gradient)
 
         return report
 
@@ -367,5 +369,7 @@ class Recorder:
 
 def _note_dtypes(microbatch: Microbatch, grads: Sequence[Tensor | None]) -> None:
     for grad in grads:
-        if grad is not None and grad.dtype.itemsize < microbatch.narrowest.itemsize:
+        if grad is None or grad.dtype is microbatch.narrowest:
+            continue
+        if grad.dtype.itemsize < microbatch.narrowest.itemsize:
             microbatch.narrowest = grad.dtype

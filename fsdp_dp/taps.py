@@ -37,7 +37,7 @@ from fsdp_dp.layers.leaf import is_proven
 from fsdp_dp.marks import PICKED_REFUSED, is_picked
 from fsdp_dp.node_taps import NodeTap, come_last, node_of
 from fsdp_dp.parts import Opened
-from fsdp_dp.records import Call, Report
+from fsdp_dp.records import NO_CALL, Call, Report
 from fsdp_dp.shared_values import Meetings, SharedValue, unwrapped
 
 
@@ -315,6 +315,9 @@ class Taps:
             if self._made is not None:
                 self._refuse_changed(name, self._made, output)
             report = self._start(name)
+            given = args[0] if len(args) == 1 and not everything else None
+            if type(given) is Tensor and type(output) is Tensor and output.is_floating_point() and self._is_plain(name):
+                return self._on_one(name, NO_CALL, report, output, args)  # most calls, and they are many
             if everything and self._versions.pop(module) != _versions(args, kwargs):
                 raise UnsupportedModelError(
                     f"Layer '{name}' ({type(module).__name__}) writes to its input in place, so what it was given is gone "
@@ -331,7 +334,7 @@ class Taps:
         """``output`` with a tap behind each of its floating-point tensors."""
         one_of_one = call.spec is None and type(output) is Tensor and type(inputs[0]) is Tensor
         if one_of_one and self._is_plain(name) and output.is_floating_point():
-            return self._on_one(name, call, report, output, inputs)  # most calls, and they are many
+            return self._on_one(name, call, report, output, inputs)
         self._refuse_picked(name, inputs)
         are_shared = [isinstance(x, SharedValue) for x in inputs]
         leaves, spec = ([output], None) if type(output) is Tensor else tree_flatten(output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from fsdp_dp.gradients import (
 from fsdp_dp.kernels import outer as fused
 from fsdp_dp.kernels import vectors
 from fsdp_dp.norm_terms import NormTerms, TermsOfGroups
+from fsdp_dp.vector_gradients import SideBySide
 
 
 class NormTally:
@@ -34,6 +35,7 @@ class NormTally:
         self._terms: list[Tensor] = []
         self._owners: list[int] = []
         self._waiting: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        self._vectors: list[tuple[SideBySide, list[int]]] = []
 
     def add(
         self, gradients: Sequence[PerSampleGradient], owners: Sequence[int] | None = None, *, all_wait: bool = False
@@ -66,6 +68,15 @@ class NormTally:
             self._owners += of_formed
         self._measure_stored(now)
 
+    def add_vectors(self, joint: Sequence[SideBySide], owner_of: Mapping[str, int]) -> None:
+        """They wait for `measured`."""
+        for one in joint:
+            if vectors.usable(one.value_BN):
+                self._vectors.append((one, [owner_of[name] for name in one.widths]))
+            else:
+                apart = one.apart()
+                self.add(list(apart.values()), [owner_of[name] for name in apart], all_wait=True)
+
     def _take(self, owner: int, terms: NormTerms) -> None:
         self._terms.append(terms.stack())
         self._owners.append(owner)
@@ -73,6 +84,17 @@ class NormTally:
     def _measure_stored(self, values: Mapping[tuple[int, torch.dtype], list[Tensor]]) -> None:
         for (owner, _), of_owner in values.items():
             self._take(owner, stored_norm_terms(of_owner))
+
+    def _measured_side_by_side(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        joint, self._vectors = self._vectors, []
+        return [
+            vectors.squared_norms(
+                joined,
+                [width for one, _ in part for width in one.widths.values()],
+                [o for _, owners in part for o in owners],
+            )
+            for joined, part in _joined(joint)
+        ]
 
     def _measured_together(self) -> list[tuple[Tensor, tuple[int, ...]]]:
         """Of the small ones among those that wait and that one launch takes; the others go on waiting."""
@@ -95,7 +117,7 @@ class NormTally:
 
     def measured(self, groups: int = 1) -> TermsOfGroups:
         """Of all that was added since the last call, to so many groups."""
-        of_vectors = self._measured_together()
+        of_vectors = self._measured_side_by_side() + self._measured_together()
         self._measure_stored(self._waiting)
         owners = self._owners
         parts = [torch.stack(self._terms)] if self._terms else []
@@ -111,6 +133,46 @@ class NormTally:
         return TermsOfGroups(
             terms_n3B=parts[0] if len(parts) == 1 else torch.cat(parts), owners=tuple(owners), groups=groups
         )
+
+
+_Joint = tuple[SideBySide, list[int]]
+
+
+def _joined(joint: Sequence[_Joint]) -> Iterator[tuple[Tensor, Sequence[_Joint]]]:
+    """All of a part as one tensor, for as many vectors as fit the scratch side by side."""
+    for part in portions({str(number): one.value_BN for number, (one, _) in enumerate(joint)}):
+        whole = list(part.values())
+        yield whole[0] if len(whole) == 1 else torch.cat(whole, 1), [joint[int(number)] for number in part]
+
+
+def sums_of_vectors(
+    joint: Sequence[SideBySide],
+    weight_KB: Tensor,
+    keep_KB: Tensor,
+    owners: Mapping[str, int],
+    into: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """As `weighted_sums`, of vectors that are side by side already."""
+    into = into or {}
+    sums: dict[str, Tensor] = {}
+    rest: list[_Joint] = []
+    for one in joint:
+        if weight_KB.dtype != one.value_BN.dtype or not vectors.usable(one.value_BN):
+            sums |= weighted_sums(one.apart(), weight_KB, keep_KB, into, owners)
+            continue
+        widths = one.widths
+        whose = [owners[name] for name in widths]
+        places = {name: into[name] for name in widths if name in into}
+        if len(places) == len(widths) and all(places[name].numel() == width for name, width in widths.items()):
+            vectors.weighted_sum(one.value_BN, weight_KB, list(widths.values()), whose, list(places.values()))
+            sums |= places
+        else:
+            rest.append((one, whose))
+    for joined, part in _joined(rest):
+        names = {name: width for one, _ in part for name, width in one.widths.items()}
+        total = vectors.weighted_sum(joined, weight_KB, list(names.values()), [o for _, whose in part for o in whose])
+        sums |= dict(zip(names, total.split(list(names.values())), strict=True))
+    return sums
 
 
 def total_norm_terms(gradients: Sequence[PerSampleGradient], rows: int, device: torch.device) -> NormTerms:

@@ -1,13 +1,14 @@
 """The gradients of biases and of norm layers' scales, which are sums over positions, before anybody has summed.
 
-What they cost a GPU is launches, not bytes: a layer's rule gives what is to be summed, and `formed` makes all of a unit at
-once, stored side by side, as the kernels want them that measure and sum over rows (`kernels.vectors`).
+What they cost is launches and the host's time, not bytes: a layer's rule gives what is to be summed, and `formed` makes all
+of a unit at once. They stay side by side from there on, as the kernels want them that measure and sum over rows
+(`kernels.vectors`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -32,7 +33,7 @@ class SumOverPositions:
     norm_cost: ClassVar[float] = 0.0
 
     def formed(self) -> Materialized:
-        return _formed({"": self})[""]
+        return Materialized(_formed({"": self}).value_BN)
 
     def norm_terms(self) -> NormTerms:
         return self.formed().norm_terms()
@@ -52,19 +53,32 @@ class SumOverPositions:
         return self
 
 
-def formed(gradients: Mapping[str, PerSampleGradient]) -> Mapping[str, PerSampleGradient]:
-    """The same with all `SumOverPositions` stored, side by side in their order, in as few launches as possible."""
+@dataclasses.dataclass(frozen=True)
+class SideBySide:
+    """Vectors that one launch formed: columns of ``value_BN``, as many of each name as ``widths`` says, in its order."""
+
+    value_BN: Tensor
+    widths: Mapping[str, int]
+
+    def apart(self) -> dict[str, PerSampleGradient]:
+        """As gradients of their own."""
+        pieces = self.value_BN.split(list(self.widths.values()), 1)
+        return {name: Materialized(piece) for name, piece in zip(self.widths, pieces, strict=True)}
+
+
+def formed(
+    gradients: Mapping[str, PerSampleGradient],
+) -> tuple[Mapping[str, PerSampleGradient], Sequence[SideBySide]]:
+    """Those that are no `SumOverPositions`, and those that were, stored in as few launches as possible."""
     waiting = {name: x for name, x in gradients.items() if type(x) is SumOverPositions}
     if not waiting:
-        return gradients
-    stored: dict[str, PerSampleGradient] = {}
+        return gradients, ()
     alike: dict[tuple[object, ...], dict[str, SumOverPositions]] = {}
     for name, x in waiting.items():
-        alike.setdefault((x.g_BTC.dtype, x.g_BTC.shape[0]), {})[name] = x
-    for vectors in alike.values():
-        for portion in _portions(vectors):
-            stored |= _formed(portion)
-    return {name: stored.get(name, x) for name, x in gradients.items()}
+        shape = x.g_BTC.shape
+        alike.setdefault((x.g_BTC.dtype, shape[0]), {})[name] = x
+    stored = [_formed(portion) for vectors in alike.values() for portion in _portions(vectors)]
+    return {name: x for name, x in gradients.items() if name not in waiting}, stored
 
 
 def _portions(vectors: Mapping[str, SumOverPositions]) -> list[dict[str, SumOverPositions]]:
@@ -83,22 +97,22 @@ def _portions(vectors: Mapping[str, SumOverPositions]) -> list[dict[str, SumOver
     return portions
 
 
-def _formed(vectors: Mapping[str, SumOverPositions]) -> dict[str, Materialized]:
+def _formed(vectors: Mapping[str, SumOverPositions]) -> SideBySide:
     """Of one portion, in one launch."""
     layers: list[Layer] = []
     scaled: SumOverPositions | None = None
-    widths = []
+    widths: dict[str, int] = {}
     column = 0
-    for x in vectors.values():
-        g, a = x.g_BTC.contiguous(), x.a_BTC
-        if a is not None:
-            layers.append(Layer(g, a.contiguous(), x.eps, x.centered, column, -1))
-        elif scaled is not None and x.g_BTC is scaled.g_BTC:
-            layers[-1] = layers[-1]._replace(shift=column)
+    for name, x in vectors.items():
+        if x.a_BTC is not None:
+            layers.append(Layer(x.g_BTC.contiguous(), x.a_BTC.contiguous(), x.eps, x.centered, column, -1))
+            scaled = x
         else:
-            layers.append(Layer(g, None, 0.0, False, -1, column))
-        scaled = x if a is not None else None
-        widths.append(g.shape[2])
-        column += g.shape[2]
-    pieces = position_sums(layers, column).split(widths, 1)
-    return {name: Materialized(piece) for name, piece in zip(vectors, pieces, strict=True)}
+            if scaled is not None and x.g_BTC is scaled.g_BTC:
+                layers[-1] = layers[-1]._replace(shift=column)
+            else:
+                layers.append(Layer(x.g_BTC.contiguous(), None, 0.0, False, -1, column))
+            scaled = None
+        width = widths[name] = x.g_BTC.shape[2]
+        column += width
+    return SideBySide(position_sums(layers, column), widths)

@@ -35,8 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fsdp_dp.kernels.launching import Block, launch
-from fsdp_dp.kernels.tables import table
+from fsdp_dp.kernels.launching import Launcher, launch
+from fsdp_dp.kernels.tables import Table, table
 from fsdp_dp.kernels.tiles import Tiles
 from fsdp_dp.numerics import underflow, unit_roundoff
 
@@ -94,21 +94,20 @@ class GhostNorms:
             self.owners += [owner for *_, of_input in part for owner in of_input]
 
     def _add(self, inputs: Inputs) -> None:
-        B = self._rows
-        form = _form(tuple((a.shape[1], a.shape[2], *(g.shape[2] for g in gs)) for a, gs in inputs), self._device)
+        B, own, layers = self._rows, [a for a, _ in inputs], [g for _, gs in inputs for g in gs]
+        form = _form(
+            tuple([(a.shape, a.stride(), len(gs)) for a, gs in inputs]),
+            tuple([(g.shape[2], g.stride()) for g in layers]),
+            own[0].dtype,
+            self._device,
+        )
         place = self._take(B * form.room)
-        block = (1, form.tiles.rows, form.tiles.depth)
-        blocks_of_a = [Block(a, block) for a, _ in inputs]
-        blocks_of_g = [Block(g, block) for _, gs in inputs for g in gs]
-        launch(
-            _sum_tiles, (B * form.programs, 1, 1),
-            (*blocks_of_a, *blocks_of_a[:1] * (MOST_INPUTS - len(blocks_of_a)),
-             *blocks_of_g, *blocks_of_g[:1] * (MOST_LAYERS - len(blocks_of_g)),
-             self._room, place, table(form.numbers, self._device), len(inputs), B,
-             form.chunked, form.tiles.rows, form.tiles.depth),
-            warps=form.tiles.warps, stages=form.tiles.stages,
-            key=(place.bit_length() > 31, form.chunked, form.tiles.rows, inputs[0][0].dtype),
-        )  # fmt: skip
+        launcher = form.launchers[place.bit_length() > 31]
+        launcher(
+            (B * form.programs, 1, 1),
+            (*own, *own[:1] * (MOST_INPUTS - len(own)), *layers, *layers[:1] * (MOST_LAYERS - len(layers))),
+            (self._room, place, form.numbers.on(self._device), len(own), B, *form.constants),
+        )
         self._layers += [(place + B * before, *rest) for before, *rest in form.layers]
 
     def terms(self) -> Tensor:
@@ -172,39 +171,55 @@ class _Form:
     """What a launch takes from the sizes of its inputs and layers alone.
 
     Attributes:
+        launchers: of `_sum_tiles`, for a place in 32 bits and for one in 64.
+        constants: what the kernel takes last.
         numbers: of each input what `_sum_tiles` asks of its table; then, a row each, the widths of the layers.
         programs: of a row.
         room: sums of a row that programs leave.
         layers: place (of a row's first sums, times rows), and what else `_finish` asks of its table.
     """
 
-    tiles: Tiles
-    chunked: bool
+    launchers: tuple[Launcher, Launcher]
+    constants: tuple[bool, int, int]
     programs: int
     room: int
-    numbers: tuple[tuple[int, ...], ...]
+    numbers: Table
     layers: tuple[tuple[int, ...], ...]
 
 
-@functools.lru_cache(maxsize=1024)
-def _form(sizes: tuple[tuple[int, ...], ...], device: torch.device) -> _Form:
-    """Of ``(T, D, *P)`` of every input."""
-    tiles = _tiles(sizes[0][0], device)
-    programs, room, numbers, layers = 0, 0, [], []
-    widths: list[int] = []
-    for T, D, *of_layers in sizes:
+@functools.lru_cache(maxsize=256)
+def _form(
+    inputs: tuple[tuple[torch.Size, tuple[int, ...], int], ...],
+    outputs: tuple[tuple[int, tuple[int, ...]], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Form:
+    """Of shape, strides and the number of layers of every input; of width and strides of every layer's gradient."""
+    tiles = _tiles(inputs[0][0][1], device)
+    programs, room, first_layer = 0, 0, 0
+    numbers: list[tuple[int, ...]] = []
+    layers: list[tuple[int, ...]] = []
+    widths = [P for P, _ in outputs]
+    for (_, T, D), _, count in inputs:
         pairs = _pairs(T, device)
-        fields = _INPUT_FIELDS.value + len(of_layers) * _LAYER_FIELDS.value
-        numbers.append((programs, room, pairs, D, len(widths), len(of_layers)))
-        for number, P in enumerate(of_layers):
+        fields = _INPUT_FIELDS.value + count * _LAYER_FIELDS.value
+        numbers.append((programs, room, pairs, D, first_layer, count))
+        for number, P in enumerate(widths[first_layer : first_layer + count]):
             first = _INPUT_FIELDS.value + number * _LAYER_FIELDS.value
             layers.append((room, fields, first, pairs, tiles.rows, T, D, P))
-        widths += of_layers
-        programs, room = programs + pairs, room + pairs * fields
-    wide = max(*(D for _, D, *_ in sizes), *widths) > CHUNK.value
+        programs, room, first_layer = programs + pairs, room + pairs * fields, first_layer + count
+    chunked = max(*(D for (*_, D), *_ in inputs), *widths) > CHUNK.value
     unused = _TABLE_FIELDS.value - 1
-    table_rows = (*numbers, *((P, *[0] * unused) for P in widths))
-    return _Form(tiles=tiles, chunked=wide, programs=programs, room=room, numbers=table_rows, layers=tuple(layers))
+    blocks = [((1, tiles.rows, tiles.depth), None)] * (MOST_INPUTS + MOST_LAYERS)
+    narrow, wide = (Launcher(_sum_tiles, blocks, warps=tiles.warps, stages=tiles.stages) for _ in range(2))
+    return _Form(
+        launchers=(narrow, wide),
+        constants=(chunked, tiles.rows, tiles.depth),
+        programs=programs,
+        room=room,
+        numbers=Table((*numbers, *((P, *[0] * unused) for P in widths))),
+        layers=tuple(layers),
+    )
 
 
 @functools.cache

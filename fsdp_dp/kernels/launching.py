@@ -18,6 +18,7 @@ a profiler's hooks Triton does it all.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -31,8 +32,8 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _IS_TRIED = triton.__version__.startswith("3.6.")
-_MOST_KEPT = 4096
-_kept: dict[tuple[Any, ...], _Launch] = {}
+_MOST_KEPT, _MOST_DESCRIBED = 4096, 2048
+_kept: dict[tuple[Any, ...], Launcher] = {}
 
 
 class Block:
@@ -64,39 +65,92 @@ class Block:
         return WithLayout(self.base, self.shape, self.strides, list(self.block_shape), self.layout)
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    arguments: tuple[Any, ...],
-    *,
-    warps: int,
-    stages: int = 3,
-    key: tuple[Any, ...] | None = None,
-) -> None:
-    """Launch ``kernel`` on the current device and stream.
+class Launcher:
+    """Launches one kernel for arguments that are all alike: in formats, in what Triton compiles for, and blocks in layout.
 
     Args:
-        arguments: all that the kernel takes, in its order, constants included: tensors, numbers and `Block`s.
-        key: what decides all of their formats, alignments and numbers, where the caller knows something shorter.
+        blocks: ``(block_shape, layout)`` of the tensors that the kernel takes first and reads block by block; each has one
+            shape and one set of strides, whatever launch it is given to.
     """
-    if not _IS_TRIED or not isinstance(kernel, JITFunction) or knobs.runtime.launch_enter_hook.calls:
-        _launch_by_triton(kernel, grid, arguments, warps, stages)
-        return
-    device = driver.active.get_current_device()
-    key = (id(kernel), device, warps, stages, *([_key(x) for x in arguments] if key is None else key))
+
+    def __init__(
+        self, kernel: Any, blocks: Sequence[tuple[tuple[int, ...], Any]] = (), *, warps: int, stages: int = 3
+    ) -> None:
+        self._kernel, self._blocks, self._warps, self._stages = kernel, blocks, warps, stages
+        self._compiled: dict[int, _Compiled] = {}
+        self._is_known = _IS_TRIED and isinstance(kernel, JITFunction)
+
+    def __call__(self, grid: tuple[int, int, int], tensors: Sequence[Tensor], rest: tuple[Any, ...]) -> None:
+        """Launch on the current device and stream.
+
+        Args:
+            tensors: those of ``blocks``.
+            rest: all else that the kernel takes, in its order, constants included.
+        """
+        if not self._is_known or knobs.runtime.launch_enter_hook.calls:
+            self._launch_by_triton(grid, tensors, rest)
+            return
+        device = driver.active.get_current_device()
+        known = self._compiled.get(device)
+        if known is None:
+            self._compiled[device] = _Compiled(self._launch_by_triton(grid, tensors, rest), self._blocks)
+        else:
+            known.launch(grid, driver.active.get_current_stream(device), tensors, rest)
+
+    def _launch_by_triton(self, grid: tuple[int, int, int], tensors: Sequence[Tensor], rest: tuple[Any, ...]) -> Any:
+        blocks = [Block(x, *block) for x, block in zip(tensors, self._blocks, strict=True)]
+        return _launch_by_triton(self._kernel, grid, (*blocks, *rest), self._warps, self._stages)
+
+
+Alignments = tuple[bool, ...]
+ALL: Alignments = ()
+"""Every pointer is a multiple of 16 bytes."""
+
+
+def aligned_pointers(tensors: Sequence[Tensor]) -> Alignments:
+    """Which of them are multiples of 16 bytes, for which Triton compiles; `ALL` if all are."""
+    together = 0
+    for x in tensors:
+        together |= x.data_ptr()
+    return ALL if together % 16 == 0 else tuple(x.data_ptr() % 16 == 0 for x in tensors)
+
+
+class Launchers:
+    """A `Launcher` for every pattern of pointers that are aligned."""
+
+    def __init__(
+        self, kernel: Any, blocks: Sequence[tuple[tuple[int, ...], Any]] = (), *, warps: int, stages: int = 3
+    ) -> None:
+        self._make = functools.partial(Launcher, kernel, blocks, warps=warps, stages=stages)
+        self._of: dict[Alignments, Launcher] = {}
+
+    def __call__(self, aligned: Alignments) -> Launcher:
+        found = self._of.get(aligned)
+        if found is None:
+            found = self._of[aligned] = self._make()
+        return found
+
+
+def launch(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], *, warps: int, stages: int = 3) -> None:
+    """Launch ``kernel`` on the current device and stream, by a `Launcher` that is looked up.
+
+    Args:
+        arguments: all that the kernel takes, in its order, constants included: `Block`s first, then tensors and numbers.
+    """
+    key = (id(kernel), warps, stages, *map(_key, arguments))
     known = _kept.get(key)
+    blocks = [x for x in arguments if type(x) is Block]
     if known is None:
         if len(_kept) >= _MOST_KEPT:  # shapes that change from batch to batch
             _kept.clear()
-        _kept[key] = _Launch(_launch_by_triton(kernel, grid, arguments, warps, stages))
-        return
-    known(grid, driver.active.get_current_stream(device), arguments)
+        known = _kept[key] = Launcher(kernel, [(x.block_shape, x.layout) for x in blocks], warps=warps, stages=stages)
+    known(grid, [x.base for x in blocks], arguments[len(blocks) :])
 
 
-class _Launch:
-    """Launches one compiled kernel."""
+class _Compiled:
+    """A kernel that Triton compiled and launched once, and how to launch it again."""
 
-    def __init__(self, compiled: Any) -> None:
+    def __init__(self, compiled: Any, blocks: Sequence[tuple[tuple[int, ...], Any]]) -> None:
         self._compiled, run = compiled, compiled.run
         how = (compiled.function, run.launch_cooperative_grid, run.launch_pdl)
         nothing = (None, None, None)  # no metadata for hooks, and no hooks
@@ -107,37 +161,31 @@ class _Launch:
         self._formats: Sequence[Any] = inner.get("tensordesc_meta", ())
         needs_memory = run.global_scratch_size > 0 or run.profile_scratch_size > 0
         self._by_triton = needs_memory or None in self._formats  # None: without a copy engine, blocks are plain tensors
-        self._described: dict[tuple[Any, ...], list[Any]] = {}
+        self._blocks = blocks
+        self._described: list[tuple[int, dict[int, list[Any]]]] = [(number, {}) for number in range(len(blocks))]
 
-    def __call__(self, grid: tuple[int, int, int], stream: int, arguments: tuple[Any, ...]) -> None:
+    def launch(self, grid: tuple[int, int, int], stream: int, tensors: Sequence[Tensor], rest: tuple[Any, ...]) -> None:
         if self._by_triton:
             compiled = self._compiled
-            compiled.run(*grid, stream, compiled.function, *self._metadata, *arguments)
+            blocks = (Block(x, *block) for x, block in zip(tensors, self._blocks, strict=True))
+            compiled.run(*grid, stream, compiled.function, *self._metadata, *blocks, *rest)
             return
-        if self._formats:
-            expanded: list[Any] = []
-            blocks = 0
-            for x in arguments:
-                if type(x) is Block:
-                    expanded += self._descriptor(blocks, x)
-                    blocks += 1
-                else:
-                    expanded.append(x)
-            self._launch(*grid, stream, *self._fixed, *expanded)
-        else:
-            self._launch(*grid, stream, *self._fixed, *arguments)
+        arguments: list[Any] = []
+        for x, (number, known) in zip(tensors, self._described, strict=True):
+            address = x.data_ptr()
+            found = known.get(address)
+            if found is None:
+                if len(known) >= _MOST_DESCRIBED:
+                    known.clear()
+                found = known[address] = self._describe(number, x)
+            arguments += found
+        self._launch(*grid, stream, *self._fixed, *arguments, *rest)
 
-    def _descriptor(self, number: int, block: Block) -> list[Any]:
-        """What the kernel takes for its ``number``-th block."""
-        x = block.base
-        where = (number, x.data_ptr(), x.shape, x.stride())
-        found = self._described.get(where)
-        if found is None:
-            if len(self._described) >= _MOST_KEPT:
-                self._described.clear()
-            from triton.backends.nvidia.driver import make_tensordesc_arg
+    def _describe(self, number: int, x: Tensor) -> list[Any]:
+        """What the kernel takes for the ``number``-th of its blocks."""
+        from triton.backends.nvidia.driver import make_tensordesc_arg
 
-            found = self._described[where] = make_tensordesc_arg(block, self._formats[number])
+        found: list[Any] = make_tensordesc_arg(Block(x, *self._blocks[number]), self._formats[number])
         return found
 
 
@@ -149,9 +197,9 @@ def _launch_by_triton(
 
 
 def _key(x: Any) -> Any:
-    """What Triton may compile a kernel for; a number's value says more than it asks for."""
+    """What Triton may compile a kernel for, and a block's layout; a number's value says more than it asks for."""
     if type(x) is Block:
-        return x.base.dtype, x.block_shape
+        return x.base.dtype, x.base.shape, x.base.stride(), x.block_shape
     if isinstance(x, torch.Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
     return x

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fsdp_dp.kernels.launching import launch
+from fsdp_dp.kernels.launching import Launchers, aligned_pointers
 from fsdp_dp.kernels.position_sums import MOST_LAYERS, Layer
-from fsdp_dp.kernels.tables import Rows, table
+from fsdp_dp.kernels.tables import Table
 
 _ELEMENTS = 8192
 """Of a program's tile: some positions, as wide as the layer."""
@@ -44,29 +44,32 @@ def position_sums(layers: Sequence[Layer], columns: int) -> Tensor:
     gs = [layer.g_BTC for layer in layers]
     B, device = gs[0].shape[0], gs[0].device
     shapes = tuple((*x.g_BTC.shape[1:], x.a_BTC is not None, *x[2:]) for x in layers)
-    form = _form(B, shapes)
+    form = _form(B, shapes, gs[0].dtype)
     unused = MOST_LAYERS - len(layers)
     a = [g if x.a_BTC is None else x.a_BTC for x, g in zip(layers, gs, strict=True)]
     sums = torch.empty(B, form.parts, columns, dtype=torch.float32, device=device)
-    launch(
-        _position_sums, (B, len(form.programs), form.parts),
-        (table(form.programs, device), sums, columns, *gs, *gs[:1] * unused, *a, *a[:1] * unused, form.height, form.width),
-        warps=8,
-    )  # fmt: skip
+    pointers = (*gs, *gs[:1] * unused, *a, *a[:1] * unused)
+    form.launcher(aligned_pointers(pointers))(
+        (B, len(form.programs.rows), form.parts),
+        (),
+        (form.programs.on(device), sums, columns, *pointers, form.height, form.width),
+    )
     return sums.sum(1) if form.parts > 1 else sums[:, 0]
 
 
 class _Form(NamedTuple):
     """In how many parts rows are cut, what the programs do, and their tile: positions and columns."""
 
+    launcher: Launchers
     parts: int
-    programs: Rows
+    programs: Table
     height: int
     width: int
 
 
 @functools.lru_cache(maxsize=1024)
-def _form(B: int, layers: tuple[_Shape, ...]) -> _Form:
+def _form(B: int, layers: tuple[_Shape, ...], dtype: torch.dtype) -> _Form:
+    """``dtype`` is what the launcher is for."""
     normed = [C for _, C, is_normed, *_ in layers if is_normed]
     width = triton.next_power_of_2(max(normed) if normed else min(_COLUMNS, max(C for _, C, *_ in layers)))
     height = max(1, _ELEMENTS // width)
@@ -77,7 +80,7 @@ def _form(B: int, layers: tuple[_Shape, ...]) -> _Form:
     )
     longest = max(T for T, *_ in layers)
     parts = min(triton.cdiv(longest, height), triton.cdiv(_PROGRAMS, B * len(programs)))
-    return _Form(parts, programs, height, width)
+    return _Form(Launchers(_position_sums, warps=8), parts, Table(programs), height, width)
 
 
 def _bits(x: float) -> int:

@@ -12,11 +12,37 @@ from fsdp_dp.side_stream import to_device
 Rows = tuple[tuple[int, ...], ...]
 
 
+class Table:
+    """Rows of numbers that whoever keeps the table asks for again and again."""
+
+    __slots__ = ("_sent", "rows")
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self._sent: dict[tuple[torch.device, int], Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """``[n, m]`` int64 on the device; to be read on the current stream."""
+        place = device, _stream(device)
+        found = self._sent.get(place)
+        if found is None:
+            found = self._sent[place] = to_device(torch.tensor(self.rows, dtype=torch.int64), device)
+        return found
+
+
 def table(rows: Rows, device: torch.device) -> Tensor:
-    """``[n, m]`` int64 on the device, of what a step asks for again and again; to be read on the current stream."""
-    return _table(rows, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    """`Table.on`, of rows that are made anew each time, and mostly the same."""
+    return _table(rows).on(device)
 
 
 @functools.lru_cache(maxsize=1024)
-def _table(rows: Rows, device: torch.device, stream: int) -> Tensor:
-    return to_device(torch.tensor(rows, dtype=torch.int64), device)
+def _table(rows: Rows) -> Table:
+    return Table(rows)
+
+
+def _stream(device: torch.device) -> int:
+    """What ``torch.cuda.current_stream(device).cuda_stream`` says, without a `torch.cuda.Stream` made for it."""
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(torch._C._cuda_getCurrentRawStream(index))

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fsdp_dp.kernels.launching import launch
-from fsdp_dp.kernels.tables import Rows, table
+from fsdp_dp.kernels.tables import Table
 from fsdp_dp.numerics import gamma
 
 _COLUMNS = 1024
@@ -27,7 +27,7 @@ _SUMMED_COLUMNS = 128
 
 
 @functools.lru_cache(maxsize=1024)
-def _runs(widths: tuple[int, ...], owners: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+def _runs(widths: tuple[int, ...], owners: tuple[int, ...]) -> Table:
     """First column, last one and owner of every run of vectors of one owner."""
     runs: list[tuple[int, int, int]] = []
     end = 0
@@ -37,7 +37,7 @@ def _runs(widths: tuple[int, ...], owners: tuple[int, ...]) -> tuple[tuple[int, 
             runs[-1] = (runs[-1][0], end, owner)
         else:
             runs.append((first, end, owner))
-    return tuple(runs)
+    return Table(tuple(runs))
 
 
 def squared_norms(
@@ -46,13 +46,13 @@ def squared_norms(
     """See `vectors`."""
     B, N = joined_BN.shape
     runs, device = _runs(widths, owners), joined_BN.device
-    terms = torch.empty(len(runs), 3, B, dtype=torch.float64, device=device)
+    terms = torch.empty(len(runs.rows), 3, B, dtype=torch.float64, device=device)
     relative, rounding = gamma(N + 8, torch.float64), gamma(4, torch.float32) ** 2
     launch(
-        _squared_norms, (B, len(runs), 1),
-        (joined_BN, terms, table(runs, device), B, joined_BN.stride(0), relative, rounding, _COLUMNS), warps=4,
+        _squared_norms, (B, len(runs.rows), 1),
+        (joined_BN, terms, runs.on(device), B, joined_BN.stride(0), relative, rounding, _COLUMNS), warps=4,
     )  # fmt: skip
-    return terms, tuple(owner for *_, owner in runs)
+    return terms, tuple(owner for *_, owner in runs.rows)
 
 
 @triton.jit(do_not_specialize=["B", "stride"])
@@ -88,22 +88,24 @@ def weighted_sum(
         out = torch.empty(sum(widths), dtype=torch.float32, device=device)
         programs = _programs(_runs(widths, owners))
     launch(
-        _weighted_sum, (len(programs), 1, 1),
-        (joined_BN, weight_KB, out, table(programs, device), B, joined_BN.stride(0), _SUMMED_COLUMNS), warps=4,
+        _weighted_sum, (len(programs.rows), 1, 1),
+        (joined_BN, weight_KB, out, programs.on(device), B, joined_BN.stride(0), _SUMMED_COLUMNS), warps=4,
     )  # fmt: skip
     return out
 
 
 @functools.lru_cache(maxsize=1024)
-def _programs(runs: tuple[tuple[int, int, int], ...]) -> Rows:
+def _programs(runs: Table) -> Table:
     """What a program sums: its columns, their owner, and where their sums go."""
-    return tuple((at, end, owner, at) for first, end, owner in runs for at in range(first, end, _SUMMED_COLUMNS))
+    return Table(
+        tuple((at, end, owner, at) for first, end, owner in runs.rows for at in range(first, end, _SUMMED_COLUMNS))
+    )
 
 
 @functools.lru_cache(maxsize=1024)
 def _programs_of_places(
     widths: tuple[int, ...], owners: tuple[int, ...], offsets: tuple[int, ...], shards: int, stride: int
-) -> Rows:
+) -> Table:
     """The same, shard after shard of every vector."""
     programs: list[tuple[int, ...]] = []
     begin = 0
@@ -114,7 +116,7 @@ def _programs_of_places(
             for at in range(first, first + part, _SUMMED_COLUMNS):
                 programs.append((at, first + part, owner, offset + shard * stride + at - first))
         begin += width
-    return tuple(programs)
+    return Table(tuple(programs))
 
 
 @triton.jit(do_not_specialize=["B", "stride"])

@@ -29,8 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fsdp_dp.kernels.launching import Block, launch
-from fsdp_dp.kernels.tables import table
+from fsdp_dp.kernels.launching import ALL, Block, Launchers, aligned_pointers, launch
+from fsdp_dp.kernels.tables import Table
 from fsdp_dp.kernels.tiles import Tiles, hand_scheduled, padded_tile
 
 _SHORT_TERMS = 8192
@@ -71,30 +71,18 @@ _Owned = tuple[Tensor, Tensor, Tensor, int]
 
 def _weighted_outers_by_hand(sums: Sequence[_Owned], weight_KB: Tensor, dtype: torch.dtype) -> None:
     """In one launch, of the tiles of one sum after another."""
-    outs = [out for _, _, out, _ in sums]
-    B = weight_KB.shape[-1]
-    form = _form(tuple((a.shape[1], _outputs(out), a.shape[2]) for a, _, out, _ in sums), dtype, weight_KB.device)
-    strides = [_strides(out) for out in outs]
-    entries = tuple(
-        (*sizes, *places, first, owner * B)
-        for sizes, places, first, (*_, owner) in zip(form.sizes, strides, form.first_tiles, sums, strict=True)
+    gs, as_, outs = [g for _, g, *_ in sums], [a for a, *_ in sums], [out for _, _, out, _ in sums]
+    form = _form(
+        tuple([(a.shape, a.stride(), g.shape[2], g.stride(), *_strides(out), owner) for a, g, out, owner in sums]),
+        dtype,
+        weight_KB.device,
     )
-    on_16 = tuple(x.data_ptr() % 16 == 0 for x in (weight_KB, *outs))
-    aligned = all(on_16) and all(stride % 16 == 0 for _, *both in strides for stride in both)
-    gs = [Block(g, form.block_of_g, form.layout_of_g) for _, g, *_ in sums]
-    as_ = [Block(a, form.block_of_a, form.layout_of_a) for a, *_ in sums]
-    launch(
-        form.kernel,
-        (form.programs(B), 1, 1),
-        (
-            *(gs + gs[:1] * form.absent),
-            *(as_ + as_[:1] * form.absent),
-            *(outs + outs[:1] * form.absent),
-            *(weight_KB, table(entries, weight_KB.device), len(sums), B, form.tiles_in_all),
-            *(aligned, *form.constants),
-        ),
-        warps=form.tiles.warps,
-        key=(dtype, form.tiles.rows, aligned, on_16),
+    pointers = (*outs, *outs[:1] * form.absent, weight_KB)
+    on_16 = aligned_pointers(pointers)
+    form.launcher(on_16)(
+        (form.programs, 1, 1),
+        (*gs, *gs[:1] * form.absent, *as_, *as_[:1] * form.absent),
+        (*pointers, form.table.on(weight_KB.device), *form.counts, form.aligned and on_16 is ALL, *form.constants),
     )
 
 
@@ -103,62 +91,71 @@ def _outputs(out: Tensor) -> int:
     return out.shape[0] if out.ndim == 2 else out.shape[0] * out.shape[1]
 
 
-def _strides(out: Tensor) -> tuple[int, int, int]:
-    """How many rows a slice has, and how far apart slices and rows are."""
+def _strides(out: Tensor) -> tuple[int, int, int, int]:
+    """How many slices there are, and rows of one; how far apart slices are, and rows."""
     if out.ndim == 3:
-        return out.shape[1], out.stride(0), out.stride(1)
-    return out.shape[0], 0, out.stride(0)
+        slices, rows, _ = out.shape
+        slice_stride, row_stride, _ = out.stride()
+        return slices, rows, slice_stride, row_stride
+    return 1, out.shape[0], 0, out.stride(0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Form:
-    """What a launch takes from ``sizes`` of the sums, (T, P, D) each, alone."""
+    """What a launch takes from the shapes and strides of its tensors alone.
 
-    sizes: tuple[tuple[int, int, int], ...]
-    kernel: Any
-    tiles: Tiles
-    first_tiles: tuple[int, ...]
-    tiles_in_all: int
-    multiprocessors: int
+    Attributes:
+        aligned: rows and slices of all outputs are whole units of 16 bytes apart.
+        counts: of the sums, of the rows, of all tiles.
+        absent: sums that the kernel might have been given besides.
+    """
+
+    launcher: Launchers
+    aligned: bool
+    programs: int
+    table: Table
+    counts: tuple[int, int, int]
     absent: int
-    block_of_g: tuple[int, int, int]
-    block_of_a: tuple[int, int, int]
-    layout_of_g: Any
-    layout_of_a: Any
     constants: tuple[Any, ...]
 
-    def programs(self, rows: int) -> int:
-        """Each of which makes up to four tiles, if these are short: stages of one are filled while another is stored.
 
-        No more, and many programs for every multiprocessor: some of these are taken by collectives for a while, and all of
-        them are asked for by a collective that waits to begin.
-        """
-        terms = rows * max(T for T, _, _ in self.sizes)
-        each = min(4, _SHORT_TERMS // terms, self.tiles_in_all // (4 * self.multiprocessors))
-        return -(-self.tiles_in_all // max(1, each))
+_OneForm = tuple[torch.Size, tuple[int, ...], int, tuple[int, ...], int, int, int, int, int]
+"""Of a sum: shape and strides of ``a``, width and strides of ``g``, `_strides` of ``out``, its owner."""
 
 
-@functools.lru_cache(maxsize=1024)
-def _form(sizes: tuple[tuple[int, int, int], ...], dtype: torch.dtype, device: torch.device) -> _Form:
+@functools.lru_cache(maxsize=256)
+def _form(sums: tuple[_OneForm, ...], dtype: torch.dtype, device: torch.device) -> _Form:
     from fsdp_dp.kernels import hopper
 
+    B = sums[0][0][0]
+    sizes = [(T, slices * rows, D) for (_, T, D), _, _, _, slices, rows, *_ in sums]
+    places = [(rows, slice_stride, row_stride) for *_, rows, slice_stride, row_stride, _ in sums]
     tiles = _tiles(tuple((P, D) for _, P, D in sizes), device)
     kernel, constants, layouts = hopper.form_of_weighted_outers(dtype, tiles)
     *first_tiles, in_all = itertools.accumulate((_count(P, D, tiles) for _, P, D in sizes), initial=0)
+    owners = [owner for *_, owner in sums]
+    entries = zip(sizes, places, first_tiles, owners, strict=True)
+    blocks = [((1, tiles.depth, tiles.rows), layouts[0])] * hopper.MOST
+    blocks += [((1, tiles.depth, tiles.columns), layouts[1])] * hopper.MOST
     return _Form(
-        sizes=sizes,
-        kernel=kernel,
-        tiles=tiles,
-        first_tiles=tuple(first_tiles),
-        tiles_in_all=in_all,
-        multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count,
-        absent=hopper.MOST - len(sizes),
-        block_of_g=(1, tiles.depth, tiles.rows),
-        block_of_a=(1, tiles.depth, tiles.columns),
-        layout_of_g=layouts[0],
-        layout_of_a=layouts[1],
+        launcher=Launchers(kernel, blocks, warps=tiles.warps),
+        aligned=all(stride % 16 == 0 for _, *both in places for stride in both),
+        programs=_programs(B * max(T for T, _, _ in sizes), in_all, device),
+        table=Table(tuple((*size, *place, first, owner * B) for size, place, first, owner in entries)),
+        counts=(len(sums), B, in_all),
+        absent=hopper.MOST - len(sums),
         constants=constants,
     )
+
+
+def _programs(terms: int, tiles: int, device: torch.device) -> int:
+    """Each of which makes up to four tiles, if these are short: stages of one are filled while another is stored.
+
+    No more, and many programs for every multiprocessor: some of these are taken by collectives for a while, and all of
+    them are asked for by a collective that waits to begin.
+    """
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return -(-tiles // max(1, min(4, _SHORT_TERMS // terms, tiles // (4 * multiprocessors))))
 
 
 def _count(P: int, D: int, tiles: Tiles) -> int:
@@ -169,7 +166,7 @@ def _weighted_outer_alone(a_BTD: Tensor, g_BTP: Tensor, weight_B: Tensor, out: T
     """In Triton, which the interpreter runs as well."""
     B, T, D = a_BTD.shape
     P = _outputs(out)
-    rows, slice_stride, row_stride = _strides(out)
+    _, rows, slice_stride, row_stride = _strides(out)
     tiles = _tiles(((P, D),), a_BTD.device)
     launch(
         _weighted_outer,

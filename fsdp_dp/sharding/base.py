@@ -123,6 +123,11 @@ class ShardedModel(abc.ABC):
 
     _global_numel: int
 
+    @functools.cached_property
+    def names_by_identity(self) -> dict[int, str]:
+        """``id`` of every managed parameter's object -> its name."""
+        return {id(p.parameter): p.name for p in self.parameters}
+
     def communication(self) -> list[str]:
         """What a microbatch sends over each dimension of the mesh, beside the parameters that FSDP gathers; for people."""
         units = [unit for unit in self.units if unit.accumulators]

@@ -22,7 +22,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from fsdp_dp import kernels
-from fsdp_dp.module_tree import modules_of
 from fsdp_dp.numerics import accumulate_dtype
 from fsdp_dp.sharding.base import ManagedParameter, narrow_reduction, trainable_names
 from fsdp_dp.sharding.layout import Cut, box, region
@@ -40,6 +39,7 @@ class Fsdp2Model(TensorParallel):
                 "call fully_shard(model) on the root last, then make_private(model, ...)"
             )
         self.root = root
+        self._wrapped = [module for module in root.modules() if isinstance(module, FSDPModule)]
         self.prepare_forward()
         named = trainable_names(root)
         sites = dict(_sharded_sites(root))
@@ -73,7 +73,7 @@ class Fsdp2Model(TensorParallel):
         ]
         self._check_local_shards()
         self._global_numel = sum(p.numel() for p in parameters.values())
-        policies = [m._get_fsdp_state()._mp_policy for m in root.modules() if isinstance(m, FSDPModule)]
+        policies = [m._get_fsdp_state()._mp_policy for m in self._wrapped]
         self.narrow_reduction = narrow_reduction(p.reduce_dtype for p in policies)
 
     def holds(self, module: nn.Module, attribute: str, value: Tensor) -> bool:
@@ -87,9 +87,8 @@ class Fsdp2Model(TensorParallel):
 
     def prepare_forward(self) -> None:
         """An evaluation leaves units gathered, and with the ``requires_grad`` that they had then."""
-        for module in modules_of(self.root):
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in self._wrapped:
+            module.reshard()
 
     def zero_accumulators(self) -> None:
         super().zero_accumulators()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsdp_dp.clipping import certified_norm
-from fsdp_dp.gradients import OuterProduct
+from fsdp_dp.gradients import OuterProduct, PerSampleGradient
 from fsdp_dp.kernels import outer, tiles
 from fsdp_dp.layers import per_sample_gradients
 from fsdp_dp.numerics import exact_arithmetic
@@ -199,14 +199,14 @@ def test_vectors_of_a_unit(dtype: torch.dtype) -> None:
         for seed in range(2):
             a, g = factors(B, T, C, C, dtype, seed)
             _, wide = factors(B, T, 8, 4 * C, dtype, seed)
-            made = formed(
-                {
-                    "bias": SumOverPositions(wide),
-                    "scale": SumOverPositions(g, a, 1e-5, True),
-                    "shift": SumOverPositions(g),
-                    "other": SumOverPositions(g, a, 1e-5, False),
-                }
-            )
+            layers: dict[str, PerSampleGradient] = {
+                "bias": SumOverPositions(wide),
+                "scale": SumOverPositions(g, a, 1e-5, True),
+                "shift": SumOverPositions(g),
+                "other": SumOverPositions(g, a, 1e-5, False),
+            }
+            _, (joint,) = formed(layers)
+            made = joint.apart()
             x, y = F.layer_norm(a.double(), (C,), eps=1e-5), F.rms_norm(a.double(), (C,), eps=1e-5)
             assert off(made["bias"].dense(), wide.double().sum(1)) < 2e-6
             assert off(made["scale"].dense(), (x * g.double()).sum(1)) < 2e-6

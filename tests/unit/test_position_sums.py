@@ -1,6 +1,6 @@
 """Sums over positions of the layers of a unit, from the kernel in Triton's interpreter, against float64."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -31,6 +31,13 @@ def factors(B: int, T: int, C: int, dtype: torch.dtype, seed: int = 0) -> tuple[
     return a + 1, g
 
 
+def stored(gradients: Mapping[str, PerSampleGradient]) -> dict[str, PerSampleGradient]:
+    """`formed`, taken apart, in the order that was given."""
+    others, joint = formed(gradients)
+    found = {**others, **{name: x for one in joint for name, x in one.apart().items()}}
+    return {name: found[name] for name in gradients}
+
+
 def off(found: PerSampleGradient, expected: Tensor) -> float:
     return float((found.dense().double() - expected).norm() / expected.norm())
 
@@ -48,7 +55,7 @@ def test_norm_layers(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         wanted = frozenset(dict(layer.named_parameters()))
         found = per_sample_gradients(layer, Record(NO_CALL, (a,), (g,), len(a)), wanted)
         assert all(type(x) is SumOverPositions for x in found.values()) and found.keys() == wanted
-        made = formed(found)
+        made = stored(found)
         assert off(made["weight"], (normalized * g.double()).sum(1)) < 1e-6
         assert off(found["weight"], (normalized * g.double()).sum(1)) < 1e-6
         if "bias" in wanted:
@@ -73,7 +80,7 @@ def test_all_of_a_unit_in_one_launch(dtype: torch.dtype, monkeypatch: pytest.Mon
         "other scale": SumOverPositions(h, b, 1e-6, False),
         "a view": SumOverPositions(wide[:, 1:, 3:20]),
     }
-    made = formed(vectors)
+    made = stored(vectors)
     assert list(made) == list(vectors) and made["stays"] is vectors["stays"]
     expected = {
         "first bias": wide.double().sum(1),
@@ -89,14 +96,14 @@ def test_all_of_a_unit_in_one_launch(dtype: torch.dtype, monkeypatch: pytest.Mon
     for rows, parts in ((x, made[n].dense()) for n, x in expected.items()):
         assert parts.shape == rows.shape
     in_order = [made[name].dense() for name in vectors if name != "stays"]
-    joined = side_by_side(in_order)
-    assert joined.data_ptr() == in_order[0].data_ptr()  # a view: nothing is copied
-    torch.testing.assert_close(joined, torch.cat(in_order, 1), rtol=0, atol=0)
+    (joint,) = formed(vectors)[1]
+    assert list(joint.widths) == [name for name in vectors if name != "stays"]
+    torch.testing.assert_close(joint.value_BN, torch.cat(in_order, 1), rtol=0, atol=0)
 
 
 def test_more_layers_than_a_launch_is_told_of_and_rows_that_were_merged() -> None:
     gradients = {str(n): factors(4, 3, 5 + n, torch.float32)[1] for n in range(position_sums.MOST_LAYERS + 3)}
-    made = formed({name: SumOverPositions(g) for name, g in gradients.items()})
+    made = stored({name: SumOverPositions(g) for name, g in gradients.items()})
     for name, g in gradients.items():
         assert off(made[name], g.double().sum(1)) < 1e-6
         assert off(SumOverPositions(g).regroup(2), g.double().view(2, 6, -1).sum(1)) < 1e-6
