@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import struct
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -69,13 +70,32 @@ def keystream_openssl(key: bytes, nonce: Nonce, first_block: int, blocks: int) -
 def keystream_torch(
     key: bytes, nonce: Nonce, first_block: int, blocks: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """`keystream` in torch operations on `device`: the four rows of the state are four [4, N] tensors."""
+    """`keystream` in torch operations on `device`."""
     _check(key, nonce, first_block, blocks)
     counter_N = torch.arange(first_block, first_block + blocks, dtype=torch.int64, device=device)
-    nonce_words = struct.unpack("<3i", struct.pack("<3I", *nonce))
-    rows = torch.tensor([*_CONSTANTS, *struct.unpack("<8i", key), 0, *nonce_words], dtype=torch.int32, device=device)
-    initial = rows[:, None].repeat(1, blocks)
-    initial[12] = _as_int32(counter_N)
+    nonce_3 = torch.tensor(nonce, dtype=torch.int64, device=device)
+    return _blocks(key, torch.cat([counter_N[None], nonce_3[:, None].expand(3, blocks)]))
+
+
+def keystream_of_blocks(key: bytes, blocks: Sequence[tuple[int, Nonce]]) -> torch.Tensor:
+    """int32 [N, 16]: the words of single blocks, each by its number and nonce, all at once; on CPU.
+
+    Raises:
+        ValueError, OverflowError: as `keystream`, for any of them.
+    """
+    for number, nonce in blocks:
+        _check(key, nonce, number, 1)
+    places_N4 = torch.tensor([(number, *nonce) for number, nonce in blocks], dtype=torch.int64).view(-1, 4)
+    return _blocks(key, places_N4.t())
+
+
+def _blocks(key: bytes, places_4N: torch.Tensor) -> torch.Tensor:
+    """The blocks of these counters and nonce words, the last four of the state, each in [0, 2^32).
+
+    The four rows of the state are four [4, N] tensors.
+    """
+    head = torch.tensor([*_CONSTANTS, *struct.unpack("<8i", key)], dtype=torch.int32, device=places_4N.device)
+    initial = torch.cat([head[:, None].expand(12, places_4N.shape[1]), _as_int32(places_4N)])
     a, b, c, d = initial.clone().split(4)
     for _ in range(10):
         _quarter_rounds(a, b, c, d)

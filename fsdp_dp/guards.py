@@ -101,7 +101,7 @@ class ReleaseGuard:
         if not self.due:
             return []
         self.check_sum(bound)
-        at_sites = [s.accumulator[_sites(s.out.numel(), s.accumulator.device)].cpu().double() for s in segments]
+        at_sites = _fetched([s.accumulator for s in segments])
         lengths = _lengths([s.accumulator for s in segments])
         return [Seen(at_sites=x, length=length) for x, length in zip(at_sites, lengths, strict=True)]
 
@@ -119,12 +119,15 @@ class ReleaseGuard:
         if not sums:
             return
         source = mechanism.noise_std == 0 or _is_normal(mechanism)
-        looked_at = zip(self._model.parameters, segments, sums, _lengths([s.out for s in segments]), strict=True)
+        parameters, outs = self._model.parameters, [s.out for s in segments]
+        lengths, released = _lengths(outs), _fetched(outs)
+        xi = _noise_at_sites(parameters, outs, mechanism)
+        looked_at = zip(parameters, outs, sums, lengths, released, xi, strict=True)
         wrong = [
             p.name
-            for p, segment, seen, length in looked_at
-            if not _is_noised(p, segment.out, seen.at_sites, mechanism)
-            or not _is_as_long(length, segment.out, seen.length, mechanism)
+            for p, out, seen, length, found_K, xi_K in looked_at
+            if not _is_noised(found_K, out.dtype, seen.at_sites, xi_K, mechanism)
+            or not _is_as_long(length, out, seen.length, mechanism)
         ]
         if self._model.any_rank(bool(wrong) or not source):
             where = f"in {', '.join(wrong[:3])}" if wrong else "by the source, or on another rank"
@@ -235,21 +238,33 @@ def _is_normal(mechanism: Mechanism) -> bool:
     return _NORMALS - slack <= square <= _NORMALS + slack + 2 * _TAIL
 
 
-def _is_noised(parameter: ManagedParameter, out: Tensor, sum_K: Tensor, mechanism: Mechanism) -> bool:
-    """Whether the elements at `_sites` are the sum and their own noise; equal but for the cast to their dtype."""
-    sites = _sites(out.numel(), torch.device("cpu"))
-    if not len(sites):
+def _noise_at_sites(
+    parameters: Sequence[ManagedParameter], outs: Sequence[Tensor], mechanism: Mechanism
+) -> Sequence[Tensor]:
+    """Of every shard the normals of its `_sites`, float64 ``[K]``, put together at once."""
+    counts, places = [], []
+    for parameter, out in zip(parameters, outs, strict=True):
+        sites = _sites(out.numel(), torch.device("cpu")).tolist()
+        counts.append(len(sites))
+        places += [(parameter.index, _place(parameter.region, i)) for i in sites]
+    return noise.normals_at(mechanism.key, release=mechanism.release, places=places).split(counts)
+
+
+def _fetched(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What flat tensors of one device hold at their `_sites`, float64 ``[K]`` on the CPU, fetched at once."""
+    at_sites = [x.view(-1)[_sites(x.numel(), x.device)].double() for x in tensors]
+    return torch.cat(at_sites).cpu().split([x.numel() for x in at_sites]) if at_sites else []
+
+
+def _is_noised(found_K: Tensor, dtype: torch.dtype, sum_K: Tensor, xi_K: Tensor, mechanism: Mechanism) -> bool:
+    """Whether what was released is the sum and its own noise; equal but for the cast to ``dtype``."""
+    if not found_K.numel():
         return True
-    expected = sum_K
-    if mechanism.noise_std:
-        places = [_place(parameter.region, i) for i in sites.tolist()]
-        xi_K = torch.cat([_normals(mechanism, parameter.index, place, 1) for place in places])
-        expected = mechanism.lattice.privatize(sum_K, xi_K, mechanism.noise_std)
+    expected = mechanism.lattice.privatize(sum_K, xi_K, mechanism.noise_std) if mechanism.noise_std else sum_K
     expected = expected / mechanism.divisor
-    found = out.view(-1)[sites.to(out.device)].cpu().double()
-    cast = torch.finfo(out.dtype)  # below its smallest normal number, float16 rounds by more than eps
+    cast = torch.finfo(dtype)  # below its smallest normal number, float16 rounds by more than eps
     slack = 2 * cast.eps * expected.abs() + cast.tiny + 2.0**-30 * mechanism.noise_std / mechanism.divisor
-    return bool(((found - expected).abs() <= slack).all())
+    return bool(((found_K - expected).abs() <= slack).all())
 
 
 def _is_as_long(length: float, out: Tensor, sum_length: float, mechanism: Mechanism) -> bool:

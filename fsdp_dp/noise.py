@@ -18,13 +18,16 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from fsdp_dp.chacha import KEY_BYTES, WORD_LIMIT, keystream
+from fsdp_dp.chacha import KEY_BYTES, WORD_LIMIT, keystream, keystream_of_blocks
 
-__all__ = ["MAX_NORMAL", "Lattice", "derive_key", "key_from_seed", "keystream", "new_key", "standard_normal"]
+__all__ = [
+    "MAX_NORMAL", "Lattice", "derive_key", "key_from_seed", "keystream", "new_key", "normals_at", "standard_normal",
+]  # fmt: skip
 
 LANES = 128
 PAIRS = 4
@@ -106,14 +109,33 @@ def standard_normal(
     return normals
 
 
+def normals_at(key: bytes, *, release: int, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """`standard_normal` of single elements, float64 [N]: of each (parameter, element), in one release; on CPU."""
+    blocks, slots = [], []
+    for parameter, element in places:
+        _check_range(release, parameter, element, 1)
+        chunk, r = divmod(element, CHUNK)
+        blocks.append((LANES * chunk + r % LANES, (parameter, release % WORD_LIMIT, release // WORD_LIMIT)))
+        slots.append(r // LANES)
+    slot_N = torch.tensor(slots, dtype=torch.int64)
+    words_NK4 = keystream_of_blocks(key, blocks).view(-1, PAIRS, 4)
+    words_4N = words_NK4[torch.arange(len(slots)), slot_N // 2].t().to(torch.float64)
+    cos_N, sin_N = _normals_of_words(words_4N)
+    return torch.where(slot_N % 2 == 0, cos_N, sin_N)
+
+
 def _normals_of_chunks(words: torch.Tensor) -> torch.Tensor:
     """Keystream words int32 [C * L, 16] to normals float64 [C * 1024], by [Note: layout of the field]."""
     words_4CKL = words.view(-1, LANES, PAIRS, 4).permute(3, 0, 2, 1).contiguous().to(torch.float64)
-    radius_low_CKL, radius_high_CKL, angle_low_CKL, angle_high_CKL = words_4CKL
-    radius_CKL = _radius(_unsigned(radius_low_CKL), _unsigned(radius_high_CKL))
-    angle_CKL = _angle(_unsigned(angle_low_CKL), angle_high_CKL)
-    normals_CK2L = torch.stack([radius_CKL * angle_CKL.cos(), radius_CKL * angle_CKL.sin()], dim=2)
-    return normals_CK2L.view(-1)
+    return torch.stack(_normals_of_words(words_4CKL), dim=2).view(-1)
+
+
+def _normals_of_words(words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both normals of pairs, from their four words read as int32, float64 [4, ...]."""
+    radius_low, radius_high, angle_low, angle_high = words
+    radius = _radius(_unsigned(radius_low), _unsigned(radius_high))
+    angle = _angle(_unsigned(angle_low), angle_high)
+    return radius * angle.cos(), radius * angle.sin()
 
 
 def _radius(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:

@@ -444,3 +444,19 @@ def test_no_noise_for_debugging_keeps_the_sum():
 def test_lattice_refuses_what_it_cannot_do(options, message):
     with pytest.raises(ValueError, match=message):
         lattice(**options)
+
+
+def test_single_elements_are_those_of_the_field() -> None:
+    """Seen to fail when the slot, the lane or the release's high word is left out."""
+    generator = torch.Generator().manual_seed(3)
+    release = 2**33 + 5
+    elements = [0, 1, 127, 128, 895, 1023, 1024, 2**35 - 1, *torch.randint(2**35, (40,), generator=generator).tolist()]
+    places = [(number % 7 * 2**29 + 1, element) for number, element in enumerate(elements)]
+    found = noise.normals_at(KEY, release=release, places=places)
+    expected = [noise.standard_normal(KEY, release=release, parameter=p, start=e, count=1) for p, e in places]
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-14, atol=0)
+    assert noise.normals_at(KEY, release=0, places=[]).shape == (0,)
+    with pytest.raises(OverflowError, match="past 2\\^35"):
+        noise.normals_at(KEY, release=0, places=[(0, 0), (0, 2**35)])
+    with pytest.raises(ValueError, match="32"):
+        noise.normals_at(KEY[1:], release=0, places=[(0, 0)])
