@@ -30,6 +30,8 @@ _ELEMENTS = 8192
 _COLUMNS = 1024
 """The widest tile where no layer is normalized."""
 
+_WARPS, _STAGES = 8, 1
+
 _PROGRAMS = 1024
 """Enough of them to fill a GPU a few times over, however few the rows are."""
 
@@ -52,19 +54,18 @@ def position_sums(layers: Sequence[Layer], columns: int) -> Tensor:
     form.launcher(aligned_pointers(pointers))(
         (B, len(form.programs.rows), form.parts),
         (),
-        (form.programs.on(device), sums, columns, *pointers, form.height, form.width),
+        (form.programs.on(device), sums, columns, *pointers, *form.constants),
     )
     return sums.sum(1) if form.parts > 1 else sums[:, 0]
 
 
 class _Form(NamedTuple):
-    """In how many parts rows are cut, what the programs do, and their tile: positions and columns."""
+    """In how many parts rows are cut, what the programs do, and what they are compiled for."""
 
     launcher: Launchers
     parts: int
     programs: Table
-    height: int
-    width: int
+    constants: tuple[bool, bool, int, int, int]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -80,7 +81,9 @@ def _form(B: int, layers: tuple[_Shape, ...], dtype: torch.dtype) -> _Form:
     )
     longest = max(T for T, *_ in layers)
     parts = min(triton.cdiv(longest, height), triton.cdiv(_PROGRAMS, B * len(programs)))
-    return _Form(Launchers(_position_sums, warps=8), parts, Table(programs), height, width)
+    centers, shifts = any(centered for *_, centered, _, _ in layers), any(shift >= 0 for *_, shift in layers)
+    constants = (centers, shifts, height, width, _STAGES)
+    return _Form(Launchers(_position_sums, warps=_WARPS), parts, Table(programs), constants)
 
 
 def _bits(x: float) -> int:
@@ -90,7 +93,7 @@ def _bits(x: float) -> int:
 @triton.jit(do_not_specialize=["N"])
 def _position_sums(
     programs, out, N, g0, g1, g2, g3, g4, g5, g6, g7, a0, a1, a2, a3, a4, a5, a6, a7,
-    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
+    CENTERS: tl.constexpr, SHIFTS: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     own = programs + _FIELDS * tl.program_id(1)
@@ -108,30 +111,34 @@ def _position_sums(
         a = _choose(layer, a0, a1, a2, a3, a4, a5, a6, a7)
         eps = tl.load(own + _EPS).to(tl.int32).to(tl.float32, bitcast=True)
         centered = tl.load(own + _CENTERED) != 0
-        for t in range(first, end, HEIGHT):
+        for t in tl.range(first, end, HEIGHT, num_stages=STAGES):
             position = t + tl.arange(0, HEIGHT)
             inside = (position < end)[:, None] & wide[None, :]
             place = (row * T + position)[:, None] * C + column[None, :]
             x = tl.load(a + place, mask=inside, other=0.0).to(tl.float32)
             g_HC = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
-            mean = tl.where(centered, tl.sum(x, 1) / C, 0.0)
-            x = tl.where(inside, x - mean[:, None], 0.0)
+            if CENTERS:
+                mean = tl.where(centered, tl.sum(x, 1) / C, 0.0)
+                x = tl.where(inside, x - mean[:, None], 0.0)
             # Beyond the end everything is zero, eps may be too: 0 / 0 there must not reach the sum.
             reciprocal = tl.where(position < end, 1.0 / tl.sqrt(tl.sum(x * x, 1) / C + eps), 0.0)
             scale_HC += g_HC * (x * reciprocal[:, None])
-            shift_HC += g_HC
-    else:
-        for t in range(first, end, HEIGHT):
+            if SHIFTS:
+                shift_HC += g_HC
+    elif SHIFTS:
+        for t in tl.range(first, end, HEIGHT, num_stages=STAGES):
             position = t + tl.arange(0, HEIGHT)
             inside = (position < end)[:, None] & wide[None, :]
             place = (row * T + position)[:, None] * C + column[None, :]
             shift_HC += tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
     out += (row * tl.num_programs(2) + part) * N
-    scale, shift = tl.load(own + _SCALE), tl.load(own + _SHIFT)
+    scale = tl.load(own + _SCALE)
     if scale >= 0:
         tl.store(out + scale + column, tl.sum(scale_HC, 0), mask=wide)
-    if shift >= 0:
-        tl.store(out + shift + column, tl.sum(shift_HC, 0), mask=wide)
+    if SHIFTS:
+        shift = tl.load(own + _SHIFT)
+        if shift >= 0:
+            tl.store(out + shift + column, tl.sum(shift_HC, 0), mask=wide)
 
 
 @triton.jit
