@@ -30,7 +30,7 @@ _ELEMENTS = 8192
 _COLUMNS = 1024
 """The widest tile where no layer is normalized."""
 
-_WARPS, _STAGES = 8, 1
+_WARPS = 8
 
 _PROGRAMS = 1024
 """Enough of them to fill a GPU a few times over, however few the rows are."""
@@ -65,7 +65,7 @@ class _Form(NamedTuple):
     launcher: Launchers
     parts: int
     programs: Table
-    constants: tuple[bool, bool, int, int, int]
+    constants: tuple[bool, bool, int, int]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -82,7 +82,7 @@ def _form(B: int, layers: tuple[_Shape, ...], dtype: torch.dtype) -> _Form:
     longest = max(T for T, *_ in layers)
     parts = min(triton.cdiv(longest, height), triton.cdiv(_PROGRAMS, B * len(programs)))
     centers, shifts = any(centered for *_, centered, _, _ in layers), any(shift >= 0 for *_, shift in layers)
-    constants = (centers, shifts, height, width, _STAGES)
+    constants = (centers, shifts, height, width)
     return _Form(Launchers(_position_sums, warps=_WARPS), parts, Table(programs), constants)
 
 
@@ -93,7 +93,7 @@ def _bits(x: float) -> int:
 @triton.jit(do_not_specialize=["N"])
 def _position_sums(
     programs, out, N, g0, g1, g2, g3, g4, g5, g6, g7, a0, a1, a2, a3, a4, a5, a6, a7,
-    CENTERS: tl.constexpr, SHIFTS: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    CENTERS: tl.constexpr, SHIFTS: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(2)
     own = programs + _FIELDS * tl.program_id(1)
@@ -111,25 +111,27 @@ def _position_sums(
         a = _choose(layer, a0, a1, a2, a3, a4, a5, a6, a7)
         eps = tl.load(own + _EPS).to(tl.int32).to(tl.float32, bitcast=True)
         centered = tl.load(own + _CENTERED) != 0
-        for t in tl.range(first, end, HEIGHT, num_stages=STAGES):
-            position = t + tl.arange(0, HEIGHT)
-            inside = (position < end)[:, None] & wide[None, :]
-            place = (row * T + position)[:, None] * C + column[None, :]
-            x = tl.load(a + place, mask=inside, other=0.0).to(tl.float32)
-            g_HC = tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
+        place, inside = _places(row, first, end, T, C, column, wide, HEIGHT)
+        next_a = tl.load(a + place, mask=inside, other=0.0)
+        next_g = tl.load(g + place, mask=inside, other=0.0)
+        for t in range(first, end, HEIGHT):
+            x, g_HC, here = next_a.to(tl.float32), next_g.to(tl.float32), inside
+            # What comes next is on its way while this is summed.
+            place, inside = _places(row, t + HEIGHT, end, T, C, column, wide, HEIGHT)
+            next_a = tl.load(a + place, mask=inside, other=0.0)
+            next_g = tl.load(g + place, mask=inside, other=0.0)
             if CENTERS:
                 mean = tl.where(centered, tl.sum(x, 1) / C, 0.0)
-                x = tl.where(inside, x - mean[:, None], 0.0)
+                x = tl.where(here, x - mean[:, None], 0.0)
             # Beyond the end everything is zero, eps may be too: 0 / 0 there must not reach the sum.
-            reciprocal = tl.where(position < end, 1.0 / tl.sqrt(tl.sum(x * x, 1) / C + eps), 0.0)
+            is_there = t + tl.arange(0, HEIGHT) < end
+            reciprocal = tl.where(is_there, 1.0 / tl.sqrt(tl.sum(x * x, 1) / C + eps), 0.0)
             scale_HC += g_HC * (x * reciprocal[:, None])
             if SHIFTS:
                 shift_HC += g_HC
     elif SHIFTS:
-        for t in tl.range(first, end, HEIGHT, num_stages=STAGES):
-            position = t + tl.arange(0, HEIGHT)
-            inside = (position < end)[:, None] & wide[None, :]
-            place = (row * T + position)[:, None] * C + column[None, :]
+        for t in range(first, end, HEIGHT):
+            place, inside = _places(row, t, end, T, C, column, wide, HEIGHT)
             shift_HC += tl.load(g + place, mask=inside, other=0.0).to(tl.float32)
     out += (row * tl.num_programs(2) + part) * N
     scale = tl.load(own + _SCALE)
@@ -139,6 +141,13 @@ def _position_sums(
         shift = tl.load(own + _SHIFT)
         if shift >= 0:
             tl.store(out + shift + column, tl.sum(shift_HC, 0), mask=wide)
+
+
+@triton.jit
+def _places(row, t, end, T, C, column, wide, HEIGHT: tl.constexpr):
+    """Of some positions of a row: where their columns lie, and which of them are there."""
+    position = t + tl.arange(0, HEIGHT)
+    return (row * T + position)[:, None] * C + column[None, :], (position < end)[:, None] & wide[None, :]
 
 
 @triton.jit
