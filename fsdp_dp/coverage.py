@@ -11,7 +11,6 @@ from torch import nn
 from fsdp_dp.attention import is_attention, projections, refusal_of_attention
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.layers import has_rule, refusal, unknown_parameters
-from fsdp_dp.module_tree import modules_of
 from fsdp_dp.parts import Part
 from fsdp_dp.recurrence import is_recurrent, products, refusal_of_recurrence
 from fsdp_dp.sharding.base import ManagedParameter, ShardedModel, canonical_name
@@ -120,7 +119,7 @@ def refuse_training_batch_norm(batch_norms: Sequence[nn.Module]) -> None:
 def refuse_strangers(model: ShardedModel) -> None:
     """Parameters that became trainable, or joined the model, after the engine was attached would be trained as they are."""
     names = model.names_by_identity
-    present = (p for module in modules_of(model.root) for p in module._parameters.values() if id(p) not in names)
+    present = (p for module in model.tree.modules() for p in module._parameters.values() if id(p) not in names)
     if any(p is not None and p.requires_grad for p in present):
         trainable = ((name, p) for name, p in model.root.named_parameters() if p.requires_grad)
         for name in (name for name, p in trainable if id(p) not in names):

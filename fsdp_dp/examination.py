@@ -21,7 +21,6 @@ from fsdp_dp.label_watch import LabelWatch
 from fsdp_dp.logical_batch import LogicalBatch, Microbatch
 from fsdp_dp.marks import is_picked
 from fsdp_dp.methods import Measured
-from fsdp_dp.module_tree import modules_of
 from fsdp_dp.recorder import Recorder
 from fsdp_dp.sharding.base import ShardedModel
 from fsdp_dp.taps import with_boundary
@@ -206,16 +205,16 @@ class Examination:
         """As after the first release, of a model that has been found to be good: a forecast looks at no values."""
         self.passed = self._passed_over = True
         self._watched |= {self._kind(rows) for rows in (1, 2)}
-        self._buffer_versions = buffer_versions(self._model.root)
+        self._buffer_versions = buffer_versions(self._model.tree)
 
     def _kind(self, rows: int) -> tuple[Any, ...]:
         """Of a forward: the modes of modules, hooks on all of them, and whether one row may be taken for what is the same
         for all."""
-        return rows == 1, tuple(_global_forward_hooks), *(module.training for module in modules_of(self._model.root))
+        return rows == 1, tuple(_global_forward_hooks), *(module.training for module in self._model.tree.modules())
 
     def _buffers_moved(self) -> bool:
         """Whether a buffer was written since the last training forward began; the next one is then watched again."""
-        before, self._buffer_versions = self._buffer_versions, buffer_versions(self._model.root)
+        before, self._buffer_versions = self._buffer_versions, buffer_versions(self._model.tree)
         return before != self._buffer_versions
 
     def _forget_first(self) -> None:

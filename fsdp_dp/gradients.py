@@ -181,7 +181,7 @@ class OuterProduct:
     a_BTD: Tensor
     g_BTP: Tensor
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
         return accumulate_dtype(torch.promote_types(self.a_BTD.dtype, self.g_BTP.dtype))
 
@@ -205,7 +205,7 @@ class OuterProduct:
     @property
     def plan(self) -> dict[str, Any]:
         """What shapes and formats decide."""
-        return {"is_fused": self.is_fused, "method": self.method}
+        return {"dtype": self.dtype, "is_fused": self.is_fused, "method": self.method}
 
     def adopt(self, plan: Mapping[str, Any]) -> None:
         """Take over the plan of an outer product that has the same shapes and formats."""

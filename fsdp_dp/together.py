@@ -185,11 +185,7 @@ def total_norm_terms(gradients: Sequence[PerSampleGradient], rows: int, device: 
 
 def is_small_vector(gradient: PerSampleGradient) -> bool:
     """Whether it is stored, of a bias or of a norm layer: even those of all layers together are few bytes."""
-    return _is_small(gradient) and gradient.value.ndim <= 2  # type: ignore[attr-defined]
-
-
-def _is_small(gradient: PerSampleGradient) -> bool:
-    return isinstance(gradient, Materialized) and is_few(gradient.value)
+    return isinstance(gradient, Materialized) and is_few(gradient.value) and gradient.value.ndim <= 2
 
 
 def weighted_sums(
@@ -206,31 +202,50 @@ def weighted_sums(
     place ``into``, if there is one (see `sharding.sums.Bucket`). Kernels take weights of the gradients' own format: those of
     float64 sums may be too far apart for quotients in float32.
     """
-    into = into or {}
-    alike = weight_KB.dtype
-    together = {n: g for n, g in gradients.items() if isinstance(g, OuterProduct) and g.is_fused and g.dtype == alike}
-    small = {n: g.value for n, g in gradients.items() if n not in together and _is_small(g)}  # type: ignore[attr-defined]
-    others = {n: g for n, g in gradients.items() if n not in together and n not in small}
-    rows = [(weight_KB, keep_KB)] if owners is None else list(zip(weight_KB.unbind(), keep_KB.unbind(), strict=True))
+    products: dict[str, OuterProduct] = {}
+    small: dict[str, Tensor] = {}
+    others: dict[str, PerSampleGradient] = {}
+    for name, gradient in gradients.items():
+        if isinstance(gradient, OuterProduct) and gradient.is_fused and gradient.dtype == weight_KB.dtype:
+            products[name] = gradient
+        elif isinstance(gradient, Materialized) and is_few(gradient.value):
+            small[name] = gradient.value
+        else:
+            others[name] = gradient
+    into, sums = into or {}, dict[str, Tensor]()
+    if products:
+        found = fused.weighted_outers(
+            [(g.a_BTD, g.g_BTP, into.get(n)) for n, g in products.items()],
+            weight_KB,
+            None if owners is None else [owners[n] for n in products],
+        )
+        sums |= dict(zip(products, found, strict=True))
+    if not (small or others):
+        return sums
     owner_of = dict.fromkeys(gradients, 0) if owners is None else owners
-    sums = {}
+    rows = [(weight_KB, keep_KB)] if owners is None else list(zip(weight_KB.unbind(), keep_KB.unbind(), strict=True))
     for name, gradient in others.items():
         weight_B, keep_B = rows[owner_of[name]]
         if isinstance(gradient, Formed):
             sums[name] = gradient.sum_into(weight_B, into.get(name))
         else:
             sums[name] = gradient.weighted_sum(weight_B, keep_B)
-    if together:
-        found = fused.weighted_outers(
-            [(g.a_BTD, g.g_BTP, into.get(n)) for n, g in together.items()],
-            weight_KB,
-            None if owners is None else [owners[n] for n in together],
-        )
-        sums |= dict(zip(together, found, strict=True))
+    return sums | _small_sums(small, weight_KB, rows, owner_of, into)
+
+
+def _small_sums(
+    small: Mapping[str, Tensor],
+    weight_KB: Tensor,
+    rows: Sequence[tuple[Tensor, Tensor]],
+    owner_of: Mapping[str, int],
+    into: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Of stored gradients that are few elements a row; ``rows``: weights and what is kept, of every owner."""
+    sums: dict[str, Tensor] = {}
     of_owner: dict[int, dict[str, Tensor]] = {}
     at_once: dict[str, Tensor] = {}
     for name, value in small.items():
-        by_kernel = value.dtype == alike and vectors.usable(value)
+        by_kernel = value.dtype == weight_KB.dtype and vectors.usable(value)
         (at_once if by_kernel else of_owner.setdefault(owner_of[name], {}))[name] = value
     placed = {n: x for n, x in at_once.items() if n in into and x.numel() == x.shape[0] * into[n].numel()}
     for part in (*portions(placed), *portions({n: x for n, x in at_once.items() if n not in placed})):

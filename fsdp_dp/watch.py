@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.label_watch import LOSSES, averaged_labels
 from fsdp_dp.marks import BY_PYTHON, draws_outside, forget, mark, mark_rows, marks_of, reads_rows
-from fsdp_dp.module_tree import modules_of
+from fsdp_dp.module_tree import ModuleTree
 from fsdp_dp.parts import Part
 from fsdp_dp.shared_values import METADATA, SharedValue, function_name
 from fsdp_dp.taps import raw_attribute
@@ -235,9 +235,9 @@ class ConstantDivisor:
         self._seen = (items,)
 
 
-def buffer_versions(root: nn.Module) -> list[tuple[int, int]]:
+def buffer_versions(tree: ModuleTree) -> list[tuple[int, int]]:
     """What changes when a buffer is written or replaced; reads no data."""
-    buffers = (buffer for module in modules_of(root) for buffer in module._buffers.values() if buffer is not None)
+    buffers = (buffer for module in tree.modules() for buffer in module._buffers.values() if buffer is not None)
     return [(id(buffer), buffer._version) for buffer in buffers]
 
 

@@ -14,14 +14,15 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fsdp_dp.kernels.launching import launch
-from fsdp_dp.kernels.tables import table
+from fsdp_dp.kernels.launching import Launchers, aligned_pointers
+from fsdp_dp.kernels.tables import Table
 
 _BLOCK, _ENTRIES = 32, 16
 """Rows of a program, and entries that it reads at a time."""
@@ -56,27 +57,34 @@ def weigh(
     weight_KB = torch.empty(K, B, dtype=torch.float32, device=device)
     keep_KB = torch.empty(K, B, dtype=torch.bool, device=device)
     norm_KB = torch.empty(K, B, dtype=torch.float64, device=device)
-    entries = table(_entries_of_groups(tuple(owners), K), device)
-    of_groups = table((tuple(map(_bits, bounds)),), device)
+    entries = _entries_of_groups(tuple(owners), K).on(device)
+    of_groups = _table_of_bounds(tuple(bounds)).on(device)
     numbers = (_bits(loss_factor), _bits(stability))
     constants = (totals is not None, certified, _FUNCTIONS[clip_function], most, longest, _BLOCK, _ENTRIES)
-    launch(
-        _weigh, (triton.cdiv(B, _BLOCK), 1, 1),
-        (terms_n3B, entries, of_groups, mask_B, weight_KB, keep_KB, norm_KB, *(totals or (norm_KB, keep_KB)), K, B,
-         *numbers, *constants),
-        warps=4,
-    )  # fmt: skip
+    pointers = (terms_n3B, entries, of_groups, mask_B, weight_KB, keep_KB, norm_KB, *(totals or (norm_KB, keep_KB)))
+    launcher = _launchers(constants)(aligned_pointers(pointers))
+    launcher((-(-B // _BLOCK), 1, 1), (), (*pointers, K, B, *numbers, *constants))
     return weight_KB, keep_KB, norm_KB
 
 
+@functools.cache
+def _launchers(constants: tuple[Any, ...]) -> Launchers:
+    return Launchers(_weigh, warps=4)
+
+
 @functools.lru_cache(maxsize=1024)
-def _entries_of_groups(owners: tuple[int, ...], groups: int) -> tuple[tuple[int, ...]]:
+def _table_of_bounds(bounds: tuple[float, ...]) -> Table:
+    return Table((tuple(map(_bits, bounds)),))
+
+
+@functools.lru_cache(maxsize=1024)
+def _entries_of_groups(owners: tuple[int, ...], groups: int) -> Table:
     """Where the entries of each group begin, where those of the last one end; then the entries, group by group."""
     of_groups = [[n for n, owner in enumerate(owners) if owner == group] for group in range(groups)]
     starts = [groups + 1]
     for entries in of_groups:
         starts.append(starts[-1] + len(entries))
-    return ((*starts, *(n for entries in of_groups for n in entries)),)
+    return Table(((*starts, *(n for entries in of_groups for n in entries)),))
 
 
 def _bits(x: float) -> int:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fsdp_dp.kernels.launching import launch
+from fsdp_dp.kernels.launching import Launchers, aligned_pointers, launch
 from fsdp_dp.kernels.tables import Table
 from fsdp_dp.numerics import gamma
 
@@ -87,11 +87,15 @@ def weighted_sum(
     else:
         out = torch.empty(sum(widths), dtype=torch.float32, device=device)
         programs = _programs(_runs(widths, owners))
-    launch(
-        _weighted_sum, (len(programs.rows), 1, 1),
-        (joined_BN, weight_KB, out, programs.on(device), B, joined_BN.stride(0), _SUMMED_COLUMNS), warps=4,
-    )  # fmt: skip
+    pointers = (joined_BN, weight_KB, out)
+    arguments = (*pointers, programs.on(device), B, joined_BN.stride(0), _SUMMED_COLUMNS)
+    _launcher_of_sums()(aligned_pointers(pointers))((len(programs.rows), 1, 1), (), arguments)
     return out
+
+
+@functools.cache
+def _launcher_of_sums() -> Launchers:
+    return Launchers(_weighted_sum, warps=4)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fsdp_dp.gradients import PerSampleGradient
+from fsdp_dp.module_tree import ModuleTree
 from fsdp_dp.norm_terms import NormTerms
 from fsdp_dp.records import Record
 from fsdp_dp.sharding.layout import Region
@@ -122,6 +123,10 @@ class ShardedModel(abc.ABC):
         return self._global_numel
 
     _global_numel: int
+
+    @functools.cached_property
+    def tree(self) -> ModuleTree:
+        return ModuleTree(self.root)
 
     @functools.cached_property
     def names_by_identity(self) -> dict[int, str]:
