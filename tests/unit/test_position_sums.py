@@ -115,7 +115,15 @@ def test_columns_that_stand_side_by_side_by_chance_are_not_taken_for_one_memory(
 def test_columns_that_are_not_side_by_side_in_memory() -> None:
     """What backward expanded or transposed. Seen to fail, of one tensor alone: kernels read what lies behind it."""
     x, one = torch.arange(24.0).view(3, 8), torch.ones(1, 1)
-    wholes = [one.expand(3, 5), x[:, :1].expand(3, 5), x[:, ::2], x.t(), x.view(3, 2, 4).mT, x[:, :1].t(), one.expand(3, 1)]
+    wholes = [
+        one.expand(3, 5),
+        x[:, :1].expand(3, 5),
+        x[:, ::2],
+        x.t(),
+        x.view(3, 2, 4).mT,
+        x[:, :1].t(),
+        one.expand(3, 1),
+    ]
     for whole in wholes:
         for parts in ([whole], [whole, whole[:, :1]]):
             joined = side_by_side(parts)
