@@ -102,6 +102,18 @@ def test_more_layers_than_a_launch_is_told_of_and_rows_that_were_merged() -> Non
         assert off(SumOverPositions(g).regroup(2), g.double().view(2, 6, -1).sum(1)) < 1e-6
 
 
+def test_a_launch_has_no_more_programs_than_a_grid() -> None:
+    """Seen to fail of a norm layer of two columns beside a bias of a large vocabulary."""
+    from fsdp_dp.kernels import position_sums_triton
+
+    layers = ((3, 2, True, 1e-5, True, 0, 2), (3, 262_144, False, 0.0, False, -1, 4))
+    form = position_sums_triton._form(2, layers)
+    assert len(form.programs) <= 65535 and form.height * form.width <= position_sums_triton._ELEMENTS
+    assert {(first, number) for number, _, _, first, *_ in form.programs if number} == {
+        (first, 1) for first in range(0, 262_144, form.width)
+    }
+
+
 def test_columns_that_stand_side_by_side_by_chance_are_not_taken_for_one_memory() -> None:
     """Seen to fail when columns of another order, another height or another memory are taken along."""
     x, y = torch.arange(24.0).view(3, 8), -torch.arange(24.0).view(3, 8)
