@@ -117,6 +117,14 @@ def test_another_forward_is_another_layer(kind: type[nn.Module]) -> None:
     assert not has_rule(kind(WIDTH))
 
 
+def test_a_norm_of_the_instance_is_another_layer() -> None:
+    """Seen to fail: the rule was the class's, the gradient that of something else."""
+    module = gemma.GemmaRMSNorm(WIDTH)
+    assert has_rule(module)
+    module._norm = lambda x: 2 * x
+    assert not has_rule(module)
+
+
 def test_a_forward_that_is_replaced_later_is_another_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """As kernels from the Hub replace it. Seen to fail when what a class says is remembered by the class."""
     module = LlamaRMSNorm(WIDTH)
