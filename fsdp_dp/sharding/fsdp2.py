@@ -274,6 +274,7 @@ class _Unit(Unit):
             gradient = like.new_zeros(p.shape)
         elif gradient.shape != p.shape:  # in its place, or without dimensions of size 1: it would be cut elsewhere
             gradient = gradient.reshape(p.shape)
+        gradient = gradient.to(like.dtype)  # a unit may have layers in float64 and in others
         return gradient if p.dim == 0 else torch.cat(gradient.chunk(self.shards, p.dim))
 
 
