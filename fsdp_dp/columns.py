@@ -36,6 +36,8 @@ def side_by_side(values: Sequence[Tensor]) -> Tensor:
     runs: list[list[Tensor]] = []
     for x in values:
         x_BN = x if x.ndim == 2 and x.stride(1) == 1 else x.flatten(1)
+        if x_BN.stride(1) != 1:  # `flatten` keeps what it can keep: expanded gradients, transposed ones
+            x_BN = x_BN.clone(memory_format=torch.contiguous_format)
         if runs and _follows(x_BN, runs[-1]):
             runs[-1].append(x_BN)
         else:

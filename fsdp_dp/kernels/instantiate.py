@@ -110,7 +110,7 @@ def weighted_rows(stored_BPD: Tensor, weight_B: Tensor, out: Tensor) -> None:
     )
     block = 1024 if out.device.type == "cuda" else 64
     launch(
-        _weigh, (triton.cdiv(D, block), P, 1),
+        _weigh, (triton.cdiv(D, block) * P, 1, 1),  # in one dimension: a grid's others end at 65535
         (stored_BPD, weight_B, out, B, P, D, rows, slice_stride, row_stride, block), warps=4,
     )  # fmt: skip
 
@@ -329,8 +329,9 @@ def _gamma(n, u: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "P"])
 def _weigh(stored, weight, out, B, P, D, rows, slice_stride, row_stride, BLOCK: tl.constexpr):
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(D, BLOCK)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
     inside = column < D
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(B):

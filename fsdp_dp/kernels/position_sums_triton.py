@@ -35,6 +35,9 @@ _WARPS = 8
 _PROGRAMS = 1024
 """Enough of them to fill a GPU a few times over, however few the rows are."""
 
+_MOST_PROGRAMS = 65535
+"""Of a grid's second dimension: a very narrow norm layer beside a very wide bias would have more."""
+
 _LAYER, _T, _C, _FIRST, _NORMED, _CENTERED, _EPS, _SCALE, _SHIFT = (tl.constexpr(i) for i in range(9))
 _FIELDS = tl.constexpr(9)
 
@@ -73,6 +76,8 @@ def _form(B: int, layers: tuple[_Shape, ...], dtype: torch.dtype) -> _Form:
     """``dtype`` is what the launcher is for."""
     normed = [C for _, C, is_normed, *_ in layers if is_normed]
     width = triton.next_power_of_2(max(normed) if normed else min(_COLUMNS, max(C for _, C, *_ in layers)))
+    while sum(triton.cdiv(C, width) for _, C, *_ in layers) > _MOST_PROGRAMS:
+        width *= 2
     height = max(1, _ELEMENTS // width)
     programs = tuple(
         (number, T, C, first, int(is_normed), int(centered), _bits(eps), scale, shift)

@@ -152,6 +152,7 @@ class _Unit(Unit):
             name = min(canonical_name(f"{module_names[m]}.{a}".lstrip(".")) for m, a in sites)
             self.names.update(dict.fromkeys(sites, name))
             self.entries.append(_Entry(self, name, parameter, start, end - start + 1, info))
+        self.numels = {entry.name: entry.numel for entry in self.entries}
 
     def fill(self, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
         out, pieces, end = bucket.tensor, [], 0

@@ -237,6 +237,7 @@ class _Unit(Unit):
         self._widths = [p.padded_shard_numel for p in self._placed.values()]
         buffer = torch.zeros(sum(self._widths), dtype=dtype, device=local[0].device if local else "cpu")
         super().__init__(buffer, mesh.get_group(mesh.ndim - 1), mesh.get_group(0) if mesh.ndim == 2 else None)
+        self.numels = {name: torch.Size(p.shape).numel() for name, p in self._placed.items()}
         for name, x, piece in zip(self._placed, local, buffer.split(self._widths), strict=True):
             self.accumulators[name] = piece[: x.numel()]
 
@@ -270,6 +271,9 @@ class _Unit(Unit):
         """A gradient with the dimension that FSDP cuts in front, shard after shard; zeros if there is none."""
         if gradient is None:
             gradient = like.new_zeros(p.shape)
+        elif gradient.shape != p.shape:  # in its place, or without dimensions of size 1: it would be cut elsewhere
+            gradient = gradient.reshape(p.shape)
+        gradient = gradient.to(like.dtype)  # a unit may have layers in float64 and in others
         return gradient if p.dim == 0 else torch.cat(gradient.chunk(self.shards, p.dim))
 
 

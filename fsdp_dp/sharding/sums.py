@@ -14,12 +14,15 @@ the ranks that they would wait for may need this one's all-gathers first.
 from __future__ import annotations
 
 import abc
+import functools
 from collections import deque
 from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fsdp_dp.errors import UnsupportedModelError
 
 MAX_UNDER_WAY = 2
 
@@ -59,6 +62,20 @@ class Unit(abc.ABC):
     @property
     def shards(self) -> int:
         return dist.get_world_size(self.shard_group) if self.shard_group is not None else 1
+
+    @functools.cached_property
+    def numels(self) -> dict[str, int]:
+        """Of the gradients that this rank makes: those of the accumulators, where these are not a part."""
+        return {name: x.numel() for name, x in self.accumulators.items()}
+
+    def check(self, gradients: Mapping[str, Tensor]) -> None:
+        """One of another size than its parameter's would leave room that nobody writes to, or move the next one."""
+        for name, gradient in gradients.items():
+            if gradient.numel() != self.numels[name]:
+                raise UnsupportedModelError(
+                    f"Parameter '{name}': its layer's rule found a gradient of shape {list(gradient.shape)}, but it has "
+                    f"{self.numels[name]} elements: its layer does not use it as others of its type do. Freeze it"
+                )
 
     @abc.abstractmethod
     def fill(self, bucket: Bucket, gradients: Mapping[str, Tensor]) -> None:
@@ -137,6 +154,7 @@ class Sums:
         """Begin to add ``gradients`` of all data-parallel ranks to the accumulators of ``unit``."""
         if not unit.accumulators:
             return
+        unit.check(gradients)
         if unit.shard_group is None and unit.replicate_group is None:
             unit.add(gradients)
             return

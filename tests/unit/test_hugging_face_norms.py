@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fsdp_dp import UnsupportedModelError
 from fsdp_dp.layers import has_rule, keeps, per_sample_gradients
 from fsdp_dp.layers.fingerprints import fingerprint
 from fsdp_dp.records import NO_CALL, Record
@@ -61,6 +62,29 @@ def test_each_row_has_its_gradient(kind: type[nn.Module], shape: tuple[int, ...]
         assert relative_error({"weight": found["weight"].dense()}, {"weight": by_autograd(own, a, g)}) < tolerance
 
 
+class OneAHead(LlamaRMSNorm):
+    def __init__(self, *shape: int) -> None:
+        super().__init__(shape[-1], eps=1e-3)
+        self.weight = nn.Parameter(normal(*shape, seed=4))
+
+
+@pytest.mark.parametrize("shape", [(4, WIDTH), (1, WIDTH), (4, 1), (3, 4, 1), (1, 1, 1, WIDTH), (1,)])
+def test_a_scale_of_another_shape(shape: tuple[int, ...]) -> None:
+    """Seen to fail: it was taken for a vector of the width, and FSDP2 released what was in memory for the rest."""
+    module = OneAHead(*shape).double()
+    a, g = normal(2, 3, 4, WIDTH, seed=1, dtype=torch.float64), normal(2, 3, 4, WIDTH, seed=2, dtype=torch.float64)
+    found = per_sample_gradients(module, Record(NO_CALL, (a,), (g,), 2), frozenset({"weight"}))
+    assert found["weight"].dense().shape == (2, *shape)
+    assert relative_error({"weight": found["weight"].dense()}, {"weight": by_autograd(module, a, g)}) < 1e-6
+
+
+def test_a_scale_of_its_own_for_every_row_is_refused() -> None:
+    module = OneAHead(2, WIDTH)
+    a, g = normal(2, WIDTH, seed=1), normal(2, WIDTH, seed=2)
+    with pytest.raises(UnsupportedModelError, match="the same for all rows"):
+        per_sample_gradients(module, Record(NO_CALL, (a,), (g,), 2), frozenset({"weight"}))
+
+
 class Changed(LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         input_dtype = hidden_states.dtype
@@ -91,6 +115,14 @@ class Wrapped(LlamaRMSNorm):
 def test_another_forward_is_another_layer(kind: type[nn.Module]) -> None:
     """Seen to fail when the rule is found by the class, when ``_norm`` is not read, and when a wrapper is seen through."""
     assert not has_rule(kind(WIDTH))
+
+
+def test_a_norm_of_the_instance_is_another_layer() -> None:
+    """Seen to fail: the rule was the class's, the gradient that of something else."""
+    module = gemma.GemmaRMSNorm(WIDTH)
+    assert has_rule(module)
+    module._norm = lambda x: 2 * x
+    assert not has_rule(module)
 
 
 def test_a_forward_that_is_replaced_later_is_another_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,6 +185,14 @@ def test_weighted_rows(shape: tuple[int, int, int], kept: torch.dtype, kernels: 
     torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_weighted_rows_of_a_wide_head(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of as many outputs as a large vocabulary has words. Seen to fail: a GPU refuses a second dimension so long."""
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(kernels, "launch", lambda kernel, grid, *_, **__: grids.append(grid))
+    kernels.weighted_rows(torch.zeros(1, 128_256, 4), torch.ones(1), torch.empty(128_256, 4))
+    assert max(grids[0][1:]) <= 65535
+
+
 def test_weighted_rows_in_slices_of_a_bucket(kernels: ModuleType) -> None:
     stored, weight = torch.randn(2, 40, 24), torch.tensor([0.5, 2.0])
     bucket = torch.full((4, 7 + 10 * 24), torch.nan)

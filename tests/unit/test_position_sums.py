@@ -109,6 +109,18 @@ def test_more_layers_than_a_launch_is_told_of_and_rows_that_were_merged() -> Non
         assert off(SumOverPositions(g).regroup(2), g.double().view(2, 6, -1).sum(1)) < 1e-6
 
 
+def test_a_launch_has_no_more_programs_than_a_grid() -> None:
+    """Seen to fail of a norm layer of two columns beside a bias of a large vocabulary."""
+    from fsdp_dp.kernels import position_sums_triton
+
+    layers = ((3, 2, True, 1e-5, True, 0, 2), (3, 262_144, False, 0.0, False, -1, 4))
+    form = position_sums_triton._form(2, layers)
+    assert len(form.programs) <= 65535 and form.height * form.width <= position_sums_triton._ELEMENTS
+    assert {(first, number) for number, _, _, first, *_ in form.programs if number} == {
+        (first, 1) for first in range(0, 262_144, form.width)
+    }
+
+
 def test_columns_that_stand_side_by_side_by_chance_are_not_taken_for_one_memory() -> None:
     """Seen to fail when columns of another order, another height or another memory are taken along."""
     x, y = torch.arange(24.0).view(3, 8), -torch.arange(24.0).view(3, 8)
@@ -117,6 +129,25 @@ def test_columns_that_stand_side_by_side_by_chance_are_not_taken_for_one_memory(
     for parts in ([left, middle, right], [middle, left], [left, right], [left, y[:, 3:5]], [left, steeper], [x, x]):
         torch.testing.assert_close(side_by_side(parts), torch.cat(parts, 1), rtol=0, atol=0)
     assert side_by_side([left, middle, right]).data_ptr() == x.data_ptr()
+
+
+def test_columns_that_are_not_side_by_side_in_memory() -> None:
+    """What backward expanded or transposed. Seen to fail, of one tensor alone: kernels read what lies behind it."""
+    x, one = torch.arange(24.0).view(3, 8), torch.ones(1, 1)
+    wholes = [
+        one.expand(3, 5),
+        x[:, :1].expand(3, 5),
+        x[:, ::2],
+        x.t(),
+        x.view(3, 2, 4).mT,
+        x[:, :1].t(),
+        one.expand(3, 1),
+    ]
+    for whole in wholes:
+        for parts in ([whole], [whole, whole[:, :1]]):
+            joined = side_by_side(parts)
+            assert joined.stride(1) == 1
+            torch.testing.assert_close(joined, torch.cat([part.flatten(1) for part in parts], 1), rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
