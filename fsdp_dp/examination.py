@@ -24,7 +24,7 @@ from fsdp_dp.methods import Measured
 from fsdp_dp.module_tree import modules_of
 from fsdp_dp.recorder import Recorder
 from fsdp_dp.sharding.base import ShardedModel
-from fsdp_dp.taps import with_boundary
+from fsdp_dp.taps import is_of_rows, with_boundary
 from fsdp_dp.watch import ConstantDivisor, FirstForward, Uncompiled, buffer_versions
 
 
@@ -109,7 +109,7 @@ class Examination:
         Raises:
             UnsupportedModelError: there is no tensor in them that requires grad, or one that is picked from all rows.
         """
-        picked = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad and is_picked(x)]
+        picked = [x for x in tree_leaves(output) if is_of_rows(x) and is_picked(x)]
         if microbatch.rows > 1 and any(x.ndim for x in picked):
             self._batch.poison("the model is not supported")
             raise UnsupportedModelError(

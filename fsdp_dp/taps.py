@@ -102,9 +102,14 @@ def with_boundary(outputs: Any, entered: Callable[[int, Tensor], None]) -> tuple
     enter = as_written(enter)
 
     def wrap(x: Any) -> Any:
-        return _Boundary.apply(x, enter, next(indices)) if isinstance(x, Tensor) and x.requires_grad else x
+        return _Boundary.apply(x, enter, next(indices)) if is_of_rows(x) else x
 
     return tree_map(wrap, outputs), next(indices) > 0
+
+
+def is_of_rows(x: Any) -> bool:
+    """Of the root's outputs: a tensor that backward comes through. One that gives a parameter away is none of these."""
+    return isinstance(x, Tensor) and not isinstance(x, SharedValue) and x.requires_grad
 
 
 def recomputing() -> bool:
