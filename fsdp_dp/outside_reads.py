@@ -10,15 +10,16 @@ Those that were read keep it, the others are as they were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from fsdp_dp.graph_identity import derived
 from fsdp_dp.layers import has_rule
 from fsdp_dp.leaf_calls import runs_again
-from fsdp_dp.shared_values import Meetings, SharedValue
-from fsdp_dp.taps import Taps, shared_attribute
+from fsdp_dp.parameter_reads import ParameterReads, shared_attribute
+from fsdp_dp.shared_values import SharedValue
+from fsdp_dp.taps import Taps
 
 Site = tuple[nn.Module, str]
 
@@ -29,27 +30,23 @@ class OutsideReads:
     Args:
         sites: (layer, attribute) -> canonical name.
         taps: of the layers.
-        active: whether the program that reads a parameter now is the model's training forward.
-        share: a parameter, carried once a row behind a tap of its own.
-        without_gradient: whether it is read where no gradient is recorded.
+        reads: what the program is given in place of a parameter.
     """
 
     def __init__(
         self,
         sites: Mapping[Site, str],
         taps: Taps,
-        meetings: Meetings,
-        active: Callable[[], bool],
-        share: Callable[[str, Tensor], SharedValue],
-        without_gradient: Callable[[], bool],
+        reads: ParameterReads,
     ) -> None:
-        self._taps, self._meetings, self._active, self._share = taps, meetings, active, share
-        self._without_gradient = without_gradient
+        self._taps, self._reads = taps, reads
         self._running: Sequence[nn.Module] = taps.running
         self._names: dict[nn.Module, dict[str, str]] = {}
+        self._layers: dict[str, list[nn.Module]] = {}
         for (layer, attribute), name in sites.items():
             if taps.can_follow(layer):
                 self._names.setdefault(layer, {})[attribute] = name
+                self._layers.setdefault(name, []).append(layer)
         self._read: set[nn.Module] = set()
         self._kinds: dict[nn.Module, tuple[type[nn.Module], type[nn.Module]]] = {}
         self._watched: list[nn.Module] = []
@@ -76,30 +73,23 @@ class OutsideReads:
         self.keep()
 
     def _with_properties(self, layer: nn.Module) -> type[nn.Module]:
-        def share(name: str, parameter: Tensor) -> SharedValue:
+        def share(module: nn.Module, name: str, parameter: Tensor) -> SharedValue | None:
             """Nothing is recorded, nor kept, of who only asks for its shape or its type."""
+            if module is not layer or not self._is_outside(layer):  # a shallow copy has the layer's class, and its taps
+                return None
+            return self._reads.of(self, name, parameter, lambda: self._first_used(name, parameter))
 
-            def first_used() -> Tensor:
-                if layer not in self._read:
-                    self._read.add(layer)
-                    self._taps.always_follow(layer)
-                return self._share(name, parameter).per_row
-
-            return SharedValue.later(parameter, first_used, name, self._meetings)
-
-        def is_outside() -> bool:
-            running = self._running[-1] if self._running else None
-            by_leaf = running is not None and running in self._names and not has_rule(running)
-            return running is not layer and not by_leaf and not runs_again()
-
-        def active() -> bool:
-            return is_outside() and self._active()
-
-        def without_gradient() -> bool:
-            return is_outside() and self._without_gradient()
-
-        attributes = {
-            a: shared_attribute(name, a, active, share, without_gradient, share)
-            for a, name in self._names[layer].items()
-        }
+        attributes = {a: shared_attribute(name, a, share) for a, name in self._names[layer].items()}
         return derived(type(layer), attributes)
+
+    def _is_outside(self, layer: nn.Module) -> bool:
+        running = self._running[-1] if self._running else None
+        by_leaf = running is not None and running in self._names and not has_rule(running)
+        return running is not layer and not by_leaf and not runs_again()
+
+    def _first_used(self, name: str, parameter: Tensor) -> Tensor:
+        for layer in self._layers[name]:  # one object is all of theirs, where they are tied
+            if layer not in self._read:
+                self._read.add(layer)
+                self._taps.always_follow(layer)
+        return self._reads.per_row(name, parameter)

@@ -23,6 +23,7 @@ from fsdp_dp.logical_batch import LogicalBatch, Microbatch
 from fsdp_dp.node_taps import packing
 from fsdp_dp.numerics import accumulate_dtype, exact_arithmetic
 from fsdp_dp.outside_reads import OutsideReads
+from fsdp_dp.parameter_reads import ParameterReads, SharedParameters
 from fsdp_dp.records import NO_CALL, Call, Layout, Record, Report
 from fsdp_dp.row_layouts import RowLayouts
 from fsdp_dp.sharding.base import ShardedModel
@@ -30,7 +31,6 @@ from fsdp_dp.shared_values import Meetings, SharedValue, inside_custom_function,
 from fsdp_dp.taps import (
     Bare,
     FreezeWindow,
-    SharedParameters,
     Taps,
     at_end_of_backward,
     raw_attribute,
@@ -81,13 +81,12 @@ class Recorder:
             layers, keeps, self._start_record, self._share_output, self._is_plain, lambda: self.meetings.rows,
             model.root, lambda: self.meetings.learning,
         )  # fmt: skip
-        self._shared_parameters = SharedParameters(
-            bare, self._is_sharing, self._share_parameter, self._is_without_gradient, self.meetings
+        self._reads = ParameterReads(
+            self._is_sharing, self._is_without_gradient, self._parameter_per_row, self.meetings
         )
+        self._shared_parameters = SharedParameters(bare, self._reads)
         sites = {site: name for site, name in model.names.items() if site[0] in self._attributes}
-        self._outside_reads = OutsideReads(
-            sites, self._taps, self.meetings, self._is_sharing, self._share_parameter, self._is_without_gradient
-        )
+        self._outside_reads = OutsideReads(sites, self._taps, self._reads)
         self._habits: dict[str, Habit] = {}
         self._report = self._record  # bound once: the garbage collector counts what every tap keeps
         self._same_for_all_rows: dict[str, set[tuple[int, ...]]] = {}
@@ -107,6 +106,7 @@ class Recorder:
     def start_forward(self, microbatch: Microbatch) -> None:
         self.current = microbatch
         self.window.close()
+        self._reads.forget()
         self._taps.start_forward()
         self._outside_reads.keep()
         self.in_forward = True
@@ -115,6 +115,7 @@ class Recorder:
         self.in_forward = self.meetings.learning = False
         self._taps.follow(False)
         self._outside_reads.keep()
+        self._reads.forget()
         self.window.open()
 
     def let_go_with(self, graph: object) -> None:
@@ -151,6 +152,7 @@ class Recorder:
 
     def discard(self) -> None:
         self.window.open()
+        self._reads.forget()
         self._taps.of_forward = []
         self.current, self.in_forward = None, False
 
@@ -258,7 +260,7 @@ class Recorder:
         runs = self.in_forward or (recomputing() and packing())
         return runs and not torch.is_grad_enabled() and not inside_custom_function()
 
-    def _share_parameter(self, name: str, parameter: Tensor) -> SharedValue:
+    def _parameter_per_row(self, name: str, parameter: Tensor) -> Tensor:
         """A parameter that the program reads itself, carried once a row behind a tap."""
         self.meetings.refuse_sharded(parameter, name)
         if recomputing():
@@ -268,7 +270,7 @@ class Recorder:
         with torch._C.DisableTorchFunction():  # no use of the parameter that the watch should look at
             expanded = parameter.detach().expand(self.meetings.rows, *parameter.shape)
         (per_row,) = self._taps.through(NO_CALL, report, [expanded], [])
-        return SharedValue(per_row, name, self.meetings)
+        return per_row
 
     # ------------------------------------------------------------------------------------------------------ backward
 
@@ -362,6 +364,7 @@ class Recorder:
         microbatch.norms = None  # it holds every record until the garbage collector finds it
         microbatch.done, self._batch.poisoned = True, None
         self._batch.intake.finished()
+        self._reads.forget()
         self.window.open()
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fsdp_dp.by_row import by_row
@@ -135,6 +135,8 @@ class SharedValue(Tensor):
     expanded: Tensor | None
     viewed: bool
     torn: bool
+    _is_param: bool = False
+    """Where it is a parameter, for ``isinstance(x, nn.Parameter)``."""
     _per_row: Tensor | Callable[[], Tensor]
     _source: Tensor
 
@@ -146,13 +148,14 @@ class SharedValue(Tensor):
 
     @classmethod
     def later(cls, x: Tensor, first_used: Callable[[], Tensor], owner: str, meetings: Meetings) -> SharedValue:
-        """``x`` as a shared value, whose rows ``first_used`` gives when they are asked for, if they are.
+        """The parameter ``x`` as a shared value, whose rows ``first_used`` gives when they are asked for, if they are.
 
         Where no gradient is recorded it is a constant, and they need not be.
         """
         self = cls._like(x, x.shape, first_used, owner, meetings, None)
         with torch._C.DisableTorchFunction():  # no use of the parameter that the watch should look at
             self._source = x.detach()
+        self._is_param = True
         return self
 
     @classmethod
@@ -201,10 +204,14 @@ class SharedValue(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
+        if name == "grad_fn" and _by_register_parameter():
+            refuse_assignment(args[0].owner)
         if name in METADATA and func is not torch.autograd.grad:
             return super().__torch_function__(func, types, args, kwargs)
         if name in _SETTERS and isinstance(args[0], SharedValue):
             return args[0]._set(func, name, args[1:], kwargs)
+        if name in _HOOKS and isinstance(args[0], SharedValue):
+            raise _unsupported(args[0], f"{name}: its hooks, which are given no gradient of all rows,")
         if not torch.is_grad_enabled():
             unread = [x for x in tree_leaves((args, kwargs)) if isinstance(x, SharedValue) and x.unread is not None]
             if inside_custom_function():
@@ -270,6 +277,7 @@ def inside_custom_function() -> bool:
 
 
 _SETTERS = frozenset({"requires_grad_", "__set__"})
+_HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 
 
 def sets_requires_grad(
@@ -286,6 +294,19 @@ def refuse_setting(owner: str, wanted: bool) -> NoReturn:
         f"requires_grad of parameter '{owner}' is set to {wanted} in forward, where the engine takes its gradient from the "
         "rows whatever is set. Use weight.detach() where a gradient is not wanted; to freeze a parameter, do it between "
         "logical batches: state = engine.state_dict(), engine.detach(), freeze, make_private(...) and load_state_dict(state)"
+    )
+
+
+def _by_register_parameter() -> bool:
+    """Whether `nn.Module.register_parameter` asks, or a mode that heard of that."""
+    asker, mode = sys._getframe(2), sys._getframe(3)
+    return nn.Module.register_parameter.__code__ in (asker.f_code, mode.f_code)
+
+
+def refuse_assignment(owner: str) -> NoReturn:
+    raise UnsupportedModelError(
+        f"Parameter '{owner}' is assigned to a module in forward, which would give the model another parameter while it runs; "
+        "tie weights in __init__, before make_private"
     )
 
 
@@ -375,6 +396,7 @@ class _Use:
         known = not self.name.endswith("_") or self.name in _WRITING or self.name in _ELEMENTWISE
         if (
             not isinstance(x, SharedValue)
+            or x._is_param
             or not known
             or x.expanded is not None
             or x.torn

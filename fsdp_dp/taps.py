@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -38,7 +37,7 @@ from fsdp_dp.marks import PICKED_REFUSED, is_picked
 from fsdp_dp.node_taps import NodeTap, come_last, node_of
 from fsdp_dp.parts import Opened
 from fsdp_dp.records import Call, Report
-from fsdp_dp.shared_values import Meetings, SharedValue, unwrapped
+from fsdp_dp.shared_values import SharedValue, unwrapped
 
 
 class _Tap(torch.autograd.Function):
@@ -398,88 +397,12 @@ class Bare:
     attribute: str
 
 
-class SharedParameters:
-    """Bare parameters look like shared values to the program, wherever it reads them while ``active``.
-
-    Their modules get a subclass of their class with a property for each: that also answers when only a part of a module's
-    forward is run again, by activation checkpointing. FSDP, which moves parameters around, reads and writes what is there.
-    """
-
-    def __init__(
-        self,
-        bare: Sequence[Bare],
-        active: Callable[[], bool],
-        share: Callable[[str, Tensor], SharedValue],
-        without_gradient: Callable[[], bool],
-        meetings: Meetings,
-    ) -> None:
-        self._classes: dict[nn.Module, type[nn.Module]] = {}
-        owners: dict[nn.Module, dict[str, Any]] = {}
-
-        def later(name: str, parameter: Tensor) -> SharedValue:
-            return SharedValue.later(parameter, lambda: share(name, parameter).per_row, name, meetings)
-
-        for p in bare:
-            owners.setdefault(p.owner, {})[p.attribute] = shared_attribute(
-                p.name, p.attribute, active, share, without_gradient, later
-            )
-        for owner, attributes in owners.items():
-            kind = self._classes[owner] = type(owner)
-            owner.__class__ = type(kind.__name__, (kind,), {**attributes, "__module__": kind.__module__})
-
-    def remove(self) -> None:
-        for owner, kind in self._classes.items():
-            owner.__class__ = kind
-
-
-def shared_attribute(
-    name: str,
-    attribute: str,
-    active: Callable[[], bool],
-    share: Callable[[str, Tensor], SharedValue],
-    without_gradient: Callable[[], bool],
-    later: Callable[[str, Tensor], SharedValue],
-) -> property:
-    """A parameter's place on a module, which gives a shared value while ``active``.
-
-    What is read ``without_gradient`` is a constant as long as it is used so; but the program may keep it and use it
-    ``later``, where its gradient is wanted.
-    """
-
-    def read(module: nn.Module) -> Any:
-        value = raw_attribute(module, attribute)
-        if value is _ABSENT:
-            raise AttributeError(attribute)
-        by_fsdp = "/torch/distributed/" in _reader()
-        if by_fsdp or not isinstance(value, Tensor) or isinstance(value, SharedValue):
-            return value
-        if active():
-            return share(name, value)
-        return later(name, value) if without_gradient() else value
-
-    def write(module: nn.Module, value: Any) -> None:
-        module.__dict__[attribute] = value  # parameters go to nn.Module's own registry and do not come here
-
-    def delete(module: nn.Module) -> None:
-        del module.__dict__[attribute]
-
-    return property(as_written(read), write, delete)
-
-
-def _reader() -> str:
-    """The file that reads an attribute, beyond what `as_written` puts in between."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and "/torch/_dynamo/" in frame.f_code.co_filename.replace("\\", "/"):
-        frame = frame.f_back
-    return frame.f_code.co_filename.replace("\\", "/")
-
-
 def raw_attribute(module: nn.Module, attribute: str) -> Any:
     """What a module holds under a parameter's name, shared values aside: FSDP1 puts views beside the registry."""
-    return module.__dict__.get(attribute, module._parameters.get(attribute, _ABSENT))
+    return module.__dict__.get(attribute, module._parameters.get(attribute, ABSENT))
 
 
-_ABSENT = object()
+ABSENT = object()
 
 
 class FreezeWindow:

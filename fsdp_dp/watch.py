@@ -296,7 +296,7 @@ def buffer_versions(root: nn.Module) -> list[tuple[int, int]]:
 
 def _nothing_to_do(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """A parameter that is converted to the type that it has: the same tensor, so no use of it."""
-    if not args or not isinstance(args[0], nn.Parameter):
+    if not args or not isinstance(args[0], nn.Parameter) or isinstance(args[0], SharedValue):
         return None
     with torch._C.DisableTorchFunction():
         result = func(*args, **kwargs)

@@ -60,6 +60,7 @@ ORDER = (
         "node_taps",
         "compiled",
         "taps",
+        "parameter_reads",
         "outside_reads",
         "watch",
         "intake",
