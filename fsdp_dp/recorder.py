@@ -75,7 +75,7 @@ class Recorder:
         self.current: Microbatch | None = None
         self.in_forward = False
         self.layouts = RowLayouts()
-        self.meetings = Meetings(self.layouts, sizes={p.name: p.numel for p in model.parameters})
+        self.meetings = Meetings(self.layouts, is_part=model.is_part)
         self.window = FreezeWindow({p.name: p.parameter for p in model.parameters}, batch.refusals_poison)
         self._taps = Taps(
             layers, keeps, self._start_record, self._share_output, self._is_plain, lambda: self.meetings.rows,

@@ -80,8 +80,8 @@ class Meetings:
     rows: int = 0
     learning: bool = True
     wants: bool = False
-    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Elements of whole parameters, by name."""
+    is_part: Callable[[str, Tensor], bool] = lambda owner, x: False
+    """Whether what the program reads as a parameter is this rank's part of it."""
     _known: dict[tuple[Any, ...], bool] = dataclasses.field(default_factory=dict)
     _picked: set[str] = dataclasses.field(default_factory=set)
 
@@ -103,7 +103,7 @@ class Meetings:
 
     def refuse_sharded(self, x: Tensor, owner: str) -> None:
         """Raises UnsupportedModelError if what the program reads is this rank's part of a parameter."""
-        if hasattr(x, "placements") or x.numel() != self.sizes.get(owner, x.numel()):
+        if self.is_part(owner, x):
             raise UnsupportedModelError(
                 f"Parameter '{owner}', read outside of a layer's own forward, is sharded there: its FSDP unit does not run, "
                 "or tensor parallelism splits it. Read it inside of its unit, or after the unit's forward with "
@@ -164,6 +164,7 @@ class SharedValue(Tensor):
         expanded: Tensor | None,
     ) -> SharedValue:  # fmt: skip
         trained = per_row.requires_grad if isinstance(per_row, Tensor) else True
+        trained = trained and not torch.compiler.is_dynamo_compiling()  # which will refuse it, and has no such hooks
         self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, shape, dtype=x.dtype, device=x.device, requires_grad=trained
         )
@@ -305,8 +306,8 @@ def _by_register_parameter() -> bool:
 
 def refuse_assignment(owner: str) -> NoReturn:
     raise UnsupportedModelError(
-        f"Parameter '{owner}' is assigned to a module in forward, which would give the model another parameter while it runs; "
-        "tie weights in __init__, before make_private"
+        f"Parameter '{owner}' is assigned to a module in forward, which would give the model another parameter as it runs; tie "
+        "weights in __init__, before make_private"
     )
 
 
