@@ -130,15 +130,20 @@ class Recorder:
                     "The model's forward runs a backward through its own layers (torch.autograd.grad of an energy, or a "
                     "gradient penalty), where no row is clipped; return what is differentiated, or freeze these layers"
                 )
+            if microbatch is not self.current:
+                was_run = "whose backward is done" if microbatch.done else "whose own backward was not run"
+                raise PrivacyError(
+                    f"backward through an earlier forward, of {microbatch.rows} rows, {was_run}: the model was run again "
+                    "since, and each forward's backward is expected before the next one. Detach what the program keeps of a "
+                    "forward (a state, a cache, a parameter that it read), do not add up losses of several forwards, and use "
+                    "torch.no_grad() for forwards without backward"
+                )
             if microbatch.done:
                 raise PrivacyError(
-                    "A second backward on one microbatch: its rows would contribute twice. Add the losses and call "
-                    "backward once"
-                )
-            if microbatch is not self.current:
-                raise PrivacyError(
-                    "backward through an earlier forward: the model was run again since. Run one forward, then its "
-                    "backward; use torch.no_grad() for forwards without backward"
+                    f"A second backward on one microbatch, whose {microbatch.rows} rows are in the sums since its first "
+                    "(loss.backward(), or torch.autograd.grad through the model's outputs): its rows would contribute twice, "
+                    "and one backward is expected. Add the losses and call backward once; take gradients of inputs from a "
+                    "copy of the model that has no engine"
                 )
         if not microbatch.entered:
             microbatch.entered = True

@@ -306,8 +306,8 @@ def _by_register_parameter() -> bool:
 
 def refuse_assignment(owner: str) -> NoReturn:
     raise UnsupportedModelError(
-        f"Parameter '{owner}' is assigned to a module in forward, which would give the model another parameter as it runs; tie "
-        "weights in __init__, before make_private"
+        f"Parameter '{owner}' is assigned to a module in forward, which would give the model another parameter as it runs; "
+        "tie weights in __init__, before make_private"
     )
 
 

@@ -28,7 +28,7 @@ from fsdp_dp.parts import Part
 from fsdp_dp.shared_values import METADATA, SharedValue, function_name, refuse_setting, sets_requires_grad
 from fsdp_dp.taps import raw_attribute
 
-_NOT_OF_PROGRAMS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+_TORCH, _OURS = (os.path.join(os.path.dirname(file), "") for file in (torch.__file__, __file__))
 Site = tuple[nn.Module, str]
 
 _TRAINABILITY = frozenset({"requires_grad", "requires_grad_", "__set__"})
@@ -79,8 +79,9 @@ class FirstForward(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function_name(func) in _TRAINABILITY and args:
-            self._check_trainability(func, function_name(func), args, kwargs)
-            if isinstance(args[0], SharedValue):
+            wanted = sets_requires_grad(func, function_name(func), args[1:], kwargs)
+            if wanted is not None or function_name(func) == "requires_grad":
+                self._check_trainability(args[0], wanted)
                 return func(*args, **kwargs)
         if function_name(func) in METADATA or _sets_itself(function_name(func), args):
             return func(*args, **kwargs)
@@ -124,14 +125,13 @@ class FirstForward(TorchFunctionMode):
         """Where a tensor is a managed parameter now: the module, and the parameter's canonical name."""
         return [(module, name) for (module, attribute), name in self._sites.items() if _is(module, attribute, tensor)]
 
-    def _check_trainability(
-        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _check_trainability(self, tensor: Tensor, wanted: bool | None) -> None:
         """Raises UnsupportedModelError if the program sets ``requires_grad`` of a parameter, or asks for it: it is off."""
-        wanted = sets_requires_grad(func, name, args[1:], kwargs)
-        if isinstance(args[0], SharedValue) or (wanted is None and (name == "__set__" or not _asked_by_program())):
+        if isinstance(tensor, SharedValue):  # which knows itself
             return
-        owners = self._owners(args[0])
+        if _asked_by((_OURS,) if wanted is not None else (_OURS, _TORCH)):  # torch's modules set it for the program
+            return
+        owners = self._owners(tensor)
         if not owners or _called_from_torch_distributed():
             return
         if wanted is not None:
@@ -324,10 +324,10 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     yield from (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
 
 
-def _asked_by_program() -> bool:
-    """Whether who called a function of torch, which the mode heard of, is neither torch's own code nor ours."""
+def _asked_by(folders: tuple[str, ...]) -> bool:
+    """Whether code in one of these folders called the function of torch that the mode heard of."""
     asker = sys._getframe(3)  # of this function's caller, and of `__torch_function__`
-    return not asker.f_code.co_filename.startswith(_NOT_OF_PROGRAMS)
+    return asker.f_code.co_filename.startswith(folders)
 
 
 def _called_from_torch_distributed() -> bool:
