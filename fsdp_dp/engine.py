@@ -570,6 +570,7 @@ class PrivacyEngine:
     def _check_before_release(self) -> None:
         self._last_release.check()
         self._batch.raise_if_poisoned()
+        self._recorder.window.refuse_hooks()
         self._examination.check_labels()
         if self._gate.waiting:
             raise PrivacyError("privatize: a released gradient already waits for its optimizer.step()")

@@ -414,6 +414,8 @@ class FreezeWindow:
         self._parameters = parameters
         self._refusing = refusing
         self._closed = False
+        self._handles: list[RemovableHandle] = []
+        self.refuse_hooks()
         self._handles = [
             p.register_hook(self._refuse(name)) for name, p in parameters.items() if p.numel() and p.requires_grad
         ]
@@ -430,6 +432,18 @@ class FreezeWindow:
         self._closed = True
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
+
+    def refuse_hooks(self) -> None:
+        """Raises UnsupportedModelError if the program put a hook on a parameter's gradient, which nobody would call."""
+        ours = {handle.id for handle in self._handles}
+        for name, p in self._parameters.items():
+            hooks = {*(p._backward_hooks or ()), *(p._post_accumulate_grad_hooks or ())}
+            if not hooks <= ours:
+                raise UnsupportedModelError(
+                    f"Parameter '{name}' has a hook on its gradient (register_hook, or register_post_accumulate_grad_hook), "
+                    "which would not be called: autograd has no such gradient, the engine sums the rows' and adds noise. "
+                    "Remove it, and change p.grad after engine.privatize() instead, before optimizer.step()"
+                )
 
     def open(self) -> None:
         """Give the parameters back as the user knows them."""

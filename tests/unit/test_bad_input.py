@@ -626,6 +626,21 @@ def test_second_backward_on_a_microbatch(subject: Private) -> None:
     assert_trains(subject)
 
 
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hook_on_the_gradient_of_a_parameter(subject: Private, register: str) -> None:
+    """A mask of some entries, say. Seen to train without it, and say nothing."""
+    weight = subject.model[0].weight  # type: ignore[index]
+    subject.backward(first_microbatch(subject)[0])
+    handle = getattr(weight, register)(lambda grad: None)
+    with nothing_released(subject), pytest.raises(REFUSED, match=r"'0.weight' has a hook on its gradient.*privatize"):
+        subject.step()
+    subject.engine.detach()
+    with pytest.raises(REFUSED, match=r"'0.weight' has a hook on its gradient"):
+        private(subject.model)
+    handle.remove()
+    assert_trains(private(subject.model))
+
+
 class Recurrent(nn.Module):
     """Goes on with what it was given the last time."""
 
