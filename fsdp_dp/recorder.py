@@ -98,6 +98,11 @@ class Recorder:
         """The stack of layers whose forward is running now, in a forward whose calls are followed."""
         return self._taps.running
 
+    @property
+    def has_compiled(self) -> bool:
+        """Whether `torch.compile` compiled a module that has layers."""
+        return self._taps.has_compiled
+
     def follow_calls(self) -> None:
         """Until the end of the forward that starts now."""
         self._taps.follow(True)
@@ -363,6 +368,7 @@ class Recorder:
     def _finish_backward(self) -> None:
         microbatch = self.current
         assert microbatch is not None
+        self.window.refuse_written("backward")
         with exact_arithmetic(self._model.device):
             self._finished(microbatch)
         self._model.after_backward()

@@ -193,7 +193,6 @@ class Taps:
             self._handles.append(hook)
             if not name:  # the root itself is always followed: its hooks run when `follow` is asked for
                 self.always_follow(layer)
-                self._following[layer] = self._follow(layer)
             self._hook_ids[name] = hook.id
 
     def remove(self) -> None:
@@ -226,6 +225,10 @@ class Taps:
             self.running.clear()
             self._made = None
 
+    @property
+    def has_compiled(self) -> bool:
+        return bool(self._compiled)
+
     def can_follow(self, layer: nn.Module) -> bool:
         """Whether it would be seen that ``layer`` runs: not in the middle of a compiled graph."""
         return layer not in self._compiled_in
@@ -233,6 +236,8 @@ class Taps:
     def always_follow(self, layer: nn.Module) -> None:
         """Know of a layer whether it is ``running``, in every forward that comes, and in this one where all are followed."""
         self._always.add(layer)
+        if layer not in self._following:
+            self._following[layer] = self._follow(layer)
 
     def _follow(self, layer: nn.Module) -> list[RemovableHandle]:
         """Hooks of the program that run before the layer's forward, or after it, are not the layer: they may read it."""
@@ -414,6 +419,7 @@ class FreezeWindow:
         self._parameters = parameters
         self._refusing = refusing
         self._closed = False
+        self._written: list[int] = []
         self._handles: list[RemovableHandle] = []
         self.refuse_hooks()
         self._handles = [
@@ -430,8 +436,24 @@ class FreezeWindow:
                 "logical batches, so that releases stay counted"
             )
         self._closed = True
+        self._written = self._versions()
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
+
+    def _versions(self) -> list[int]:
+        """What changes when a parameter is written to; not where that goes by its ``data``."""
+        with torch._C.DisableTorchFunction():
+            return [p._version for p in self._parameters.values()]
+
+    def refuse_written(self, when: str) -> None:
+        """Raises UnsupportedModelError if a parameter was written to since `close`: the noise would not cover that."""
+        now = self._versions()
+        if now != self._written:
+            name = next(n for n, a, b in zip(self._parameters, self._written, now, strict=True) if a != b)
+            raise UnsupportedModelError(
+                f"Parameter '{name}' was written in {when} (a codebook that is moved, weights that are clamped), past its "
+                "gradient and its noise. Do that after the step, from no row's data, or leave it out"
+            )
 
     def refuse_hooks(self) -> None:
         """Raises UnsupportedModelError if the program put a hook on a parameter's gradient, which nobody would call."""

@@ -61,6 +61,7 @@ ORDER = (
         "compiled",
         "taps",
         "parameter_reads",
+        "late_reads",
         "outside_reads",
         "watch",
         "intake",
