@@ -44,7 +44,9 @@ def guarded(kind: type[nn.Module], attributes: tuple[str, ...], share: Share) ->
 def _of_torch(kind: type[nn.Module]) -> frozenset[CodeType]:
     """The code of torch's own layers: these read no one's parameters but their own."""
     functions = (x for one in kind.__mro__ if one is not nn.Module for x in vars(one).values())
-    return frozenset(x.__code__ for x in functions if hasattr(x, "__code__") and x.__code__.co_filename.startswith(_TORCH))
+    return frozenset(
+        x.__code__ for x in functions if hasattr(x, "__code__") and x.__code__.co_filename.startswith(_TORCH)
+    )
 
 
 def _guard(attribute: str, own: frozenset[CodeType], share: Share) -> property:

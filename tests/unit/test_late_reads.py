@@ -1,4 +1,4 @@
-"""What a program does to parameters in a later forward than the first ones, which are watched: exact, refused, or found soon."""
+"""What a program does to parameters in a later forward than the first, which are watched: exact, refused, or found soon."""
 
 import copy
 import sys
