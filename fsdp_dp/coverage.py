@@ -129,7 +129,13 @@ def refuse_strangers(model: ShardedModel) -> None:
                 "load_state_dict(state), so that releases stay counted"
             )
     for (module, attribute), name in model.names.items():
-        now = names.get(id(module._parameters.get(attribute)), name)
+        value = module._parameters.get(attribute)
+        now = name if value is None else names.get(id(value))
+        if now is None:
+            raise PrivacyError(
+                f"Parameter '{name}' was replaced by another one after the engine was attached, so its gradient would go to "
+                "one that is no longer used. Write to it (weight.data.copy_) between logical batches, or attach again"
+            )
         if now != name:
             raise PrivacyError(
                 f"Parameter '{name}' was tied to '{now}' after the engine was attached, so its gradient would go to a "

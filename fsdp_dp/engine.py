@@ -484,6 +484,8 @@ class PrivacyEngine:
             return None
         try:
             self._examination.end_forward(failed=failed)
+            if not failed:
+                recorder.window.refuse_written("forward")
         except UnsupportedModelError:
             self._batch.poison("the model is not supported")
             raise
@@ -552,6 +554,7 @@ class PrivacyEngine:
                 parameter.parameter.grad = None
             raise
         self._batch.released()
+        self._examination.released()
         self._warn_unless_vouched()
         grads = {name: parameter.grad for name, parameter in self._handles.items()}
         self._gate.published({name: grad for name, grad in grads.items() if grad is not None})
@@ -570,6 +573,9 @@ class PrivacyEngine:
     def _check_before_release(self) -> None:
         self._last_release.check()
         self._batch.raise_if_poisoned()
+        self._recorder.window.refuse_hooks()
+        self.model.prepare_forward()
+        refuse_strangers(self.model)
         self._examination.check_labels()
         if self._gate.waiting:
             raise PrivacyError("privatize: a released gradient already waits for its optimizer.step()")

@@ -23,8 +23,11 @@ from fsdp_dp.marks import is_picked
 from fsdp_dp.methods import Measured
 from fsdp_dp.recorder import Recorder
 from fsdp_dp.sharding.base import ShardedModel
-from fsdp_dp.taps import with_boundary
+from fsdp_dp.taps import is_of_rows, with_boundary
 from fsdp_dp.watch import ConstantDivisor, FirstForward, Uncompiled, buffer_versions
+
+EVERY, EARLY = 1000, (10, 100)
+"""Releases after which forwards are watched again."""
 
 
 class Examination:
@@ -44,6 +47,7 @@ class Examination:
         self._watched: set[tuple[Any, ...]] = set()
         self._kind_now: tuple[Any, ...] = ()
         self._buffer_versions: list[tuple[int, int]] = []
+        self._releases = 0
         self._uncompiled = Uncompiled()
         self._divisor = ConstantDivisor()
         self._labels, self._averages_over_labels = LabelWatch(model.device), False
@@ -108,7 +112,7 @@ class Examination:
         Raises:
             UnsupportedModelError: there is no tensor in them that requires grad, or one that is picked from all rows.
         """
-        picked = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad and is_picked(x)]
+        picked = [x for x in tree_leaves(output) if is_of_rows(x) and is_picked(x)]
         if microbatch.rows > 1 and any(x.ndim for x in picked):
             self._batch.poison("the model is not supported")
             raise UnsupportedModelError(
@@ -200,6 +204,15 @@ class Examination:
         self._forget_first()
         self._uncompiled.stop()
         self._labels.forget()
+
+    def released(self) -> None:
+        """Now and then every kind of forward is watched once more, for what the program did not do in the first ones.
+
+        Not where something is compiled, which would run as written then, and may need more memory than there is.
+        """
+        self._releases += 1
+        if (self._releases in EARLY or self._releases % EVERY == 0) and not self._recorder.has_compiled:
+            self._watched.clear()
 
     def pass_over(self) -> None:
         """As after the first release, of a model that has been found to be good: a forecast looks at no values."""

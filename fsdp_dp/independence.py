@@ -36,6 +36,7 @@ from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.label_watch import LOSSES, averaged_labels
 from fsdp_dp.modes import put_in, take_out
 from fsdp_dp.numerics import accumulate_dtype
+from fsdp_dp.taps import is_of_rows
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 _COARSE_TOLERANCE = 2e-3
@@ -282,7 +283,7 @@ class FirstMicrobatch:
 
 
 def _differentiable(outputs: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
+    return [x for x in tree_leaves(outputs) if is_of_rows(x)]
 
 
 def _lengths(x: Tensor) -> Tensor:

@@ -79,7 +79,10 @@ class NodeTap:
         a, g = self._input, grads[self._number]
         if a is None:
             self._report(NO_CALL, (), (None,))
-            raise PrivacyError(f"Layer '{self._name}': backward came twice to one call of it; call backward once")
+            raise PrivacyError(
+                f"Layer '{self._name}': backward came a second time to one call of it, whose rows would contribute twice; "
+                "one backward of each forward is expected. Add the losses and call backward once"
+            )
         self._input = None  # the node lives as long as the loss
         if a._version != self._version:
             raise RuntimeError(

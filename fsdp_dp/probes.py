@@ -155,7 +155,10 @@ class Call:
     def came(self, grads: Sequence[Tensor | None]) -> None:
         """The gradients of all probes, after the module's backward."""
         if self._came:
-            raise PrivacyError("backward came twice to one call of a compiled module; call backward once")
+            raise PrivacyError(
+                "backward came a second time to one call of a compiled module, whose rows would contribute twice; one "
+                "backward of each forward is expected. Add the losses and call backward once"
+            )
         self._came = True
         pairs = list(zip(self.forms, grads[::2], grads[1::2], strict=True))
         for name, g, a in reversed(pairs):

@@ -23,6 +23,7 @@ from fsdp_dp.logical_batch import LogicalBatch, Microbatch
 from fsdp_dp.node_taps import packing
 from fsdp_dp.numerics import accumulate_dtype, exact_arithmetic
 from fsdp_dp.outside_reads import OutsideReads
+from fsdp_dp.parameter_reads import ParameterReads, SharedParameters
 from fsdp_dp.records import NO_CALL, Call, Layout, Record, Report
 from fsdp_dp.row_layouts import RowLayouts
 from fsdp_dp.sharding.base import ShardedModel
@@ -30,7 +31,6 @@ from fsdp_dp.shared_values import Meetings, SharedValue, inside_custom_function,
 from fsdp_dp.taps import (
     Bare,
     FreezeWindow,
-    SharedParameters,
     Taps,
     at_end_of_backward,
     raw_attribute,
@@ -76,19 +76,18 @@ class Recorder:
         self.current: Microbatch | None = None
         self.in_forward = False
         self.layouts = RowLayouts()
-        self.meetings = Meetings(self.layouts, sizes={p.name: p.numel for p in model.parameters})
+        self.meetings = Meetings(self.layouts, is_part=model.is_part)
         self.window = FreezeWindow({p.name: p.parameter for p in model.parameters}, batch.refusals_poison)
         self._taps = Taps(
             layers, keeps, self._start_record, self._share_output, self._is_plain, lambda: self.meetings.rows,
             model.root, lambda: self.meetings.learning,
         )  # fmt: skip
-        self._shared_parameters = SharedParameters(
-            bare, self._is_sharing, self._share_parameter, self._is_without_gradient, self.meetings
+        self._reads = ParameterReads(
+            self._is_sharing, self._is_without_gradient, self._parameter_per_row, self.meetings
         )
+        self._shared_parameters = SharedParameters(bare, self._reads)
         sites = {site: name for site, name in model.names.items() if site[0] in self._attributes}
-        self._outside_reads = OutsideReads(
-            sites, self._taps, self.meetings, self._is_sharing, self._share_parameter, self._is_without_gradient
-        )
+        self._outside_reads = OutsideReads(sites, self._taps, self._reads)
         self._habits: dict[str, Habit] = {}
         self._report = self._record  # bound once: the garbage collector counts what every tap keeps
         self._same_for_all_rows: dict[str, set[tuple[int, ...]]] = {}
@@ -100,6 +99,11 @@ class Recorder:
         """The stack of layers whose forward is running now, in a forward whose calls are followed."""
         return self._taps.running
 
+    @property
+    def has_compiled(self) -> bool:
+        """Whether `torch.compile` compiled a module that has layers."""
+        return self._taps.has_compiled
+
     def follow_calls(self) -> None:
         """Until the end of the forward that starts now."""
         self._taps.follow(True)
@@ -108,6 +112,7 @@ class Recorder:
     def start_forward(self, microbatch: Microbatch) -> None:
         self.current = microbatch
         self.window.close()
+        self._reads.forget()
         self._taps.start_forward()
         self._outside_reads.keep()
         self.in_forward = True
@@ -116,6 +121,7 @@ class Recorder:
         self.in_forward = self.meetings.learning = False
         self._taps.follow(False)
         self._outside_reads.keep()
+        self._reads.forget()
         self.window.open()
 
     def let_go_with(self, graph: object) -> None:
@@ -130,15 +136,20 @@ class Recorder:
                     "The model's forward runs a backward through its own layers (torch.autograd.grad of an energy, or a "
                     "gradient penalty), where no row is clipped; return what is differentiated, or freeze these layers"
                 )
+            if microbatch is not self.current:
+                was_run = "whose backward is done" if microbatch.done else "whose own backward was not run"
+                raise PrivacyError(
+                    f"backward through an earlier forward, of {microbatch.rows} rows, {was_run}: the model was run again "
+                    "since, and each forward's backward is expected before the next one. Detach what the program keeps of a "
+                    "forward (a state, a cache, a parameter that it read), do not add up losses of several forwards, and use "
+                    "torch.no_grad() for forwards without backward"
+                )
             if microbatch.done:
                 raise PrivacyError(
-                    "A second backward on one microbatch: its rows would contribute twice. Add the losses and call "
-                    "backward once"
-                )
-            if microbatch is not self.current:
-                raise PrivacyError(
-                    "backward through an earlier forward: the model was run again since. Run one forward, then its "
-                    "backward; use torch.no_grad() for forwards without backward"
+                    f"A second backward on one microbatch, whose {microbatch.rows} rows are in the sums since its first "
+                    "(loss.backward(), or torch.autograd.grad through the model's outputs): its rows would contribute twice, "
+                    "and one backward is expected. Add the losses and call backward once; take gradients of inputs from a "
+                    "copy of the model that has no engine"
                 )
         if not microbatch.entered:
             microbatch.entered = True
@@ -152,6 +163,7 @@ class Recorder:
 
     def discard(self) -> None:
         self.window.open()
+        self._reads.forget()
         self._taps.of_forward = []
         self.current, self.in_forward = None, False
 
@@ -259,7 +271,7 @@ class Recorder:
         runs = self.in_forward or (recomputing() and packing())
         return runs and not torch.is_grad_enabled() and not inside_custom_function()
 
-    def _share_parameter(self, name: str, parameter: Tensor) -> SharedValue:
+    def _parameter_per_row(self, name: str, parameter: Tensor) -> Tensor:
         """A parameter that the program reads itself, carried once a row behind a tap."""
         self.meetings.refuse_sharded(parameter, name)
         if recomputing():
@@ -269,7 +281,7 @@ class Recorder:
         with torch._C.DisableTorchFunction():  # no use of the parameter that the watch should look at
             expanded = parameter.detach().expand(self.meetings.rows, *parameter.shape)
         (per_row,) = self._taps.through(NO_CALL, report, [expanded], [])
-        return SharedValue(per_row, name, self.meetings)
+        return per_row
 
     # ------------------------------------------------------------------------------------------------------ backward
 
@@ -358,12 +370,14 @@ class Recorder:
     def _finish_backward(self) -> None:
         microbatch = self.current
         assert microbatch is not None
+        self.window.refuse_written("backward")
         with exact_arithmetic(self._model.device):
             self._finished(microbatch)
         self._model.after_backward()
         microbatch.norms = None  # it holds every record until the garbage collector finds it
         microbatch.done, self._batch.poisoned = True, None
         self._batch.intake.finished()
+        self._reads.forget()
         self.window.open()
 
 

@@ -16,12 +16,13 @@ What is row data is known in the first forward, where everything that descends f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fsdp_dp.by_row import by_row
@@ -31,10 +32,10 @@ from fsdp_dp.records import layout_of
 from fsdp_dp.row_layouts import RowLayouts
 
 METADATA = frozenset(
-    "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cuda is_cpu is_meta is_sparse is_quantized "
+    "shape dtype device layout ndim is_leaf grad grad_fn is_cuda is_cpu is_meta is_sparse is_quantized "
     "is_mkldnn is_nested is_xla is_mps names itemsize nbytes _version output_nr size dim numel nelement stride "
     "element_size is_floating_point is_complex is_contiguous data_ptr untyped_storage storage_offset __len__ __hash__ "
-    "__repr__ __format__ get_device requires_grad_ is_inference _backward_hooks __deepcopy__ is_tensor is_storage "
+    "__repr__ __format__ get_device requires_grad is_inference _backward_hooks __deepcopy__ is_tensor is_storage "
     "is_signed dim_order ndimension _has_compatible_shallow_copy_type".split()
 )
 """Names of what a tensor can be asked without using its values."""
@@ -79,8 +80,8 @@ class Meetings:
     rows: int = 0
     learning: bool = True
     wants: bool = False
-    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Elements of whole parameters, by name."""
+    is_part: Callable[[str, Tensor], bool] = lambda owner, x: False
+    """Whether what the program reads as a parameter is this rank's part of it."""
     _known: dict[tuple[Any, ...], bool] = dataclasses.field(default_factory=dict)
     _picked: set[str] = dataclasses.field(default_factory=set)
 
@@ -102,7 +103,7 @@ class Meetings:
 
     def refuse_sharded(self, x: Tensor, owner: str) -> None:
         """Raises UnsupportedModelError if what the program reads is this rank's part of a parameter."""
-        if hasattr(x, "placements") or x.numel() != self.sizes.get(owner, x.numel()):
+        if self.is_part(owner, x):
             raise UnsupportedModelError(
                 f"Parameter '{owner}', read outside of a layer's own forward, is sharded there: its FSDP unit does not run, "
                 "or tensor parallelism splits it. Read it inside of its unit, or after the unit's forward with "
@@ -134,6 +135,8 @@ class SharedValue(Tensor):
     expanded: Tensor | None
     viewed: bool
     torn: bool
+    _is_param: bool = False
+    """Where it is a parameter, for ``isinstance(x, nn.Parameter)``."""
     _per_row: Tensor | Callable[[], Tensor]
     _source: Tensor
 
@@ -145,13 +148,14 @@ class SharedValue(Tensor):
 
     @classmethod
     def later(cls, x: Tensor, first_used: Callable[[], Tensor], owner: str, meetings: Meetings) -> SharedValue:
-        """``x`` as a shared value, whose rows ``first_used`` gives when they are asked for, if they are.
+        """The parameter ``x`` as a shared value, whose rows ``first_used`` gives when they are asked for, if they are.
 
         Where no gradient is recorded it is a constant, and they need not be.
         """
         self = cls._like(x, x.shape, first_used, owner, meetings, None)
         with torch._C.DisableTorchFunction():  # no use of the parameter that the watch should look at
             self._source = x.detach()
+        self._is_param = True
         return self
 
     @classmethod
@@ -159,9 +163,14 @@ class SharedValue(Tensor):
         cls, x: Tensor, shape: torch.Size, per_row: Tensor | Callable[[], Tensor], owner: str, meetings: Meetings,
         expanded: Tensor | None,
     ) -> SharedValue:  # fmt: skip
+        trained = per_row.requires_grad if isinstance(per_row, Tensor) else True
+        trained = trained and not torch.compiler.is_dynamo_compiling()  # which will refuse it, and has no such hooks
         self = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=x.dtype, device=x.device, requires_grad=False
+            cls, shape, dtype=x.dtype, device=x.device, requires_grad=trained
         )
+        if trained:
+            with torch._C.DisableTorchFunction():
+                self.register_hook(functools.partial(_refuse_gradient, owner, tuple(shape)))
         self._per_row, self.owner, self.meetings, self.expanded = per_row, owner, meetings, expanded
         self.viewed = self.torn = False
         return self  # type: ignore[no-any-return]
@@ -196,8 +205,14 @@ class SharedValue(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
-        if name in METADATA:
+        if name == "grad_fn" and _by_register_parameter():
+            refuse_assignment(args[0].owner)
+        if name in METADATA and func is not torch.autograd.grad:
             return super().__torch_function__(func, types, args, kwargs)
+        if name in _SETTERS and isinstance(args[0], SharedValue):
+            return args[0]._set(func, name, args[1:], kwargs)
+        if name in _HOOKS and isinstance(args[0], SharedValue):
+            raise _unsupported(args[0], f"{name}: its hooks, which are given no gradient of all rows,")
         if not torch.is_grad_enabled():
             unread = [x for x in tree_leaves((args, kwargs)) if isinstance(x, SharedValue) and x.unread is not None]
             if inside_custom_function():
@@ -206,6 +221,15 @@ class SharedValue(Tensor):
             if unread:
                 return _as_constants(func, unread, args, kwargs)
         return _Use(func, name, args, kwargs).result()
+
+    def _set(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SharedValue:
+        """An attribute of the program's tensor, which has no other effect than on ``requires_grad``."""
+        wanted = sets_requires_grad(func, name, args, kwargs)
+        if wanted is None:
+            raise _unsupported(self, "an assignment to an attribute of it")
+        if wanted != self.requires_grad:
+            refuse_setting(self.owner, wanted)
+        return self
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -253,13 +277,57 @@ def inside_custom_function() -> bool:
     return False
 
 
+_SETTERS = frozenset({"requires_grad_", "__set__"})
+_HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
+
+
+def sets_requires_grad(
+    func: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bool | None:
+    """What a method that is given ``args`` sets a tensor's ``requires_grad`` to; None if it is another method."""
+    if name == "requires_grad_":
+        return bool(args[0] if args else kwargs.get("requires_grad", True))
+    return bool(args[0]) if func == Tensor.requires_grad.__set__ else None  # type: ignore[attr-defined]
+
+
+def refuse_setting(owner: str, wanted: bool) -> NoReturn:
+    raise UnsupportedModelError(
+        f"requires_grad of parameter '{owner}' is set to {wanted} in forward, where the engine takes its gradient from the "
+        "rows whatever is set. Use weight.detach() where a gradient is not wanted; to freeze a parameter, do it between "
+        "logical batches: state = engine.state_dict(), engine.detach(), freeze, make_private(...) and load_state_dict(state)"
+    )
+
+
+def _by_register_parameter() -> bool:
+    """Whether `nn.Module.register_parameter` asks, or a mode that heard of that."""
+    asker, mode = sys._getframe(2), sys._getframe(3)
+    return nn.Module.register_parameter.__code__ in (asker.f_code, mode.f_code)
+
+
+def refuse_assignment(owner: str) -> NoReturn:
+    raise UnsupportedModelError(
+        f"Parameter '{owner}' is assigned to a module in forward, which would give the model another parameter as it runs; "
+        "tie weights in __init__, before make_private"
+    )
+
+
+def _refuse_gradient(owner: str, shape: tuple[int, ...], grad: Tensor | None) -> None:
+    """A shared value itself is in no graph, but for a `torch.autograd.Function` that was given it as an argument."""
+    if grad is not None:
+        raise _unknown(owner, shape, "a torch.autograd.Function that returns a gradient for it")
+
+
 _MORE = {"_grouped_mm": "; for Hugging Face mixtures of experts, set experts_implementation='batched_mm' in the config"}
 
 
 def _unsupported(shared: SharedValue, name: str) -> UnsupportedModelError:
+    return _unknown(shared.owner, tuple(shared.shape), name)
+
+
+def _unknown(owner: str, shape: tuple[int, ...], name: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"Parameter '{shared.owner}' is used by {name} in a way whose per-row gradient is not known (shape "
-        f"{tuple(shared.shape)}); wrap that use in a module of its own that is given the rows' data and owns the parameter"
+        f"Parameter '{owner}' is used by {name} in a way whose per-row gradient is not known (shape {shape}); wrap that use "
+        "in a module of its own, without children, that is given the rows' data and owns the parameter"
         + _MORE.get(name, "")
     )
 
@@ -329,6 +397,7 @@ class _Use:
         known = not self.name.endswith("_") or self.name in _WRITING or self.name in _ELEMENTWISE
         if (
             not isinstance(x, SharedValue)
+            or x._is_param
             or not known
             or x.expanded is not None
             or x.torn

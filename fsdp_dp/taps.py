@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -38,7 +37,7 @@ from fsdp_dp.marks import PICKED_REFUSED, is_picked
 from fsdp_dp.node_taps import NodeTap, come_last, node_of
 from fsdp_dp.parts import Opened
 from fsdp_dp.records import NO_CALL, Call, Report
-from fsdp_dp.shared_values import Meetings, SharedValue, unwrapped
+from fsdp_dp.shared_values import SharedValue, unwrapped
 
 
 class _Tap(torch.autograd.Function):
@@ -102,9 +101,14 @@ def with_boundary(outputs: Any, entered: Callable[[int, Tensor], None]) -> tuple
     enter = as_written(enter)
 
     def wrap(x: Any) -> Any:
-        return _Boundary.apply(x, enter, next(indices)) if isinstance(x, Tensor) and x.requires_grad else x
+        return _Boundary.apply(x, enter, next(indices)) if is_of_rows(x) else x
 
     return tree_map(wrap, outputs), next(indices) > 0
+
+
+def is_of_rows(x: Any) -> bool:
+    """Of the root's outputs: a tensor that backward comes through. One that gives a parameter away is none of these."""
+    return isinstance(x, Tensor) and not isinstance(x, SharedValue) and x.requires_grad
 
 
 def recomputing() -> bool:
@@ -189,7 +193,6 @@ class Taps:
             self._handles.append(hook)
             if not name:  # the root itself is always followed: its hooks run when `follow` is asked for
                 self.always_follow(layer)
-                self._following[layer] = self._follow(layer)
             self._hook_ids[name] = hook.id
 
     def remove(self) -> None:
@@ -222,6 +225,10 @@ class Taps:
             self.running.clear()
             self._made = None
 
+    @property
+    def has_compiled(self) -> bool:
+        return bool(self._compiled)
+
     def can_follow(self, layer: nn.Module) -> bool:
         """Whether it would be seen that ``layer`` runs: not in the middle of a compiled graph."""
         return layer not in self._compiled_in
@@ -229,6 +236,8 @@ class Taps:
     def always_follow(self, layer: nn.Module) -> None:
         """Know of a layer whether it is ``running``, in every forward that comes, and in this one where all are followed."""
         self._always.add(layer)
+        if layer not in self._following:
+            self._following[layer] = self._follow(layer)
 
     def _follow(self, layer: nn.Module) -> list[RemovableHandle]:
         """Hooks of the program that run before the layer's forward, or after it, are not the layer: they may read it."""
@@ -396,88 +405,12 @@ class Bare:
     attribute: str
 
 
-class SharedParameters:
-    """Bare parameters look like shared values to the program, wherever it reads them while ``active``.
-
-    Their modules get a subclass of their class with a property for each: that also answers when only a part of a module's
-    forward is run again, by activation checkpointing. FSDP, which moves parameters around, reads and writes what is there.
-    """
-
-    def __init__(
-        self,
-        bare: Sequence[Bare],
-        active: Callable[[], bool],
-        share: Callable[[str, Tensor], SharedValue],
-        without_gradient: Callable[[], bool],
-        meetings: Meetings,
-    ) -> None:
-        self._classes: dict[nn.Module, type[nn.Module]] = {}
-        owners: dict[nn.Module, dict[str, Any]] = {}
-
-        def later(name: str, parameter: Tensor) -> SharedValue:
-            return SharedValue.later(parameter, lambda: share(name, parameter).per_row, name, meetings)
-
-        for p in bare:
-            owners.setdefault(p.owner, {})[p.attribute] = shared_attribute(
-                p.name, p.attribute, active, share, without_gradient, later
-            )
-        for owner, attributes in owners.items():
-            kind = self._classes[owner] = type(owner)
-            owner.__class__ = type(kind.__name__, (kind,), {**attributes, "__module__": kind.__module__})
-
-    def remove(self) -> None:
-        for owner, kind in self._classes.items():
-            owner.__class__ = kind
-
-
-def shared_attribute(
-    name: str,
-    attribute: str,
-    active: Callable[[], bool],
-    share: Callable[[str, Tensor], SharedValue],
-    without_gradient: Callable[[], bool],
-    later: Callable[[str, Tensor], SharedValue],
-) -> property:
-    """A parameter's place on a module, which gives a shared value while ``active``.
-
-    What is read ``without_gradient`` is a constant as long as it is used so; but the program may keep it and use it
-    ``later``, where its gradient is wanted.
-    """
-
-    def read(module: nn.Module) -> Any:
-        value = raw_attribute(module, attribute)
-        if value is _ABSENT:
-            raise AttributeError(attribute)
-        by_fsdp = "/torch/distributed/" in _reader()
-        if by_fsdp or not isinstance(value, Tensor) or isinstance(value, SharedValue):
-            return value
-        if active():
-            return share(name, value)
-        return later(name, value) if without_gradient() else value
-
-    def write(module: nn.Module, value: Any) -> None:
-        module.__dict__[attribute] = value  # parameters go to nn.Module's own registry and do not come here
-
-    def delete(module: nn.Module) -> None:
-        del module.__dict__[attribute]
-
-    return property(as_written(read), write, delete)
-
-
-def _reader() -> str:
-    """The file that reads an attribute, beyond what `as_written` puts in between."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and "/torch/_dynamo/" in frame.f_code.co_filename.replace("\\", "/"):
-        frame = frame.f_back
-    return frame.f_code.co_filename.replace("\\", "/")
-
-
 def raw_attribute(module: nn.Module, attribute: str) -> Any:
     """What a module holds under a parameter's name, shared values aside: FSDP1 puts views beside the registry."""
-    return module.__dict__.get(attribute, module._parameters.get(attribute, _ABSENT))
+    return module.__dict__.get(attribute, module._parameters.get(attribute, ABSENT))
 
 
-_ABSENT = object()
+ABSENT = object()
 
 
 class FreezeWindow:
@@ -489,6 +422,9 @@ class FreezeWindow:
         self._parameters = parameters
         self._refusing = refusing
         self._closed = False
+        self._written: list[int] = []
+        self._handles: list[RemovableHandle] = []
+        self.refuse_hooks()
         self._handles = [
             p.register_hook(self._refuse(name)) for name, p in parameters.items() if p.numel() and p.requires_grad
         ]
@@ -503,8 +439,36 @@ class FreezeWindow:
                 "logical batches, so that releases stay counted"
             )
         self._closed = True
+        self._written = self._versions()
         for parameter in self._parameters.values():
             parameter.requires_grad_(False)
+
+    def _versions(self) -> list[int]:
+        """What changes when a parameter is written to; not where that goes by its ``data``."""
+        with torch._C.DisableTorchFunction():
+            return [p._version for p in self._parameters.values()]
+
+    def refuse_written(self, when: str) -> None:
+        """Raises UnsupportedModelError if a parameter was written to since `close`: the noise would not cover that."""
+        now = self._versions()
+        if now != self._written:
+            name = next(n for n, a, b in zip(self._parameters, self._written, now, strict=True) if a != b)
+            raise UnsupportedModelError(
+                f"Parameter '{name}' was written in {when} (a codebook that is moved, weights that are clamped), past its "
+                "gradient and its noise. Do that after the step, from no row's data, or leave it out"
+            )
+
+    def refuse_hooks(self) -> None:
+        """Raises UnsupportedModelError if the program put a hook on a parameter's gradient, which nobody would call."""
+        ours = {handle.id for handle in self._handles}
+        for name, p in self._parameters.items():
+            hooks = {*(p._backward_hooks or ()), *(p._post_accumulate_grad_hooks or ())}
+            if not hooks <= ours:
+                raise UnsupportedModelError(
+                    f"Parameter '{name}' has a hook on its gradient (register_hook, or register_post_accumulate_grad_hook), "
+                    "which would not be called: autograd has no such gradient, the engine sums the rows' and adds noise. "
+                    "Remove it, and change p.grad after engine.privatize() instead, before optimizer.step()"
+                )
 
     def open(self) -> None:
         """Give the parameters back as the user knows them."""

@@ -8,6 +8,7 @@ labels divides the loss, one row changes the gradients of others (in a later mic
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -24,11 +25,13 @@ from fsdp_dp.label_watch import LOSSES, averaged_labels
 from fsdp_dp.marks import BY_PYTHON, draws_outside, forget, mark, mark_rows, marks_of, reads_rows
 from fsdp_dp.module_tree import ModuleTree
 from fsdp_dp.parts import Part
-from fsdp_dp.shared_values import METADATA, SharedValue, function_name
+from fsdp_dp.shared_values import METADATA, SharedValue, function_name, refuse_setting, sets_requires_grad
 from fsdp_dp.taps import raw_attribute
 
+_TORCH, _OURS = (os.path.join(os.path.dirname(file), "") for file in (torch.__file__, __file__))
 Site = tuple[nn.Module, str]
 
+_TRAINABILITY = frozenset({"requires_grad", "requires_grad_", "__set__"})
 _CONVERSIONS = frozenset("to type float double half bfloat16 contiguous type_as".split())
 _WRITING = frozenset("__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ipow__ __set__".split())
 
@@ -55,7 +58,7 @@ class FirstForward(TorchFunctionMode):
         self._root, self._sites, self._running, self._rows = root, sites, running, rows
         self._shapes: set[tuple[int, ...]] | None = None
         self._buffers: dict[str, Tensor] = {}
-        self._operators = _Operators(self)
+        self._operators, self._functions = _Operators(self), _Functions(self)
         self.settled, self._rows_were_read = True, False
         self._random_state: Any = None
 
@@ -63,16 +66,23 @@ class FirstForward(TorchFunctionMode):
         self._buffers = {name: buffer.detach().clone() for name, buffer in self._root.named_buffers()}
         self._random_state = draws_outside()
         self._operators.__enter__()
+        self._functions.start()
         return super().__enter__()  # type: ignore[return-value]
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self._functions.stop()
         self._operators.__exit__(*error)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function_name(func) in _TRAINABILITY and args:
+            wanted = sets_requires_grad(func, function_name(func), args[1:], kwargs)
+            if wanted is not None or function_name(func) == "requires_grad":
+                self._check_trainability(args[0], wanted)
+                return func(*args, **kwargs)
         if function_name(func) in METADATA or _sets_itself(function_name(func), args):
             return func(*args, **kwargs)
         tensors = list(_tensors(args, kwargs))
@@ -99,7 +109,7 @@ class FirstForward(TorchFunctionMode):
                 self._check_use(tensor, func)
 
     def _check_use(self, tensor: Tensor, func: str) -> None:
-        owners = [(module, name) for (module, attribute), name in self._sites.items() if _is(module, attribute, tensor)]
+        owners = self._owners(tensor)
         running = self._running[-1] if self._running else None
         running = running.owner if isinstance(running, Part) else running
         if not owners or any(module is running for module, _ in owners):
@@ -109,6 +119,26 @@ class FirstForward(TorchFunctionMode):
         raise UnsupportedModelError(
             f"Parameter '{owners[0][1]}' is used by {func} outside its own layer's forward, so that part of "
             "its gradient would escape clipping. Call the layer itself, or wrap this use in a supported layer"
+        )
+
+    def _owners(self, tensor: Tensor) -> list[tuple[nn.Module, str]]:
+        """Where a tensor is a managed parameter now: the module, and the parameter's canonical name."""
+        return [(module, name) for (module, attribute), name in self._sites.items() if _is(module, attribute, tensor)]
+
+    def _check_trainability(self, tensor: Tensor, wanted: bool | None) -> None:
+        """Raises UnsupportedModelError if the program sets ``requires_grad`` of a parameter, or asks for it: it is off."""
+        if isinstance(tensor, SharedValue):  # which knows itself
+            return
+        if _asked_by((_OURS,) if wanted is not None else (_OURS, _TORCH)):  # torch's modules set it for the program
+            return
+        owners = self._owners(tensor)
+        if not owners or _called_from_torch_distributed():
+            return
+        if wanted is not None:
+            refuse_setting(owners[0][1], wanted)
+        raise UnsupportedModelError(
+            f"The program asks in forward whether parameter '{owners[0][1]}' requires a gradient, which is False there while "
+            "the engine is attached, so it would go another way than without privacy. Ask in __init__, and keep the answer"
         )
 
     def _check_write(self, func: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -173,6 +203,29 @@ class _Operators(TorchDispatchMode):
                 raise
         with torch._C.DisableTorchFunction():  # a shared value in here is for its own dispatch to refuse
             return func(*args, **(kwargs or {}))
+
+
+class _Functions:
+    """What a `torch.autograd.Function` is given, which no mode hears of: its backward may return a gradient for it."""
+
+    def __init__(self, watch: FirstForward) -> None:
+        self._watch = watch
+        self._apply: Any = None
+
+    def start(self) -> None:
+        original = self._apply = vars(torch.autograd.Function)["apply"]
+
+        def apply(function: Any, *args: Any, **kwargs: Any) -> Any:
+            with torch._C.DisableTorchFunction():  # asking is no use of theirs
+                self._watch.check_uses(_tensors(args, kwargs), function.__name__)
+            return original.__func__(function, *args, **kwargs)
+
+        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+
+    def stop(self) -> None:
+        if self._apply is not None:
+            torch.autograd.Function.apply = self._apply  # type: ignore[method-assign]
+        self._apply = None
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -243,7 +296,7 @@ def buffer_versions(tree: ModuleTree) -> list[tuple[int, int]]:
 
 def _nothing_to_do(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """A parameter that is converted to the type that it has: the same tensor, so no use of it."""
-    if not args or not isinstance(args[0], nn.Parameter):
+    if not args or not isinstance(args[0], nn.Parameter) or isinstance(args[0], SharedValue):
         return None
     with torch._C.DisableTorchFunction():
         result = func(*args, **kwargs)
@@ -269,6 +322,12 @@ def _is(module: nn.Module, attribute: str, tensor: Tensor) -> bool:
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     yield from (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+
+
+def _asked_by(folders: tuple[str, ...]) -> bool:
+    """Whether code in one of these folders called the function of torch that the mode heard of."""
+    asker = sys._getframe(3)  # of this function's caller, and of `__torch_function__`
+    return asker.f_code.co_filename.startswith(folders)
 
 
 def _called_from_torch_distributed() -> bool:

@@ -220,6 +220,14 @@ class ShardedModel(abc.ABC):
         """Whether a value that a layer has in forward is its managed parameter, and nothing that the program put there."""
         return isinstance(value, nn.Parameter)
 
+    def is_part(self, name: str, value: Tensor) -> bool:
+        """Whether a value that the program reads as a parameter is what this rank holds of it. The same on all ranks."""
+        return hasattr(value, "placements") or value.numel() != self._sizes[name]
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {p.name: p.numel for p in self.parameters}
+
     def localize(self, layer: str, module: nn.Module, record: Record) -> tuple[Record, Complete]:
         """The local parts of a layer's record, and what makes of their per-sample gradients those of this rank's part."""
         return record, lambda gradients: gradients

@@ -6,7 +6,7 @@ the same shard (the hybrid strategies); with NO_SHARD it is all-reduced whole.
 Private names used, checked by `_check_private_names` when a model is attached: ``FSDP.fsdp_modules``, ``_handle``,
 ``_inter_node_pg``, ``_handle.flat_param``, ``_handle._get_flat_param_offsets()``, ``_handle.process_group``,
 ``_handle.device``, ``_handle.uses_sharded_strategy``, ``_handle._use_sharded_views``, ``_handle.needs_unshard()``, and on the
-flat parameter ``_full_param_padded`` (after the first forward),
+flat parameter ``_full_param_padded`` (after the first forward; also ``_full_prec_full_param_padded``),
 ``_param_infos``, ``_shared_param_infos``, ``_shard_param_infos``, ``_is_padding_mask``, ``_sharded_size``, ``_params``; on a
 root ``training_state`` and ``_post_backward_callback_queued``; torch's
 ``_post_backward_final_callback`` and ``_reshard``. In torch 2.11 to 2.13.
@@ -53,6 +53,7 @@ class Fsdp1Model(ShardedModel):
         units = [_Unit(m._handle, _replicas(m), module_names) for m in wrappers]
         self.units = units
         self.names = {site: name for unit in units for site, name in unit.names.items()}
+        self._handle_of = {n: m._handle for m, unit in zip(wrappers, units, strict=True) for n in unit.names.values()}
         self.device = wrappers[0]._handle.device
         policies = [m.mixed_precision for m in FullyShardedDataParallel.fsdp_modules(root)]
         self.narrow_reduction = narrow_reduction(p.reduce_dtype for p in policies if p is not None)
@@ -76,6 +77,13 @@ class Fsdp1Model(ShardedModel):
         """A view of the flat parameter: of the gathered one, or of the shard."""
         memory = value.untyped_storage().data_ptr()
         return any(memory == m._handle.flat_param.untyped_storage().data_ptr() for m in self._wrappers)
+
+    def is_part(self, name: str, value: Tensor) -> bool:
+        """In the shard. One rank may hold all of a parameter there, with its shape, and others nothing of it."""
+        handle = self._handle_of[name]
+        gathered = (getattr(handle.flat_param, n, None) for n in ("_full_param_padded", "_full_prec_full_param_padded"))
+        whole = {x.untyped_storage().data_ptr() for x in gathered if x is not None} - {0}
+        return bool(handle.uses_sharded_strategy) and value.untyped_storage().data_ptr() not in whole
 
     def prepare_forward(self) -> None:
         """An evaluation leaves units gathered, with the weights that they had before an optimizer's step."""

@@ -78,7 +78,17 @@ class Summing(nn.Module):
         self.double()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.part(x) * self.part.fc.weight.square().sum())
+        return self.last(self.part(x) * self.read().square().sum())
+
+    def read(self) -> torch.Tensor:
+        return self.part.fc.weight
+
+
+class SummingBias(Summing):
+    """One of two ranks has all of it in its shard, the other nothing."""
+
+    def read(self) -> torch.Tensor:
+        return self.part.fc.bias
 
 
 def train_summing(rank: int, world_size: int, backend: str) -> None:
@@ -88,8 +98,23 @@ def train_summing(rank: int, world_size: int, backend: str) -> None:
         row_loss(model, x).backward()
 
 
+def refused_summing(rank: int, world_size: int, backend: str) -> str:
+    x = rows()
+    model, engine = BACKENDS[backend](SummingBias(x.shape[-1]), privacy_config(max_grad_norm=1.0))
+    with pytest.raises(UnsupportedModelError) as refused, engine.microbatch(torch.ones(len(x), dtype=torch.bool)):
+        row_loss(model, x).backward()
+    return str(refused.value)
+
+
 @pytest.mark.parametrize("backend", ["fsdp1", "fsdp2"])
 def test_sharded_parameters_that_are_read_are_refused(backend: str) -> None:
     """Under FSDP1 a rank would read its own part. Seen to fail with an error of torch's, of a gradient that does not fit."""
     with pytest.raises(RankFailure, match=r"'part.fc.weight', read outside of a layer's own forward, is sharded there"):
         run(train_summing, 2, backend, timeout=60.0)
+
+
+@pytest.mark.parametrize("backend", ["fsdp1", "fsdp2"])
+def test_a_parameter_that_is_whole_on_one_rank_is_refused_on_all(backend: str) -> None:
+    """Seen to hang, under FSDP1: the rank that had all of it went on, and waited for the other."""
+    told = run(refused_summing, 2, backend, timeout=30.0)
+    assert all("'part.fc.bias', read outside of a layer's own forward, is sharded there" in x for x in told)

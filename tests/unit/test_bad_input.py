@@ -617,10 +617,51 @@ def test_loss_that_is_not_a_scalar(subject: Private) -> None:
 def test_second_backward_on_a_microbatch(subject: Private) -> None:
     value = loss(subject.model, rows())
     value.backward(retain_graph=True)
-    with nothing_released(subject), pytest.raises(PrivacyError, match=r"second backward.*contribute twice"):
+    with (
+        nothing_released(subject),
+        pytest.raises(PrivacyError, match=r"second backward.* 8 rows are in the sums .*contribute twice"),
+    ):
         value.backward()
     subject.engine.discard()
     assert_trains(subject)
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hook_on_the_gradient_of_a_parameter(subject: Private, register: str) -> None:
+    """A mask of some entries, say. Seen to train without it, and say nothing."""
+    weight = subject.model[0].weight  # type: ignore[index]
+    subject.backward(first_microbatch(subject)[0])
+    handle = getattr(weight, register)(lambda grad: None)
+    with nothing_released(subject), pytest.raises(REFUSED, match=r"'0.weight' has a hook on its gradient.*privatize"):
+        subject.step()
+    subject.engine.detach()
+    with pytest.raises(REFUSED, match=r"'0.weight' has a hook on its gradient"):
+        private(subject.model)
+    handle.remove()
+    assert_trains(private(subject.model))
+
+
+class Recurrent(nn.Module):
+    """Goes on with what it was given the last time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.state = mlp(), torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = self.layers(x) + self.state
+        return self.state
+
+
+def test_state_that_is_kept_from_an_earlier_forward() -> None:
+    """Seen to be called a second backward on one microbatch."""
+    subject = private(Recurrent(), sampling="external_poisson")
+    with pytest.raises(
+        PrivacyError, match=r"earlier forward, of 8 rows, whose backward is done: .* Detach what the program"
+    ):
+        for _ in range(2):
+            loss(subject.model, rows()).backward(retain_graph=True)
+    subject.engine.discard()
 
 
 def test_two_losses_of_one_forward_run_backward_one_by_one(subject: Private) -> None:

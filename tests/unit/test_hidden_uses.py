@@ -45,6 +45,19 @@ class Product(torch.autograd.Function):
         return (g @ w) * x.cos(), torch.einsum("btp,btd->pd", g, x.sin())
 
 
+class OnlyBackward(torch.autograd.Function):
+    """Has a gradient for a weight that it never looks at (a straight-through estimate of another product)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        return g * 2, torch.einsum("btp,btd->pd", g, *ctx.saved_tensors)
+
+
 @torch.library.custom_op("fsdp_dp_tests::product", mutates_args=())
 def product(x: Tensor, w: Tensor) -> Tensor:
     return x @ w.t()
@@ -60,6 +73,11 @@ USES: dict[str, Use] = {
     "data": lambda m, x, w: F.linear(x, w.data),
     "scripted": lambda m, x, w: scripted(x, w),
     "autograd function": lambda m, x, w: Product.apply(x, w),
+    "autograd function that never looks": lambda m, x, w: OnlyBackward.apply(x, w),
+    "autograd function, from what w gives": lambda m, x, w: OnlyBackward.apply(x, w * 2),
+    "autograd function that never looks, recomputed": lambda m, x, w: checkpoint(
+        OnlyBackward.apply, x, w, use_reentrant=False
+    ),
     "autograd function, recomputed": lambda m, x, w: checkpoint(Product.apply, x, w, use_reentrant=False),
     "custom operator": lambda m, x, w: product(x, w),
     "in the place of another's": in_place_of,
@@ -97,8 +115,8 @@ TOLD = r"'bare'|first\.weight' is used by|in the place of its parameter 'last.we
 @pytest.mark.parametrize("bare", [True, False], ids=["bare", "of a layer"])
 @pytest.mark.parametrize("name", USES)
 def test_parameter(name: str, bare: bool) -> None:
-    """Exact or refused. Seen to fail when a shared value may enter an autograd Function, which gives it no gradient; for
-    another's place, without a look at layers."""
+    """Exact or refused. Seen to fail when a shared value may enter an autograd Function, which gives it no gradient, also
+    where that looks at it in no forward; for another's place, without a look at layers."""
     model, x = Model(USES[name], bare), rows()
     plain = copy.deepcopy(model)
     subject, before = private(model, sampling="external_poisson"), values(model)
@@ -123,6 +141,37 @@ def test_operators_of_a_script_that_got_a_parameter_from_a_list() -> None:
     with pytest.raises(UnsupportedModelError, match=r"first\.weight' is used by"):
         row_loss(model, rows())
     subject.engine.discard()
+
+
+def test_function_that_never_looks_at_a_parameter_from_a_list() -> None:
+    """Seen to be released without that part of its gradient: no mode hears of what an autograd Function is given."""
+    model = Model(lambda m, x, w: OnlyBackward.apply(x, kept[0]), bare=False)
+    kept = [model.first.weight]
+    subject = private(model, sampling="external_poisson")
+    with pytest.raises(UnsupportedModelError, match=r"first\.weight' is used by OnlyBackward"):
+        row_loss(model, rows())
+    subject.engine.discard()
+    assert torch.autograd.Function.apply.__func__.__module__ == "torch.autograd.function"
+
+
+def test_function_that_has_no_gradient_for_a_parameter() -> None:
+    """Then that is exact: nothing is lost."""
+
+    class Blind(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+            return g * 2, None
+
+    model, x = Model(lambda m, x, w: Blind.apply(x, w), bare=True), rows()
+    plain, before, subject = copy.deepcopy(model), values(model), private(model, sampling="external_poisson")
+    row_loss(model, x).backward()
+    subject.optimizer.step()
+    expected = clipped_sum(row_gradients(plain, row_loss, x)) / ROWS
+    torch.testing.assert_close(flat(moved(model, before)), expected, rtol=1e-9, atol=1e-11)
 
 
 REPLACED: dict[str, Callable[[Tensor], Tensor]] = {

@@ -60,6 +60,8 @@ ORDER = (
         "node_taps",
         "compiled",
         "taps",
+        "parameter_reads",
+        "late_reads",
         "outside_reads",
         "watch",
         "intake",
