@@ -29,6 +29,7 @@ from fsdp_dp.norm_terms import TermsOfGroups
 from fsdp_dp.numerics import exact_arithmetic
 from fsdp_dp.sharding import ShardedModel
 from fsdp_dp.side_stream import SideStream
+from fsdp_dp.standing_sums import Standing
 from fsdp_dp.together import NormTally, is_small_vector, sums_of_vectors, weighted_sums
 from fsdp_dp.vector_gradients import SideBySide, SumOverPositions, formed
 
@@ -193,12 +194,13 @@ class ClippedSum:
             # A unit that is summed as a whole, and is the next to be reduced, needs no room besides its bucket.
             alone = self._units[:1] == [unit] and self._unsummed[unit] == len(names)
             places = self._plan.model.places(unit) if alone and (of_unit or joint) else {}
-            sums |= weighted_sums(of_unit, *weights, places, owners)
+            standing = self._plan.model.standing(unit) if places else None
+            sums |= weighted_sums(of_unit, *weights, places, owners, standing)
             sums |= sums_of_vectors(joint, *weights, owners, places)
             if together:
                 sums |= {name: together.pop(name) for name in names if name in together}
             self._unsummed[unit] -= len(names)
-            self._reduce_ready_units()
+            self._reduce_ready_units(standing)
 
     def _measure(self, names: Sequence[str], where: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         """Take the norms of those of the parameters of a unit that have uses and were not measured yet.
@@ -236,10 +238,12 @@ class ClippedSum:
         split = self._split.measured(groups).of_groups()
         return TermsOfGroups.of(self._plan.model.sum_split_norms(split, whole.of_groups()))
 
-    def _reduce_ready_units(self) -> None:
+    def _reduce_ready_units(self, standing: Standing | None) -> None:
+        """``standing`` is of the first of them, if it was written to its places."""
         while self._units and self._unsummed[self._units[0]] == 0:
             unit = self._units.pop(0)
-            self._plan.model.start_accumulate(unit, self._sums.pop(unit, {}))
+            self._plan.model.start_accumulate(unit, self._sums.pop(unit, {}), standing)
+            standing = None
 
 
 class MeasuredNorms:

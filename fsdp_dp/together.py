@@ -20,6 +20,7 @@ from fsdp_dp.gradients import (
 from fsdp_dp.kernels import outer as fused
 from fsdp_dp.kernels import vectors
 from fsdp_dp.norm_terms import NormTerms, TermsOfGroups
+from fsdp_dp.standing_sums import Standing
 from fsdp_dp.vector_gradients import SideBySide
 
 
@@ -194,13 +195,14 @@ def weighted_sums(
     keep_KB: Tensor,
     into: Mapping[str, Tensor] | None = None,
     owners: Mapping[str, int] | None = None,
+    standing: Standing | None = None,
 ) -> dict[str, Tensor]:
     """``weighted_sum`` of each; small stored gradients together, in one product.
 
     Weights are ``[B]``, the same for all, or ``[K, B]``, of which each takes its owner's. A weight is zero for rows that are
     not kept, as `clipping.RowWeights` has it: all that kernels ask about them. Sums that kernels make are written to their
-    place ``into``, if there is one (see `sharding.sums.Bucket`). Kernels take weights of the gradients' own format: those of
-    float64 sums may be too far apart for quotients in float32.
+    place ``into``, if there is one (see `sharding.sums.Bucket`), those of products with what is ``standing``. Kernels take
+    weights of the gradients' own format: those of float64 sums may be too far apart for quotients in float32.
     """
     products: dict[str, OuterProduct] = {}
     small: dict[str, Tensor] = {}
@@ -218,6 +220,8 @@ def weighted_sums(
             [(g.a_BTD, g.g_BTP, into.get(n)) for n, g in products.items()],
             weight_KB,
             None if owners is None else [owners[n] for n in products],
+            None if standing is None else [standing.taken(n) if n in into else None for n in products],
+            0 if standing is None else standing.part,
         )
         sums |= dict(zip(products, found, strict=True))
     if not (small or others):

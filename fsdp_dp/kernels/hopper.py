@@ -27,9 +27,9 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 MOST = 8
 """Sums of one launch: the Linears of a block."""
 
-FIELDS = gl.constexpr(8)
-"""What the table says of each of them: T, P, D, ``rows``, ``slice_stride``, ``row_stride``, its first tile and where the
-weights of its rows begin."""
+FIELDS = gl.constexpr(10)
+"""What the table says of each of them: T, P, D, ``rows``, ``slice_stride``, ``row_stride``, its first tile, where the
+weights of its rows begin, and between which rows ``onto`` is added."""
 
 
 def form_of_weighted_outers(dtype: torch.dtype, tiles: Tiles) -> tuple[Any, tuple[Any, ...], tuple[Any, Any]]:
@@ -56,9 +56,9 @@ def layout_of(block: tuple[int, int, int], dtype: torch.dtype) -> gl.NVMMAShared
 @gluon.jit(do_not_specialize=["count", "B", "programs"])
 def _weighted_outers(
     g0, g1, g2, g3, g4, g5, g6, g7, a0, a1, a2, a3, a4, a5, a6, a7, out0, out1, out2, out3, out4, out5, out6, out7,
-    weight, table, count, B, programs,
-    ALIGNED: gl.constexpr, DTYPE: gl.constexpr, DEPTH: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
-    STAGES: gl.constexpr, WARPS: gl.constexpr,
+    onto0, onto1, onto2, onto3, onto4, onto5, onto6, onto7, weight, table, count, B, programs,
+    ADDS: gl.constexpr, ALIGNED: gl.constexpr, DTYPE: gl.constexpr, DEPTH: gl.constexpr, ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     layout_g: gl.constexpr = gl.NVMMASharedLayout.get_default_for([DEPTH, ROWS], DTYPE)
     layout_a: gl.constexpr = gl.NVMMASharedLayout.get_default_for([DEPTH, COLUMNS], DTYPE)
@@ -72,9 +72,13 @@ def _weighted_outers(
     shared = (tiles_g, tiles_a, full, empty)
     where = (table, count, B, programs)
     outs = (out0, out1, out2, out3, out4, out5, out6, out7)
+    ontos = (onto0, onto1, onto2, onto3, onto4, onto5, onto6, onto7)
     factors = (g0, g1, g2, g3, g4, g5, g6, g7, a0, a1, a2, a3, a4, a5, a6, a7)
     gl.warp_specialize(
-        [(_multiply, (shared, where, weight, outs, ALIGNED, WARPS)), (_load, (shared, where, weight, factors))],
+        [
+            (_multiply, (shared, where, weight, outs, ontos, ADDS, ALIGNED, WARPS)),
+            (_load, (shared, where, weight, factors)),
+        ],
         [1],
         [40],
     )
@@ -137,7 +141,7 @@ def _load(shared, where, weight, factors):
 
 
 @gluon.jit
-def _multiply(shared, where, weight, outs, ALIGNED: gl.constexpr, WARPS: gl.constexpr):
+def _multiply(shared, where, weight, outs, ontos, ADDS: gl.constexpr, ALIGNED: gl.constexpr, WARPS: gl.constexpr):
     """The warps that multiply: one product in flight while the next stage is awaited, none when a row starts.
 
     While they store a tile, the stages of the next one are filled.
@@ -198,4 +202,29 @@ def _multiply(shared, where, weight, outs, ALIGNED: gl.constexpr, WARPS: gl.cons
         column = d + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
         place = (row // rows).to(gl.int64) * slice_stride + (row % rows).to(gl.int64) * row_stride
         inside = (row < P)[:, None] & (column < D)[None, :]
-        gl.store(out + place[:, None] + column[None, :], total * last, mask=inside)
+        total = total * last
+        if ADDS:
+            onto0, onto1, onto2, onto3, onto4, onto5, onto6, onto7 = ontos
+            first, end = gl.load(own + 8).to(gl.int32), gl.load(own + 9).to(gl.int32)
+            if (p < end) & (p + ROWS > first):
+                onto = onto0
+                if number == 1:
+                    onto = onto1
+                if number == 2:
+                    onto = onto2
+                if number == 3:
+                    onto = onto3
+                if number == 4:
+                    onto = onto4
+                if number == 5:
+                    onto = onto5
+                if number == 6:
+                    onto = onto6
+                if number == 7:
+                    onto = onto7
+                if ALIGNED:
+                    onto = gl.multiple_of(onto, 16)
+                mine = ((row >= first) & (row < end))[:, None] & (column < D)[None, :]
+                at = (row - first).to(gl.int64) * D
+                total += gl.load(onto + at[:, None] + column[None, :], mask=mine, other=0.0)
+        gl.store(out + place[:, None] + column[None, :], total, mask=inside)

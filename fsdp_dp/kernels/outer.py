@@ -49,17 +49,22 @@ def _runs_on(device: torch.device) -> bool:
 
 
 def weighted_outers(
-    sums: Sequence[tuple[Tensor, Tensor, Tensor | None]], weight_KB: Tensor, owners: Sequence[int] | None = None
+    sums: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+    weight_KB: Tensor,
+    owners: Sequence[int] | None = None,
+    onto: Sequence[Tensor | None] | None = None,
+    part: int = 0,
 ) -> list[Tensor]:
     """``sum_i w_i g_i^T a_i`` ``[P, D]`` float32 of every ``(a_BTD, g_BTP, out)``, in ``out`` where one is given.
 
     ``weight_KB`` is ``[B]``, the same weights for all sums, or ``[K, B]``, of which every sum takes its owner's. Rows of
-    weight zero are not looked at. An ``out`` may be ``[W, P / W, D]`` with any strides but a last one of 1.
+    weight zero are not looked at. An ``out`` may be ``[W, P / W, D]`` with any strides but a last one of 1; to its
+    ``part``-th slice ``onto`` is added, contiguous ``[P / W, D]``, each where there is one.
     """
     from fsdp_dp.kernels import weighted_outer as implementation
 
     whole = [(_readable(a), _readable(g), _room(a, g) if out is None else out) for a, g, out in sums]
-    implementation.weighted_outers(whole, weight_KB, owners)
+    implementation.weighted_outers(whole, weight_KB, owners, onto, part)
     return [out for _, _, out in whole]
 
 

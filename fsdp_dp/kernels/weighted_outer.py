@@ -41,7 +41,11 @@ GROUP = tl.constexpr(8)
 
 
 def weighted_outers(
-    sums: Sequence[tuple[Tensor, Tensor, Tensor]], weight_KB: Tensor, owners: Sequence[int] | None = None
+    sums: Sequence[tuple[Tensor, Tensor, Tensor]],
+    weight_KB: Tensor,
+    owners: Sequence[int] | None = None,
+    onto: Sequence[Tensor | None] | None = None,
+    part: int = 0,
 ) -> None:
     """Write ``sum_i w_i g_i^T a_i`` into ``out`` for every ``(a_BTD, g_BTP, out)``, in as few launches as it can be done.
 
@@ -50,39 +54,56 @@ def weighted_outers(
             ``[W, P / W, D]`` with any strides but a last one of 1 (slices of a bucket). What ``g`` has beyond P is not read.
         weight_KB: float32, contiguous, non-negative; a row of weight zero does not take part, whatever it holds. ``[B]`` for
             all sums, or ``[K, B]``, of which every sum takes the line that ``owners`` says.
+        onto: float32 contiguous ``[P / W, D]``, to be added to the ``part``-th slice of ``out``, each where there is one.
     """
     device = weight_KB.device
+    onto = [None] * len(sums) if onto is None else onto
     if not hand_scheduled(device):
-        for number, (a, g, out) in enumerate(sums):
+        for number, ((a, g, out), standing) in enumerate(zip(sums, onto, strict=True)):
             _weighted_outer_alone(a, g, weight_KB if owners is None else weight_KB[owners[number]], out)
+            if standing is not None:
+                out[part].add_(standing)
         return
     from fsdp_dp.kernels import hopper
 
     of_dtype: dict[torch.dtype, list[_Owned]] = {}
     for number, one in enumerate(sums):
-        of_dtype.setdefault(one[0].dtype, []).append((*one, 0 if owners is None else owners[number]))
+        of_dtype.setdefault(one[0].dtype, []).append((*one, 0 if owners is None else owners[number], onto[number]))
     for dtype, alike in of_dtype.items():
         for first in range(0, len(alike), hopper.MOST):
-            _weighted_outers_by_hand(alike[first : first + hopper.MOST], weight_KB, dtype)
+            _weighted_outers_by_hand(alike[first : first + hopper.MOST], weight_KB, dtype, part)
 
 
-_Owned = tuple[Tensor, Tensor, Tensor, int]
+_Owned = tuple[Tensor, Tensor, Tensor, int, Tensor | None]
 
 
-def _weighted_outers_by_hand(sums: Sequence[_Owned], weight_KB: Tensor, dtype: torch.dtype) -> None:
+def _weighted_outers_by_hand(sums: Sequence[_Owned], weight_KB: Tensor, dtype: torch.dtype, part: int) -> None:
     """In one launch, of the tiles of one sum after another."""
-    gs, as_, outs = [g for _, g, *_ in sums], [a for a, *_ in sums], [out for _, _, out, _ in sums]
+    gs, as_, outs = [g for _, g, *_ in sums], [a for a, *_ in sums], [out for _, _, out, *_ in sums]
     form = _form(
-        tuple([(a.shape, a.stride(), g.shape[2], g.stride(), *_strides(out), owner) for a, g, out, owner in sums]),
+        tuple(
+            [
+                (a.shape, a.stride(), g.shape[2], g.stride(), *_strides(out), owner, onto is not None)
+                for a, g, out, owner, onto in sums
+            ]
+        ),
+        part,
         dtype,
         weight_KB.device,
     )
-    pointers = (*outs, *outs[:1] * form.absent, weight_KB)
+    absent = form.absent
+    pointers = (*outs, *outs[:1] * absent)
+    if form.adds:
+        ontos = [out if onto is None else onto for _, _, out, _, onto in sums]
+        pointers += (*ontos, *ontos[:1] * absent, weight_KB)
+    else:
+        pointers += (weight_KB,) * (len(pointers) + 1)
     on_16 = aligned_pointers(pointers)
+    constants = (form.adds, form.aligned and on_16 is ALL, *form.constants)
     form.launcher(on_16)(
         (form.programs, 1, 1),
-        (*gs, *gs[:1] * form.absent, *as_, *as_[:1] * form.absent),
-        (*pointers, form.table.on(weight_KB.device), *form.counts, form.aligned and on_16 is ALL, *form.constants),
+        (*gs, *gs[:1] * absent, *as_, *as_[:1] * absent),
+        (*pointers, form.table.on(weight_KB.device), *form.counts, *constants),
     )
 
 
@@ -105,12 +126,14 @@ class _Form:
     """What a launch takes from the shapes and strides of its tensors alone.
 
     Attributes:
+        adds: something is added to some of the sums.
         aligned: rows and slices of all outputs are whole units of 16 bytes apart.
         counts: of the sums, of the rows, of all tiles.
         absent: sums that the kernel might have been given besides.
     """
 
     launcher: Launchers
+    adds: bool
     aligned: bool
     programs: int
     table: Table
@@ -119,29 +142,31 @@ class _Form:
     constants: tuple[Any, ...]
 
 
-_OneForm = tuple[torch.Size, tuple[int, ...], int, tuple[int, ...], int, int, int, int, int]
-"""Of a sum: shape and strides of ``a``, width and strides of ``g``, `_strides` of ``out``, its owner."""
+_OneForm = tuple[torch.Size, tuple[int, ...], int, tuple[int, ...], int, int, int, int, int, bool]
+"""Of a sum: shape and strides of ``a``, width and strides of ``g``, `_strides` of ``out``, its owner, whether it is added."""
 
 
 @functools.lru_cache(maxsize=256)
-def _form(sums: tuple[_OneForm, ...], dtype: torch.dtype, device: torch.device) -> _Form:
+def _form(sums: tuple[_OneForm, ...], part: int, dtype: torch.dtype, device: torch.device) -> _Form:
     from fsdp_dp.kernels import hopper
 
     B = sums[0][0][0]
     sizes = [(T, slices * rows, D) for (_, T, D), _, _, _, slices, rows, *_ in sums]
-    places = [(rows, slice_stride, row_stride) for *_, rows, slice_stride, row_stride, _ in sums]
+    places = [(rows, slice_stride, row_stride) for *_, rows, slice_stride, row_stride, _, _ in sums]
     tiles = _tiles(tuple((P, D) for _, P, D in sizes), device)
     kernel, constants, layouts = hopper.form_of_weighted_outers(dtype, tiles)
     *first_tiles, in_all = itertools.accumulate((_count(P, D, tiles) for _, P, D in sizes), initial=0)
-    owners = [owner for *_, owner in sums]
-    entries = zip(sizes, places, first_tiles, owners, strict=True)
+    owners = [owner for *_, owner, _ in sums]
+    own = [(part * rows, (part + 1) * rows) if adds else (0, 0) for *_, rows, _, _, _, adds in sums]
+    entries = zip(sizes, places, first_tiles, owners, own, strict=True)
     blocks = [((1, tiles.depth, tiles.rows), layouts[0])] * hopper.MOST
     blocks += [((1, tiles.depth, tiles.columns), layouts[1])] * hopper.MOST
     return _Form(
         launcher=Launchers(kernel, blocks, warps=tiles.warps),
+        adds=any(adds for *_, adds in sums),
         aligned=all(stride % 16 == 0 for _, *both in places for stride in both),
         programs=_programs(B * max(T for T, _, _ in sizes), in_all, device),
-        table=Table(tuple((*size, *place, first, owner * B) for size, place, first, owner in entries)),
+        table=Table(tuple((*size, *place, first, owner * B, *rows) for size, place, first, owner, rows in entries)),
         counts=(len(sums), B, in_all),
         absent=hopper.MOST - len(sums),
         constants=constants,

@@ -153,7 +153,11 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _weighted_outers(
-    sums: Sequence[tuple[Tensor, Tensor, Tensor | None]], weight_KB: Tensor, owners: Sequence[int] | None = None
+    sums: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+    weight_KB: Tensor,
+    owners: Sequence[int] | None = None,
+    onto: Sequence[Tensor | None] | None = None,
+    part: int = 0,
 ) -> list[Tensor]:
     _held_at_once = [_readable(x) for a, g, _ in sums for x in (a, g)]
     return [torch.empty(g.shape[2], a.shape[2], dtype=torch.float32) if out is None else out for a, g, out in sums]

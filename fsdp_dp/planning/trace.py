@@ -275,9 +275,9 @@ def segments(model: nn.Module, private: PrivacyEngine | None, tracker: MemoryTra
 def _announced(private: PrivacyEngine, move: Callable[[str, int, str], None]) -> Callable[..., None]:
     start_accumulate, units = private.model.start_accumulate, private.model.unit_count
 
-    def announce(unit: int, gradients: Any) -> None:
+    def announce(unit: int, gradients: Any, standing: Any = None) -> None:
         move("sum", from_the_nearer_end(unit, units), SCRATCH)
-        start_accumulate(unit, gradients)
+        start_accumulate(unit, gradients, standing)
 
     return announce
 

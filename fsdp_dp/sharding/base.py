@@ -26,6 +26,7 @@ from fsdp_dp.norm_terms import NormTerms
 from fsdp_dp.records import Record
 from fsdp_dp.sharding.layout import Region
 from fsdp_dp.sharding.sums import Sums, Unit, dedicated
+from fsdp_dp.standing_sums import Standing
 
 Complete = Callable[[dict[str, PerSampleGradient]], dict[str, PerSampleGradient]]
 """From the per-sample gradients of a layer's parameters, by attribute, to those that this rank is to clip and sum."""
@@ -155,12 +156,13 @@ class ShardedModel(abc.ABC):
     def _sums(self) -> Sums:
         return Sums(self.device)
 
-    def start_accumulate(self, unit: int, gradients: Mapping[str, Tensor]) -> None:
+    def start_accumulate(self, unit: int, gradients: Mapping[str, Tensor], standing: Standing | None = None) -> None:
         """Begin summing full (unsharded) gradients of one unit over the data-parallel ranks; missing ones are zero.
 
-        All ranks call it for the same units in the same order. Of these sums, two at most are under way.
+        All ranks call it for the same units in the same order. Of these sums, two at most are under way. ``standing`` is
+        what was added to some of them already.
         """
-        self._sums.start(self.units[unit], gradients)
+        self._sums.start(self.units[unit], gradients, standing)
 
     @property
     def places_vectors(self) -> bool:
@@ -173,6 +175,10 @@ class ShardedModel(abc.ABC):
         Name -> ``[P, D]``, or ``[W, P / W, D]`` where W shards lie apart; of vectors ``[W, P / W]``.
         """
         return self._sums.places(self.units[unit])
+
+    def standing(self, unit: int) -> Standing | None:
+        """What may be added to what is written to these `places`, so that `start_accumulate` need not."""
+        return self._sums.standing(self.units[unit])
 
     def after_forward(self) -> None:
         """Called at the end of every training forward, under which the last microbatch's sums travelled."""

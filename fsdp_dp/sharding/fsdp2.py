@@ -289,4 +289,4 @@ class _Bucket(Bucket):
         places = {n: part for n, part in self.even.items() if len(placed[n].shape) == 1}
         matrices = {n: part for n, part in self.even.items() if len(placed[n].shape) == 2}
         places |= {n: part.unflatten(1, (-1, placed[n].shape[1])) for n, part in matrices.items()}
-        super().__init__(memory, places)
+        super().__init__(memory, places, parts)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fsdp_dp.errors import UnsupportedModelError
+from fsdp_dp.standing_sums import Standing
 
 MAX_UNDER_WAY = 2
 
@@ -32,12 +33,18 @@ class Bucket:
 
     Attributes:
         tensor: all of it, flat.
+        parts: of every parameter ``[shards, width]``, padded as the accumulators are; none where nobody asks for them.
         places: where whole gradients may be written at once: name -> ``[P, D]``, or ``[shards, P / shards, D]``; of vectors
             ``[shards, P / shards]``.
     """
 
-    def __init__(self, tensor: Tensor, places: Mapping[str, Tensor] | None = None) -> None:
-        self.tensor, self.places = tensor, places or {}
+    def __init__(
+        self,
+        tensor: Tensor,
+        places: Mapping[str, Tensor] | None = None,
+        parts: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.tensor, self.places, self.parts = tensor, places or {}, parts or {}
 
 
 class Unit(abc.ABC):
@@ -150,8 +157,26 @@ class Sums:
         return self._next_memory().bucket(unit).places
 
     @torch.no_grad()
-    def start(self, unit: Unit, gradients: Mapping[str, Tensor]) -> None:
-        """Begin to add ``gradients`` of all data-parallel ranks to the accumulators of ``unit``."""
+    def standing(self, unit: Unit) -> Standing | None:
+        """What whoever writes to `places` may add on the way; None where the sum is not what accumulators hold next."""
+        if (
+            unit.fresh
+            or unit.shard_group is None
+            or unit.replicate_group is not None
+            or unit.buffer.device != self._device
+        ):
+            return None
+        places = self._next_memory().bucket(unit).places
+        slices = {name: place.shape[1:] for name, place in places.items() if place.ndim == 3}
+        tensors = {name: unit.accumulators[name].view(shape) for name, shape in slices.items()}
+        return Standing(dist.get_rank(unit.shard_group), tensors)
+
+    @torch.no_grad()
+    def start(self, unit: Unit, gradients: Mapping[str, Tensor], standing: Standing | None = None) -> None:
+        """Begin to add ``gradients`` of all data-parallel ranks to the accumulators of ``unit``.
+
+        ``standing``: what was added to some of them.
+        """
         if not unit.accumulators:
             return
         unit.check(gradients)
@@ -163,7 +188,7 @@ class Sums:
             return
         memory = self._next_memory()
         self._reserved = False
-        self._under_way.append(_Sum(unit, gradients, memory))
+        self._under_way.append(_Sum(unit, gradients, memory, standing))
 
     def _next_memory(self) -> _Memory:
         """That of the sum before the last one, which must be over by then."""
@@ -244,10 +269,13 @@ class _Nothing(_Memory):
 class _Sum:
     """One unit's sum on its way: reduce-scatter into the local shard, all-reduce over its replicas, accumulators."""
 
-    def __init__(self, unit: Unit, gradients: Mapping[str, Tensor], memory: _Memory) -> None:
+    def __init__(
+        self, unit: Unit, gradients: Mapping[str, Tensor], memory: _Memory, standing: Standing | None = None
+    ) -> None:
         unit.make_room()
         self._unit, buffer = unit, unit.buffer
-        self._replaces = unit.fresh and buffer.device == memory.device
+        adds = standing is not None and bool(standing.added)
+        self._replaces = adds or (unit.fresh and buffer.device == memory.device)
         self._shard = buffer if self._replaces else memory.take("shard", buffer.numel(), buffer.dtype)
         self._overwrites, unit.fresh = unit.fresh, False
         self._handed_on, self._work = unit.replicate_group is None, None
@@ -257,6 +285,8 @@ class _Sum:
         else:
             bucket = memory.bucket(unit)
             unit.fill(bucket, gradients)
+            if standing is not None and adds:
+                _add_the_rest(bucket, unit, standing)
             self._work = start_reduce_scatter(self._shard, bucket.tensor, unit.shard_group)
 
     def hand_on(self) -> None:
@@ -277,6 +307,13 @@ class _Sum:
             self._unit.buffer.copy_(self._shard)
         else:
             self._unit.buffer.add_(self._shard.to(self._unit.buffer.device))
+
+
+def _add_the_rest(bucket: Bucket, unit: Unit, standing: Standing) -> None:
+    """To this rank's part of the bucket, what stands in the accumulators and was not added by who wrote there."""
+    rest = [(name, x) for name, x in unit.accumulators.items() if name not in standing.added]
+    if rest:
+        torch._foreach_add_([bucket.parts[n][standing.part, : x.numel()] for n, x in rest], [x for _, x in rest])
 
 
 def start_reduce_scatter(shard: Tensor, bucket: Tensor, group: dist.ProcessGroup) -> dist.Work:

@@ -83,6 +83,38 @@ def test_weighted_sums_together(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("part", [0, 2])
+def test_what_stands_in_accumulators_is_added_to_a_slice(
+    dtype: torch.dtype, by_hand: bool, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And to no other; slices end within tiles. Not to every sum of a launch; twice, with other values."""
+    from fsdp_dp.kernels import weighted_outer
+
+    if not outer.usable(*factors(1, 8, 8, 8, dtype)):
+        pytest.skip("the kernels are for Hopper")
+    if not by_hand:
+        monkeypatch.setattr(weighted_outer, "hand_scheduled", lambda device: False)
+    slices, shapes = 4, [(256, 512), (520, 264), (1024, 2048), (64, 8)]
+    for seed in range(2):
+        torch.manual_seed(seed)
+        weight = torch.rand(3, device=DEVICE)
+        pairs = [factors(3, 200, D, P, dtype) for D, P in shapes]
+        places = [torch.full((slices, P // slices * D + 64), torch.nan, device=DEVICE) for D, P in shapes]
+        outs = [x[:, 64:].unflatten(1, (-1, D)) for x, (D, _) in zip(places, shapes, strict=True)]
+        onto = [torch.randn(P // slices, D, device=DEVICE) for D, P in shapes]
+        onto_some = [None if number == 1 else x for number, x in enumerate(onto)]
+        sums = [(a, g, out) for (a, g), out in zip(pairs, outs, strict=True)]
+        outer.weighted_outers(sums, weight, None, onto_some, part)
+        for number, ((a, g), out, place) in enumerate(zip(pairs, outs, places, strict=True)):
+            expected = wanted(a, g, weight).view(out.shape)
+            if onto_some[number] is not None:
+                expected[part] += onto[number].double()
+            assert off(out, expected) < 2e-5 and place[:, :64].isnan().all()
+            assert (out.double() - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("by_hand", [True, False])
 def test_each_sum_has_the_weights_of_its_owner(
     dtype: torch.dtype, by_hand: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
