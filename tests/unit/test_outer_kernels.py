@@ -282,11 +282,11 @@ def test_the_plan_without_kernels() -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_what_stands_in_accumulators_is_added_to_a_slice(dtype: torch.dtype, weighted_outer: SimpleNamespace) -> None:
-    a, g = factors(3, 5, 16, 12, dtype)
-    weight, places, onto = torch.tensor([0.5, 0.0, 2.0]), torch.full((3, 4 * 16 + 8), torch.nan), torch.randn(4, 16)
-    out = places[:, 8:].unflatten(1, (4, 16))
+    a, g = factors(3, 5, 16, 24, dtype)
+    weight, places, onto = torch.tensor([0.5, 0.0, 2.0]), torch.full((3, 8 * 16 + 8), torch.nan), torch.randn(8, 16)
+    out = places[:, 8:].unflatten(1, (8, 16))
     weighted_outer.together([(a, g, out)], weight, None, [onto], 1)
-    expected = torch.einsum("b,btp,btd->pd", weight.double(), g.double(), a.double()).view(3, 4, 16)
+    expected = torch.einsum("b,btp,btd->pd", weight.double(), g.double(), a.double()).view(3, 8, 16)
     expected[1] += onto
     assert off(out, expected) < 1e-6 and places[:, :8].isnan().all()
 
