@@ -33,6 +33,7 @@ ORDER = (
         "columns",
         "gradients",
         "vector_gradients",
+        "standing_sums",
         "together",
         "patches",
         "leaf_calls",
