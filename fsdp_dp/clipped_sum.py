@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fsdp_dp.clipping import RowWeights
 from fsdp_dp.errors import UnsupportedModelError
-from fsdp_dp.gradients import PerSampleGradient, combine
+from fsdp_dp.gradients import PerSampleGradient, combine, writes
 from fsdp_dp.groups import Group, groups_of_blocks
 from fsdp_dp.methods import Measured
 from fsdp_dp.norm_terms import TermsOfGroups
@@ -81,6 +81,7 @@ class ClippedSum:
     def __init__(self, plan: ClippingPlan, rows: int, weigh: Weigh) -> None:
         self._plan, self._rows, self._weigh = plan, rows, weigh
         self._uses: dict[str, list[PerSampleGradient]] = {}
+        self._writes = Counter[str]()
         self._outstanding, self._of_batch, self._of_part = Counter[int](), Counter[int](), Counter[int]()
         self._gradients: dict[str, PerSampleGradient] = {}
         self._whole = NormTally(rows, plan.model.device)
@@ -110,6 +111,7 @@ class ClippedSum:
                     "layer outside of the function"
                 )
             self._uses.setdefault(name, []).append(gradient)
+            self._writes[name] += writes(gradient)
         elif not self._plan.streams:
             return  # nobody waits for it before the end, and a backward inside of this one may come to it yet
         group, unit = self._plan.group_of[name], self._plan.unit_of[name]
@@ -179,6 +181,8 @@ class ClippedSum:
             places = self._plan.model.places(unit) if alone else {}
             others = {name: gradient for name, gradient in of_unit.items() if name not in vectors}
             self._sums[unit] |= weighted_sums(others, rows.weight_B, rows.keep_B, places, owners)
+            for name, gradient in of_unit.items():
+                self._refuse_written(name, [gradient])
             if vectors:
                 self._sums[unit] |= {name: sums_of_vectors.pop(name) for name in of_unit if name in vectors}
             self._unsummed[unit] -= len(names)
@@ -190,9 +194,13 @@ class ClippedSum:
         Only that is done ``where``: what it reads is kept until the weights are known, while uses that are combined may
         be freed at once, and so must be read on the main stream.
         """
-        gradients = formed({name: combine(self._uses.pop(name)) for name in names if name in self._uses})
+        used = {name: self._uses.pop(name) for name in names if name in self._uses}
+        for name, uses in used.items():
+            self._refuse_written(name, uses)
+        gradients = formed({name: combine(uses) for name, uses in used.items()})
         if not gradients:
             return
+        self._writes.update({name: writes(gradient) for name, gradient in gradients.items()})
         self._gradients |= gradients
         is_split, now = self._plan.is_split, self._plan.streams
         with where():
@@ -201,6 +209,15 @@ class ClippedSum:
             else:
                 self._add(self._split, {n: g for n, g in gradients.items() if is_split[n]}, all_wait=now)
                 self._add(self._whole, {n: g for n, g in gradients.items() if not is_split[n]}, all_wait=now)
+
+    def _refuse_written(self, name: str, gradients: Sequence[PerSampleGradient]) -> None:
+        """What a layer was given, and the gradient of its output, are the program's own tensors, which it may write to."""
+        if self._writes.pop(name) != sum(map(writes, gradients)):
+            raise UnsupportedModelError(
+                f"Parameter '{name}': what its layer was given, or the gradient of its output, was written to in backward, "
+                "before the clipped sum was made of it (a hook that changes a gradient in place?). Return a new tensor from "
+                "the hook"
+            )
 
     def _add(self, tally: NormTally, gradients: Mapping[str, PerSampleGradient], *, all_wait: bool) -> None:
         owner_of = self._plan.owner_of
