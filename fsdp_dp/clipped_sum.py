@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fsdp_dp.clipping import RowWeights
 from fsdp_dp.errors import UnsupportedModelError
-from fsdp_dp.gradients import PerSampleGradient, combine, writes
+from fsdp_dp.gradients import PerSampleGradient, combine
 from fsdp_dp.groups import Group, groups_of_blocks
 from fsdp_dp.methods import Measured
 from fsdp_dp.norm_terms import TermsOfGroups
@@ -29,6 +29,7 @@ from fsdp_dp.sharding import ShardedModel
 from fsdp_dp.side_stream import SideStream
 from fsdp_dp.together import NormTally, is_small_vector, weighted_sums
 from fsdp_dp.vector_gradients import formed
+from fsdp_dp.writes import writes
 
 Weigh = Callable[[Sequence[int], TermsOfGroups], RowWeights]
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -478,26 +478,6 @@ def _tied_inner_product(a_BSD: Tensor, g_BSV: Tensor, h_BTD: Tensor, index_BT: T
     relative = gamma(a_BSD.shape[2], product_roundoff(a_BSD, h_BTD)) + gamma(S * T, torch.float64)
     lost = underflow(a_BSD.shape[2], torch.float32) * g_BST.abs().sum((1, 2))
     return (g_BST * ah_BST).sum((1, 2)), 2 * (relative * bound + lost)
-
-
-def writes(gradient: PerSampleGradient) -> int:
-    """How often what it is computed from was written to: another number than before, and it is another gradient."""
-    kind = type(gradient)
-    if kind is OuterProduct:  # most of them
-        return gradient.a_BTD._version + gradient.g_BTP._version  # type: ignore[attr-defined,no-any-return]
-    if kind is Materialized:
-        return gradient.value._version  # type: ignore[attr-defined,no-any-return]
-    return sum(x._version for x in _tensors_of((gradient,)))
-
-
-def _tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
-    for x in values:
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, tuple):
-            yield from _tensors_of(x)
-        elif dataclasses.is_dataclass(x) and not isinstance(x, type):
-            yield from _tensors_of(getattr(x, "__dict__", {}).values())
 
 
 def combine(uses: Sequence[PerSampleGradient]) -> PerSampleGradient:

@@ -33,6 +33,7 @@ ORDER = (
         "columns",
         "gradients",
         "vector_gradients",
+        "writes",
         "together",
         "patches",
         "leaf_calls",
