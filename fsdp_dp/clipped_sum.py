@@ -14,7 +14,7 @@ A single group needs every norm, so it waits for the end of backward, where no c
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -32,6 +32,7 @@ from fsdp_dp.side_stream import SideStream
 from fsdp_dp.standing_sums import Standing
 from fsdp_dp.together import NormTally, is_small_vector, sums_of_vectors, weighted_sums
 from fsdp_dp.vector_gradients import SideBySide, SumOverPositions, formed
+from fsdp_dp.writes import writes
 
 Weigh = Callable[[Sequence[int], TermsOfGroups], RowWeights]
 
@@ -87,6 +88,7 @@ class ClippedSum:
     def __init__(self, plan: ClippingPlan, rows: int, weigh: Weigh) -> None:
         self._plan, self._rows, self._weigh = plan, rows, weigh
         self._uses: dict[str, list[PerSampleGradient]] = {}
+        self._writes = Counter[str]()
         self._outstanding, self._awaited = [0] * len(plan.groups), [0] * max(len(plan.batches), len(plan.unit_order))
         self._gradients: dict[str, PerSampleGradient] = {}
         self._vectors: dict[int, list[SideBySide]] = defaultdict(list)
@@ -117,6 +119,7 @@ class ClippedSum:
                     "layer outside of the function"
                 )
             self._uses.setdefault(name, []).append(gradient)
+            self._writes[name] += writes(gradient)
         elif not plan.streams:
             return  # nobody waits for it before the end, and a backward inside of this one may come to it yet
         group, waiting = plan.group_of[name], plan.waits_with[name]
@@ -186,6 +189,7 @@ class ClippedSum:
             together = sums_of_vectors([one for joint in vectors.values() for one in joint], *weights, owners)
             small = {n: self._gradients.pop(n) for n, x in list(self._gradients.items()) if is_small_vector(x)}
             together |= weighted_sums(small, *weights, owners=owners)
+            self._refuse_written({name: [gradient] for name, gradient in small.items()})
             vectors.clear()
         for unit, names in self._plan.parts[batch].items():
             of_unit = {name: self._gradients.pop(name) for name in names if name in self._gradients}
@@ -194,8 +198,10 @@ class ClippedSum:
             # A unit that is summed as a whole, and is the next to be reduced, needs no room besides its bucket.
             alone = self._units[:1] == [unit] and self._unsummed[unit] == len(names)
             places = self._plan.model.places(unit) if alone and (of_unit or joint) else {}
-            standing = self._plan.model.standing(unit) if places else None
+            # A single group's sums have nothing but reduce-scatters beside them: a pass of its own costs less there.
+            standing = self._plan.model.standing(unit) if places and self._plan.streams else None
             sums |= weighted_sums(of_unit, *weights, places, owners, standing)
+            self._refuse_written({name: [gradient] for name, gradient in of_unit.items()})
             sums |= sums_of_vectors(joint, *weights, owners, places)
             if together:
                 sums |= {name: together.pop(name) for name in names if name in together}
@@ -211,6 +217,7 @@ class ClippedSum:
         uses = {name: self._uses.pop(name) for name in names if name in self._uses}
         if not uses:
             return
+        self._refuse_written(uses)
         self._measured |= uses.keys()
         gradients = {name: combine(of_name) for name, of_name in uses.items()}
         is_split = self._plan.is_split
@@ -224,11 +231,23 @@ class ClippedSum:
         for tally, of_tally in parts:
             stored, joint = formed(of_tally)
             self._gradients |= stored
+            for name, gradient in stored.items():
+                self._writes[name] = writes(gradient)
             if joint:
                 self._vectors[self._plan.unit_of[names[0]]] += joint
             with where():
                 tally.add(list(stored.values()), [owners[name] for name in stored], all_wait=now)
                 tally.add_vectors(joint, owners)
+
+    def _refuse_written(self, gradients: Mapping[str, Sequence[PerSampleGradient]]) -> None:
+        """What a layer was given, and the gradient of its output, are the program's own tensors, which it may write to."""
+        for name, of_name in gradients.items():
+            if self._writes.pop(name) != sum(map(writes, of_name)):
+                raise UnsupportedModelError(
+                    f"Parameter '{name}': what its layer was given, or the gradient of its output, was written to in "
+                    "backward, before the clipped sum was made of it (a hook that changes a gradient in place?). Return a "
+                    "new tensor from the hook"
+                )
 
     def _terms_of(self, groups: int) -> TermsOfGroups:
         """Squared norms over what was measured, and over all ranks that hold a part of a row's gradient."""

@@ -76,7 +76,7 @@ def normal_pair(words, PAIR: tl.constexpr, normal):
     one, radius, cosine, sine = normal
     length = _radius(words[4 * PAIR], words[4 * PAIR + 1], one, radius)
     angle_low, angle_high = words[4 * PAIR + 2], words[4 * PAIR + 3]
-    # To the nearest half turn, whose sign goes to the radius, and what is left of it: |f| <= 1/2 in half turns, exact.
+    # To the nearest half turn, whose sign goes to the radius, and what is left: |f| <= 1/2 in half turns, rounded once.
     length = _with_high(length, _high(length) ^ ((angle_high + 0x40000000) & _SIGN))
     low = _float64(_LAST_63, angle_low) - _TWO_MINUS_11
     f = (angle_high << 1).to(tl.int32, bitcast=True).to(tl.float64) * _TWO_MINUS_32 + low

@@ -17,7 +17,8 @@ from tests.distributed.harness import run
 from tests.unit.toys import clipped_sum, config, flat, row_gradients
 
 ROWS, T, D, MICROBATCHES, STEPS, RANKS = 4, 3, 6, 3, 2, 2
-BOUND = 1.5
+BOUND = {"flat": 1.5, "block": 1e6}
+"""Groups of blocks clip nothing here: `test_groups` says what they clip."""
 written: list[Tensor] = []
 """The places that were written to."""
 
@@ -117,7 +118,9 @@ PLAYED: Mapping[str, object] = {
 }
 
 
-def last_release(rank: int, world_size: int, room_is_dear: bool) -> tuple[Tensor, Tensor, int, int, set[int]]:
+def last_release(
+    rank: int, world_size: int, room_is_dear: bool, clipping: str
+) -> tuple[Tensor, Tensor, int, int, set[int]]:
     """The parameters before it, what it moved them by, how many sums were written to their place, how many of these onto what
     stood there; and the bytes of buckets where activations (at the end of a forward) and the optimizer have theirs."""
     vars(outer).update(PLAYED)
@@ -130,7 +133,7 @@ def last_release(rank: int, world_size: int, room_is_dear: bool) -> tuple[Tensor
     fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     options = {"expected_batch_size": rows, "dataset_size": rows, "sampling": "external_poisson"}
-    engine = make_private(model, config(max_grad_norm=BOUND, **options), optimizer)
+    engine = make_private(model, config(max_grad_norm=BOUND[clipping], clipping=clipping, **options), optimizer)
 
     def note(*_: object) -> None:
         tensors = [x for memory in engine.model._sums._memories for x in memory._tensors.values()]
@@ -150,13 +153,15 @@ def last_release(rank: int, world_size: int, room_is_dear: bool) -> tuple[Tensor
     return before.detach(), (before - after).detach() * rows, len(written), len(added), held
 
 
+@pytest.mark.parametrize("clipping", ["flat", "block"])
 @pytest.mark.parametrize("room_is_dear", [False, True])
-def test_the_clipped_sum_of_both_ranks(room_is_dear: bool) -> None:
+def test_the_clipped_sum_of_both_ranks(room_is_dear: bool, clipping: str) -> None:
     """Seen to fail: memory for the shard of a second microbatch cost the bucket its places, and what had been written there
     was copied onto itself; with `fill` not clearing what is missing, by what an earlier unit had left; and where what stands
     in accumulators is left out, for parameters that no kernel adds, or counted twice."""
-    before, released, in_place, onto, held = run(last_release, RANKS, room_is_dear)[0]
-    assert in_place > STEPS * MICROBATCHES and 0 < onto < in_place  # none in the first microbatch of a step
+    before, released, in_place, onto, held = run(last_release, RANKS, room_is_dear, clipping)[0]
+    assert in_place > STEPS * MICROBATCHES
+    assert 0 < onto < in_place if clipping == "block" else onto == 0  # nothing stands in a step's first microbatch
     assert held == {0} if room_is_dear else max(held) > 0
     model = Model()
     nn.utils.vector_to_parameters(before, model.parameters())
@@ -167,4 +172,4 @@ def test_the_clipped_sum_of_both_ranks(room_is_dear: bool) -> None:
             for x, branch in microbatches(STEPS - 1, rank)
         ]
     )
-    torch.testing.assert_close(released, clipped_sum(of_rows, BOUND), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(released, clipped_sum(of_rows, BOUND[clipping]), rtol=1e-9, atol=1e-11)

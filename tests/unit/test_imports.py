@@ -34,6 +34,7 @@ ORDER = (
         "gradients",
         "vector_gradients",
         "standing_sums",
+        "writes",
         "together",
         "patches",
         "leaf_calls",

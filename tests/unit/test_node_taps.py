@@ -225,6 +225,52 @@ def test_a_graph_of_its_own_is_refused_where_groups_are_clipped_in_backward() ->
         subject.optimizer.step()
 
 
+def written_in_backward(layer: nn.Module, h: Tensor, write: bool) -> Tensor:
+    """A gradient that the layer's output shares with another branch, whose hook comes to it after the layer."""
+    other = h.sin()
+    y = layer(h) + other
+    if write:
+        other.register_hook(lambda g: g.mul_(2))
+    return y
+
+
+@pytest.mark.parametrize("where", ["gradient of the output", "input"])
+def test_what_is_written_to_in_backward_is_refused_where_it_is_still_read(where: str) -> None:
+    """A wide layer's factors are kept until the weights are known. Seen to fail: the release had another gradient."""
+    wide = 60
+
+    class InBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.x = x
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            if writes:
+                ctx.x.mul_(3)
+            return g
+
+    def use(m: nn.Module, h: Tensor) -> Tensor:
+        wider = F.pad(h[:, :1], (0, wide - D))
+        if where == "input":
+            wider = wider * 1
+            branch = InBackward.apply(wider)  # type: ignore[no-untyped-call]
+            return m(wider).sum(-1, keepdim=True) + branch.sum(-1, keepdim=True) * h
+        return written_in_backward(m, wider, writes).sin().sum(-1, keepdim=True) * h
+
+    torch.manual_seed(0)
+    subject, writes = attached(Model(nn.Linear(wide, wide), use).double()), False
+    for x in batches():
+        row_loss(subject.model, x).backward()
+        subject.step()
+    writes = True
+    with pytest.raises(UnsupportedModelError, match="was written to in backward"):
+        row_loss(subject.model, batches()[0]).backward()
+    with pytest.raises(PrivacyError, match="Nothing was released"):
+        subject.optimizer.step()
+
+
 class InTwoHalves(InGraphOfItsOwn):
     """A layer that is differentiated twice, in a graph that is kept."""
 
