@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fsdp_dp import UnsupportedModelError
+from fsdp_dp import PrivacyError, UnsupportedModelError
 from tests.unit.toys import ROWS, Private, clipped_sum, flat, moved, private, row_gradients, values
 
 T, D = 4, 3
@@ -200,6 +200,23 @@ def test_shallow_copy_of_a_layer_is_refused() -> None:
     subject = private(Reader(lambda m, x: copy.copy(m.first)(x)), sampling="external_poisson")
     with pytest.raises(UnsupportedModelError, match=r"first\.weight' is used by linear outside"):
         row_loss(subject.model, rows())
+    subject.engine.discard()
+
+
+class Giving(Reader):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        return self.last(x), self.scale, self.first.weight
+
+
+@pytest.mark.parametrize(("given", "name"), [(1, "scale"), (2, "first.weight")])
+def test_parameter_that_the_model_returns_is_refused_in_the_loss(given: int, name: str) -> None:
+    """Seen to be called a layer."""
+    subject = private(Giving(lambda m, x: x), sampling="external_poisson")
+    outputs = subject.model(rows())
+    with pytest.raises(
+        PrivacyError, match=f"Parameter '{name}', which the forward gave away .*outside the model's own forward"
+    ):
+        outputs[given].square().sum()
     subject.engine.discard()
 
 
