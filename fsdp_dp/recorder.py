@@ -75,7 +75,11 @@ class Recorder:
         self.current: Microbatch | None = None
         self.in_forward = False
         self.layouts = RowLayouts()
-        self.meetings = Meetings(self.layouts, is_part=model.is_part)
+        self.meetings = Meetings(
+            self.layouts,
+            is_part=model.is_part,
+            is_of_model=lambda module: any(module is m for m in model.root.modules()),
+        )
         self.window = FreezeWindow({p.name: p.parameter for p in model.parameters}, batch.refusals_poison)
         self._taps = Taps(
             layers, keeps, self._start_record, self._share_output, self._is_plain, lambda: self.meetings.rows,

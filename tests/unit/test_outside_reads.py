@@ -39,6 +39,7 @@ class Reader(nn.Module):
         self.use = use
         self.first, self.last, self.leaf = nn.Linear(D, D), nn.Linear(D, D), Leaf()
         self.scale = nn.Parameter(torch.ones(D))
+        self.several = nn.ParameterList([nn.Parameter(torch.ones(D)) for _ in range(3)])
         self.norm, self.table, self.conv = nn.LayerNorm(D), nn.Embedding(T, D), nn.Conv1d(D, D, 3, groups=D, padding=1)
         self.double()
 
@@ -94,6 +95,12 @@ def _with_gradient_within(m: Any, x: Tensor) -> Tensor:
             return F.linear(x, weight)
 
 
+def _made_of(layer: nn.Linear) -> nn.Linear:
+    made = nn.Linear(D, D, device="meta")
+    made.weight, made.bias = layer.weight, layer.bias
+    return made
+
+
 def _used_without_gradient(m: Any, x: Tensor) -> Tensor:
     weight = m.first.weight
     with torch.no_grad():
@@ -136,6 +143,8 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "if it is a parameter": lambda m, x: x * m.scale if isinstance(m.scale, nn.Parameter) else x,
     "if a layer's is a parameter": lambda m, x: x * (m.first.bias if isinstance(m.first.bias, nn.Parameter) else 1.0),
     "what it gives is none": lambda m, x: x * (1.0 if isinstance(m.scale * 2, nn.Parameter) else m.scale),
+    "a slice of a list": lambda m, x: x + sum(p for p in m.several[1:]),
+    "a module made of it": lambda m, x: _made_of(m.first)(x),
     "in a set": lambda m, x: x + sum(p.sum() for p in {m.scale, m.first.bias, m.scale, m.first.bias}),
     "the same each time": lambda m, x: x * (m.scale if m.scale is m.scale and m.first.bias is m.first.bias else 1.0),
     "the same each time, recomputed": lambda m, x: checkpoint(
@@ -179,14 +188,9 @@ def test_release_is_the_oracles(name: str, microbatches: tuple[int, ...]) -> Non
         torch.testing.assert_close(released(subject, microbatch), expected, rtol=1e-9, atol=1e-11)
     kinds = {type(layer).__name__ for layer in subject.model.children()}
     subject.engine.detach()
-    assert {type(layer) for layer in subject.model.children()} == {
-        nn.Linear,
-        Leaf,
-        nn.LayerNorm,
-        nn.Embedding,
-        nn.Conv1d,
-    }
-    assert kinds == {layer.__name__ for layer in (nn.Linear, Leaf, nn.LayerNorm, nn.Embedding, nn.Conv1d)}
+    expected_kinds = {nn.Linear, Leaf, nn.LayerNorm, nn.Embedding, nn.Conv1d, nn.ParameterList}
+    assert {type(layer) for layer in subject.model.children()} == expected_kinds
+    assert kinds == {layer.__name__ for layer in expected_kinds}
 
 
 def _as_now(name: str, trained: nn.Module) -> nn.Module:
