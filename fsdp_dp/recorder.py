@@ -76,7 +76,11 @@ class Recorder:
         self.current: Microbatch | None = None
         self.in_forward = False
         self.layouts = RowLayouts()
-        self.meetings = Meetings(self.layouts, is_part=model.is_part)
+        self.meetings = Meetings(
+            self.layouts,
+            is_part=model.is_part,
+            is_of_model=lambda module: any(module is m for m in model.root.modules()),
+        )
         self.window = FreezeWindow({p.name: p.parameter for p in model.parameters}, batch.refusals_poison)
         self._taps = Taps(
             layers, keeps, self._start_record, self._share_output, self._is_plain, lambda: self.meetings.rows,
@@ -195,13 +199,13 @@ class Recorder:
                     "for its own. Use torch.nn.functional with that tensor, or freeze the layer's parameters"
                 )
 
-    def _expect(self, layer: str, parameters: Iterable[str]) -> Microbatch:
-        """Every taker is told that these parameters get one more gradient."""
+    def _expect(self, layer: str, parameters: Iterable[str], told: str = "Layer '{}' was called") -> Microbatch:
+        """Every taker is told that these parameters get one more gradient, by a layer or by what is ``told``."""
         if not self.in_forward or self.current is None:
             with self._batch.refusals_poison():
                 raise PrivacyError(
-                    f"Layer '{layer}' was called outside the model's own forward, where its gradient cannot be clipped "
-                    "with the rest of the row; call it inside model.forward, or under torch.no_grad()"
+                    f"{told.format(layer)} outside the model's own forward, where its gradient cannot be clipped with the "
+                    "rest of the row; do it inside model.forward, or under torch.no_grad()"
                 )
         self.current.taps[layer] += 1
         for taker in self.current.takers:
@@ -277,7 +281,8 @@ class Recorder:
         if recomputing():
             report = self._recomputed(self.current, name)
         else:
-            report = self._shared_report(self._expect(name, [name]), name)
+            told = "Parameter '{}', which the forward gave away (to the loss?), was used"
+            report = self._shared_report(self._expect(name, [name], told), name)
         with torch._C.DisableTorchFunction():  # no use of the parameter that the watch should look at
             expanded = parameter.detach().expand(self.meetings.rows, *parameter.shape)
         (per_row,) = self._taps.through(NO_CALL, report, [expanded], [])

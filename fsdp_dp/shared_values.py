@@ -82,6 +82,8 @@ class Meetings:
     wants: bool = False
     is_part: Callable[[str, Tensor], bool] = lambda owner, x: False
     """Whether what the program reads as a parameter is this rank's part of it."""
+    is_of_model: Callable[[nn.Module], bool] = lambda module: False
+    """Other modules may be made in forward (a slice of a ParameterList)."""
     _known: dict[tuple[Any, ...], bool] = dataclasses.field(default_factory=dict)
     _picked: set[str] = dataclasses.field(default_factory=set)
 
@@ -205,7 +207,7 @@ class SharedValue(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
-        if name == "grad_fn" and _by_register_parameter():
+        if name == "grad_fn" and (module := _registering()) is not None and args[0].meetings.is_of_model(module):
             refuse_assignment(args[0].owner)
         if name in METADATA and func is not torch.autograd.grad:
             return super().__torch_function__(func, types, args, kwargs)
@@ -298,10 +300,12 @@ def refuse_setting(owner: str, wanted: bool) -> NoReturn:
     )
 
 
-def _by_register_parameter() -> bool:
-    """Whether `nn.Module.register_parameter` asks, or a mode that heard of that."""
-    asker, mode = sys._getframe(2), sys._getframe(3)
-    return nn.Module.register_parameter.__code__ in (asker.f_code, mode.f_code)
+def _registering() -> nn.Module | None:
+    """The module whose `register_parameter` asks, or a mode that heard of that; None if it is another's question."""
+    for frame in (sys._getframe(2), sys._getframe(3)):
+        if frame.f_code is nn.Module.register_parameter.__code__:
+            return frame.f_locals["self"]  # type: ignore[no-any-return]
+    return None
 
 
 def refuse_assignment(owner: str) -> NoReturn:
@@ -412,7 +416,7 @@ class _Use:
     def _by_row(self, one_row: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         try:
             return by_row(one_row, randomness="same")(*inputs)
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, NotImplementedError, ValueError) as error:
             raise _unsupported(self.first, f"{self.name} (torch.func.vmap: {str(error).splitlines()[0]})") from error
 
     def _alone(self) -> Any:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fsdp_dp import UnsupportedModelError
+from fsdp_dp import PrivacyError, UnsupportedModelError
 from tests.unit.toys import ROWS, Private, clipped_sum, flat, moved, private, row_gradients, values
 
 T, D = 4, 3
@@ -39,6 +39,7 @@ class Reader(nn.Module):
         self.use = use
         self.first, self.last, self.leaf = nn.Linear(D, D), nn.Linear(D, D), Leaf()
         self.scale = nn.Parameter(torch.ones(D))
+        self.several = nn.ParameterList([nn.Parameter(torch.ones(D)) for _ in range(3)])
         self.norm, self.table, self.conv = nn.LayerNorm(D), nn.Embedding(T, D), nn.Conv1d(D, D, 3, groups=D, padding=1)
         self.double()
 
@@ -94,6 +95,12 @@ def _with_gradient_within(m: Any, x: Tensor) -> Tensor:
             return F.linear(x, weight)
 
 
+def _made_of(layer: nn.Linear) -> nn.Linear:
+    made = nn.Linear(D, D, device="meta")
+    made.weight, made.bias = layer.weight, layer.bias
+    return made
+
+
 def _used_without_gradient(m: Any, x: Tensor) -> Tensor:
     weight = m.first.weight
     with torch.no_grad():
@@ -136,6 +143,8 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "if it is a parameter": lambda m, x: x * m.scale if isinstance(m.scale, nn.Parameter) else x,
     "if a layer's is a parameter": lambda m, x: x * (m.first.bias if isinstance(m.first.bias, nn.Parameter) else 1.0),
     "what it gives is none": lambda m, x: x * (1.0 if isinstance(m.scale * 2, nn.Parameter) else m.scale),
+    "a slice of a list": lambda m, x: x + sum(p for p in m.several[1:]),
+    "a module made of it": lambda m, x: _made_of(m.first)(x),
     "in a set": lambda m, x: x + sum(p.sum() for p in {m.scale, m.first.bias, m.scale, m.first.bias}),
     "the same each time": lambda m, x: x * (m.scale if m.scale is m.scale and m.first.bias is m.first.bias else 1.0),
     "the same each time, recomputed": lambda m, x: checkpoint(
@@ -179,14 +188,9 @@ def test_release_is_the_oracles(name: str, microbatches: tuple[int, ...]) -> Non
         torch.testing.assert_close(released(subject, microbatch), expected, rtol=1e-9, atol=1e-11)
     kinds = {type(layer).__name__ for layer in subject.model.children()}
     subject.engine.detach()
-    assert {type(layer) for layer in subject.model.children()} == {
-        nn.Linear,
-        Leaf,
-        nn.LayerNorm,
-        nn.Embedding,
-        nn.Conv1d,
-    }
-    assert kinds == {layer.__name__ for layer in (nn.Linear, Leaf, nn.LayerNorm, nn.Embedding, nn.Conv1d)}
+    expected_kinds = {nn.Linear, Leaf, nn.LayerNorm, nn.Embedding, nn.Conv1d, nn.ParameterList}
+    assert {type(layer) for layer in subject.model.children()} == expected_kinds
+    assert kinds == {layer.__name__ for layer in expected_kinds}
 
 
 def _as_now(name: str, trained: nn.Module) -> nn.Module:
@@ -200,6 +204,23 @@ def test_shallow_copy_of_a_layer_is_refused() -> None:
     subject = private(Reader(lambda m, x: copy.copy(m.first)(x)), sampling="external_poisson")
     with pytest.raises(UnsupportedModelError, match=r"first\.weight' is used by linear outside"):
         row_loss(subject.model, rows())
+    subject.engine.discard()
+
+
+class Giving(Reader):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        return self.last(x), self.scale, self.first.weight
+
+
+@pytest.mark.parametrize(("given", "name"), [(1, "scale"), (2, "first.weight")])
+def test_parameter_that_the_model_returns_is_refused_in_the_loss(given: int, name: str) -> None:
+    """Seen to be called a layer."""
+    subject = private(Giving(lambda m, x: x), sampling="external_poisson")
+    outputs = subject.model(rows())
+    with pytest.raises(
+        PrivacyError, match=f"Parameter '{name}', which the forward gave away .*outside the model's own forward"
+    ):
+        outputs[given].square().sum()
     subject.engine.discard()
 
 
