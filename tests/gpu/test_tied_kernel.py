@@ -69,7 +69,7 @@ def test_norms(dtype: torch.dtype, kind: str) -> None:
             nothing = torch.zeros_like(X_sq)
             own = tied.norm_terms(a, g, h, index, NormTerms(norm_sq=X_sq, error=nothing, rounding_sq=nothing))
             assert ((own.norm_sq - norm_sq).abs() <= own.error + 1e-13 * (X_sq + Y_sq)).all()
-            torch.testing.assert_close(own.norm_sq, norm_sq, rtol=1e-5, atol=0)
+            torch.testing.assert_close(own.norm_sq, norm_sq, rtol=1e-4, atol=0)
             for terms in (both.norm_terms(), reference(both)):
                 assert ((terms.norm_sq - norm_sq).abs() <= terms.error).all()
                 assert (certified_norm(terms) >= norm_sq.sqrt()).all()
