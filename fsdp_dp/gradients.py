@@ -32,6 +32,7 @@ from torch import Tensor
 from fsdp_dp import columns, planner
 from fsdp_dp.columns import is_few, portions, side_by_side
 from fsdp_dp.kernels import outer as fused
+from fsdp_dp.kernels import tied
 from fsdp_dp.norm_terms import NormTerms
 from fsdp_dp.numerics import (
     SPLIT_ROUNDOFF,
@@ -432,9 +433,17 @@ class TiedSum:
     def norm_cost(self) -> float:
         return self.outer.norm_cost + self.rows.index_BT.shape[1] / self.rows.vocabulary
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether the kernels of `kernels.tied` take all but the norm of the outer product."""
+        return tied.usable(self.outer.a_BTD, self.outer.g_BTP, self.rows.value_BTP)
+
     def norm_terms(self) -> NormTerms:
         """``|X + Y|^2 = |X|^2 + |Y|^2 + 2 <X, Y>``; leaving out the last term breaks the bound (DESIGN section 4)."""
-        x, y = self.outer.norm_terms(), self.rows.norm_terms()
+        x = self.outer.norm_terms()
+        if self.is_fused:
+            return tied.norm_terms(self.outer.a_BTD, self.outer.g_BTP, self.rows.value_BTP, self.rows.index_BT, x)
+        y = self.rows.norm_terms()
         cross, cross_error = self._inner_product()
         return NormTerms(
             norm_sq=(x.norm_sq + y.norm_sq + 2 * cross).clamp(min=0),

@@ -2,6 +2,7 @@
 
 python scripts/benchmark_kernels.py           all of it
 python scripts/benchmark_kernels.py formed    only the gradients of rows, formed: one layer, long rows, with TFLOP/s
+python scripts/benchmark_kernels.py tied      only a table that is also the head: what is measured beside the head's own norm
 
 Random bf16, medians of 20 after warm-up, ms; host: microseconds until a launch has been given. Needs a Hopper GPU and Triton.
 """
@@ -20,7 +21,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fsdp_dp import gradients
-from fsdp_dp.kernels import instantiate, outer
+from fsdp_dp.kernels import instantiate, outer, tied
+from fsdp_dp.norm_terms import NormTerms
 from fsdp_dp.numerics import exact_arithmetic
 
 # (name, rows, positions, width, hidden)
@@ -28,6 +30,13 @@ BLOCKS = [("1.3B", 16, 1024, 2048, 5504), ("6.7B", 2, 1024, 4096, 11008), ("1280
 
 # (rows, positions, width in, width out)
 LAYERS = [(B, T, 2048, P) for B, T in ((16, 1024), (4, 4096), (2, 8192), (1, 16384)) for P in (2048, 5504)]
+
+# (name, rows, positions, width, vocabulary)
+TIES = [
+    ("GPT-2", 16, 1024, 768, 50_257),
+    ("GPT-2-large", 20, 1024, 1280, 50_257),
+    ("one long row", 1, 8192, 2048, 50_257),
+]
 
 
 def milliseconds(run: Callable[[], object]) -> float:
@@ -143,15 +152,39 @@ def _by_triton(run: Callable[[], object]) -> Callable[[], object]:
     return by_triton
 
 
+def measure_tied(name: str, rows: int, positions: int, width: int, vocabulary: int) -> None:
+    """The cross term, the table's norm and their bounds, by the kernels and in torch; words as frequent as in a text."""
+    a, h = (torch.randn(rows, positions, width, device="cuda").bfloat16() for _ in range(2))
+    g = torch.randn(rows, positions, vocabulary, device="cuda", dtype=torch.bfloat16)
+    index = (vocabulary ** torch.rand(rows, positions, device="cuda") - 1).long().clamp(max=vocabulary - 1)
+    table = gradients.IndexedRows.compress(index, h, vocabulary)
+    both = gradients.TiedSum(gradients.OuterProduct(a, g), table)
+    head = NormTerms.zeros(rows, a.device)
+    runs: dict[str, Callable[[], object]] = {
+        "table, compressed": lambda: gradients.IndexedRows.compress(index, h, vocabulary),
+        "tied, torch": lambda: (both._inner_product(), table.norm_terms()),
+        "tied, kernels": lambda: tied.norm_terms(a, g, table.value_BTP, table.index_BT, head),
+    }
+    for what, run in runs.items():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        took = milliseconds(run)
+        room = (torch.cuda.max_memory_allocated() - before) / 2**20
+        print(f"{name:12} {what:18} {took:7.3f} ms   host {host_microseconds(run):6.0f} us   {room:6.0f} MiB")
+
+
 def main() -> None:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         raise SystemExit("benchmark_kernels: needs a Hopper GPU (compute capability 9.0)")
     print(torch.cuda.get_device_name(), torch.__version__)
     with exact_arithmetic(torch.device("cuda")):
-        for block in BLOCKS if sys.argv[1:] != ["formed"] else ():
+        asked = sys.argv[1:] or ["blocks", "formed", "tied"]
+        for block in BLOCKS if "blocks" in asked else ():
             measure(*block)
-        for layer in LAYERS:
+        for layer in LAYERS if "formed" in asked else ():
             measure_formed(*layer)
+        for tie in TIES if "tied" in asked else ():
+            measure_tied(*tie)
 
 
 if __name__ == "__main__":

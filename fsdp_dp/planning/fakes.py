@@ -21,9 +21,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fsdp_dp import clipping, engine, gradients, kernels, numerics, vector_gradients
 from fsdp_dp.engine import PrivacyEngine
-from fsdp_dp.kernels import outer, vectors
+from fsdp_dp.kernels import outer, tied, vectors
 from fsdp_dp.kernels.position_sums import Layer
 from fsdp_dp.kernels.release import Verdict
+from fsdp_dp.norm_terms import NormTerms
 from fsdp_dp.recorder import Recorder
 from fsdp_dp.sharding import ShardedModel, sums, tensor_parallel
 from fsdp_dp.sharding.sums import Unit
@@ -67,6 +68,7 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
             (outer, "stored_rows", _stored_rows),
             (outer, "weighted_rows", _weighted_rows),
             (outer, "instantiated_norms", _instantiated_norms),
+            (tied, "norm_terms", _tied_norm_terms),
             (clipping, "_has_kernel", lambda mask_B, dtype: False),
             (vector_gradients, "position_sums", _position_sums),
             (vectors, "usable", lambda x: False),
@@ -194,6 +196,11 @@ def _weighted_rows(stored_BPD: Tensor, weight_B: Tensor, out: Tensor | None = No
 def _instantiated_norms(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     _held_at_once = [_readable(x) for pair in pairs for x in pair]
     return torch.zeros(len(pairs), 3, len(pairs[0][0]), dtype=torch.float64)
+
+
+def _tied_norm_terms(a_BSD: Tensor, g_BSV: Tensor, h_BTD: Tensor, index_BT: Tensor, head: NormTerms) -> NormTerms:
+    _held_at_once = _readable(a_BSD), _readable(h_BTD)
+    return head
 
 
 def _position_sums(layers: Sequence[Layer], columns: int) -> Tensor:

@@ -451,12 +451,14 @@ def unclipped_table() -> AbstractContextManager[Any]:
     )
 
 
-def no_cross_term() -> AbstractContextManager[Any]:
+@contextmanager
+def no_cross_term() -> Iterator[None]:
     def nothing(self: TiedSum) -> tuple[Tensor, Tensor]:
         zeros = torch.zeros(len(self.outer.a_BTD), dtype=torch.float64)
         return zeros, zeros
 
-    return patch.object(TiedSum, "_inner_product", nothing)
+    with patch.object(TiedSum, "_inner_product", nothing), patch.object(TiedSum, "is_fused", False):
+        yield
 
 
 def parts_as_wholes() -> AbstractContextManager[Any]:
