@@ -24,7 +24,7 @@ from fsdp_dp.kernels.launching import Launchers, aligned_pointers
 from fsdp_dp.kernels.position_sums import MOST_LAYERS, Layer
 from fsdp_dp.kernels.tables import Table
 
-_ELEMENTS = 8192
+_ELEMENTS = 4096
 """Of a program's tile: some positions, as wide as the layer."""
 
 _COLUMNS = 1024
@@ -32,7 +32,7 @@ _COLUMNS = 1024
 
 _WARPS = 8
 
-_PROGRAMS = 1024
+_PROGRAMS = 512
 """Enough of them to fill a GPU a few times over, however few the rows are."""
 
 _MOST_PROGRAMS = 65535
