@@ -192,6 +192,7 @@ class ClippedSum:
             self._refuse_written({name: [gradient] for name, gradient in small.items()})
             vectors.clear()
         for unit, names in self._plan.parts[batch].items():
+            self._measured.difference_update(names)  # whoever comes back to them now, comes to groups that are done
             of_unit = {name: self._gradients.pop(name) for name in names if name in self._gradients}
             joint = vectors.pop(unit, [])
             sums = self._sums[unit]

@@ -173,7 +173,8 @@ class ReleaseGuard:
         for p in model.parameters:
             if p.accumulator.dtype.itemsize < 4:
                 refuse(f"the clipped sum of '{p.name}' is {p.accumulator.dtype}, which rounds it by more than R allows")
-            square += p.accumulator.double().square().sum().to(square.device) / copies[p.name]
+            length = torch.linalg.vector_norm(p.accumulator, dtype=torch.float64)
+            square += length.square().to(square.device) / copies[p.name]
         peers = 1 if model.split_group is None else dist.get_world_size(model.split_group)
         total = torch.stack([square, self.rows / peers])
         for group in model.groups:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fsdp_dp.kernels import outer
 from fsdp_dp.norm_terms import NormTerms
 
-_FACTORS = (torch.bfloat16, torch.float16, torch.float32)
+_FACTORS = (torch.bfloat16, torch.float16)
 
 
 def usable(a_BSD: Tensor, g_BSV: Tensor, h_BTD: Tensor) -> bool:

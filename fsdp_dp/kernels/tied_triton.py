@@ -74,25 +74,22 @@ class _Tiles:
 
 
 @functools.cache
-def _tiles(dtype: torch.dtype, device: torch.device) -> _Tiles:
-    """Wide ones of half precision, as every tile of columns gathers anew. Chosen, not measured."""
+def _tiles(device: torch.device) -> _Tiles:
+    """Wide ones, as every tile of columns gathers anew."""
     if device.type != "cuda":  # the interpreter: small, and of four different sizes
         return _Tiles(slots=16, columns=32, depth=16, part=48, warps=4)
-    if dtype == torch.float32:  # no tensor cores
-        return _Tiles(slots=64, columns=64, depth=32, part=1024, warps=4)
     return _Tiles(slots=64, columns=256, depth=32, part=1024, warps=8)
 
 
 def norm_terms(a_BSD: Tensor, g_BSV: Tensor, h_BTD: Tensor, index_BT: Tensor, head: NormTerms) -> NormTerms:
     """See `tied`."""
     (B, S, D), T, device = a_BSD.shape, h_BTD.shape[1], a_BSD.device
-    tiles = _tiles(a_BSD.dtype, device)
+    tiles = _tiles(device)
     programs = -(-T // tiles.slots) * -(-D // tiles.columns) * -(-S // tiles.part)
     sums = torch.empty(3, B, programs, dtype=torch.float64, device=device)
     terms = torch.empty(3, B, dtype=torch.float64, device=device)
     a, h = _in_rows(a_BSD), _in_rows(h_BTD)
-    halves = a.dtype != torch.float32
-    u = tensor_core_roundoff(device) if halves else unit_roundoff(torch.float32)
+    u = tensor_core_roundoff(device)
     launch(
         _sum_tiles, (B * programs, 1, 1),
         (a, g_BSV, h, index_BT, sums, B, S, T, D, programs, *a.stride()[:2], *g_BSV.stride(), *h.stride()[:2],
@@ -143,7 +140,7 @@ def _sum_tiles(
         far = position.to(tl.int64)
         g_TS = tl.load(g + far[None, :] * g_next, mask=used[:, None] & inside[None, :], other=0.0)
         a_SD = tl.load(a + far[:, None] * a_next, mask=inside[:, None] & wide[None, :], other=0.0)
-        C = tl.dot(g_TS, a_SD, C, input_precision="ieee")
+        C = tl.dot(g_TS, a_SD, C)
         a_32 = a_SD.to(tl.float32)
         length = tl.sqrt(tl.sum(a_32 * a_32, 1) + COLUMNS * _TINY)
         length = tl.where(length <= _LONGEST, length, float("inf"))

@@ -15,15 +15,9 @@ from fsdp_dp.numerics import exact_arithmetic
 
 pytestmark = pytest.mark.gpu(count=1)
 DEVICE = torch.device("cuda", 0)
-# (B, S, T, D, V): no multiple of a tile, one of everything, several uses of the head, GPT-2's, more parts than one.
-SHAPES = [
-    (3, 100, 37, 72, 50),
-    (1, 1, 1, 8, 16),
-    (2, 300, 100, 264, 1003),
-    (2, 1024, 1024, 768, 50_257),
-    (1, 2500, 40, 33, 77),
-]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# (B, S, T, D, V): no multiple of a tile, GPT-2's, more parts than one.
+SHAPES = [(3, 100, 37, 72, 50), (2, 1024, 1024, 768, 50_257), (1, 2500, 40, 33, 77)]
+DTYPES = [torch.bfloat16, torch.float16]
 
 
 def tie(shape: tuple[int, ...], dtype: torch.dtype, kind: str, seed: int) -> TiedSum:
