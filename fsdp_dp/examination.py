@@ -26,7 +26,7 @@ from fsdp_dp.sharding.base import ShardedModel
 from fsdp_dp.taps import is_of_rows, with_boundary
 from fsdp_dp.watch import ConstantDivisor, FirstForward, Uncompiled, buffer_versions
 
-EVERY, EARLY = 1000, (10, 100)
+EVERY, EARLY = 1000, (50, 500)
 """Releases after which forwards are watched again."""
 
 
