@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -209,6 +210,8 @@ class SharedValue(Tensor):
         name = function_name(func)
         if name == "grad_fn" and (module := _registering()) is not None and args[0].meetings.is_of_model(module):
             refuse_assignment(args[0].owner)
+        if name == "requires_grad" and _asked_by_sharding():
+            return False  # FSDP looks for inputs with nodes of their own, to hear when backward has come to them
         if name in METADATA and func is not torch.autograd.grad:
             return super().__torch_function__(func, types, args, kwargs)
         if name in _SETTERS and isinstance(args[0], SharedValue):
@@ -279,6 +282,16 @@ def inside_custom_function() -> bool:
     return False
 
 
+def _asked_by_sharding() -> bool:
+    """Whether torch's FSDP asks, perhaps by way of a mode of the engine's."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(_SHARDING)
+
+
+_OURS = os.path.join(os.path.dirname(__file__), "")
+_SHARDING = os.path.join(os.path.dirname(torch.__file__), "distributed", "")
 _SETTERS = frozenset({"requires_grad_", "__set__"})
 _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 

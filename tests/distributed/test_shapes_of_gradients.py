@@ -24,7 +24,6 @@ class Scale(nn.Module):
         return x * self.scale
 
 
-@layer_rule(Scale, parameters=("scale",))
 def scale(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
     """As of a vector, whatever the shape is."""
     return {"scale": Materialized((a * g).sum(1))}
@@ -51,6 +50,7 @@ def rows(rank: int) -> Tensor:
 
 def released(rank: int, world_size: int, kind: str, shape: tuple[int, ...]) -> Tensor:
     """What one step moved the parameters by, times all rows."""
+    layer_rule(Scale, parameters=("scale",))(scale)  # in this process alone
     count, options = world_size * ROWS, {"max_grad_norm": 0.5, "sampling": "external_poisson"}
     model: nn.Module = Model(*shape)
     if kind == "fsdp1":

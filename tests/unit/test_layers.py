@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fsdp_dp import patches
+from fsdp_dp import patches, recurrence  # noqa: F401
 from fsdp_dp.attention import Projection
 from fsdp_dp.gradients import IndexedRows, Materialized, OuterProduct, PerSampleGradient
 from fsdp_dp.layers import (

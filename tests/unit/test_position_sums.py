@@ -114,10 +114,12 @@ def test_a_launch_has_no_more_programs_than_a_grid() -> None:
     from fsdp_dp.kernels import position_sums_triton
 
     layers = ((3, 2, True, 1e-5, True, 0, 2), (3, 262_144, False, 0.0, False, -1, 4))
-    form = position_sums_triton._form(2, layers)
-    assert len(form.programs) <= 65535 and form.height * form.width <= position_sums_triton._ELEMENTS
-    assert {(first, number) for number, _, _, first, *_ in form.programs if number} == {
-        (first, 1) for first in range(0, 262_144, form.width)
+    form = position_sums_triton._form(2, layers, torch.float32)
+    *_, height, width = form.constants
+    programs = form.programs.rows
+    assert len(programs) <= 65535 and height * width <= position_sums_triton._ELEMENTS
+    assert {(first, number) for number, _, _, first, *_ in programs if number} == {
+        (first, 1) for first in range(0, 262_144, width)
     }
 
 
