@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fsdp_dp.graph_identity import derived
+from fsdp_dp.parameter_reads import place_of
 from fsdp_dp.taps import ABSENT, raw_attribute
 
 Share = Callable[[nn.Module, str, Tensor], Any]
@@ -66,13 +67,7 @@ def _guard(attribute: str, own: frozenset[CodeType], share: Share) -> property:
         shared = share(module, attribute, value)
         return value if shared is None else shared
 
-    def write(module: nn.Module, value: Any) -> None:
-        module.__dict__[attribute] = value  # parameters go to nn.Module's own registry and do not come here
-
-    def delete(module: nn.Module) -> None:
-        del module.__dict__[attribute]
-
-    return property(read, write, delete)
+    return place_of(attribute, read)
 
 
 @functools.lru_cache(maxsize=4096)

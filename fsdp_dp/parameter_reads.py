@@ -89,13 +89,19 @@ def shared_attribute(
         shared = share(module, name, value)
         return value if shared is None else shared
 
+    return place_of(attribute, as_written(read))
+
+
+def place_of(attribute: str, read: Callable[[nn.Module], Any]) -> property:
+    """A parameter's place on a module that is read in another way. FSDP1 puts views there, and takes them away."""
+
     def write(module: nn.Module, value: Any) -> None:
         module.__dict__[attribute] = value  # parameters go to nn.Module's own registry and do not come here
 
     def delete(module: nn.Module) -> None:
         del module.__dict__[attribute]
 
-    return property(as_written(read), write, delete)
+    return property(read, write, delete)
 
 
 def _reader() -> str:
