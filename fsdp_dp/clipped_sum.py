@@ -23,7 +23,7 @@ from torch import Tensor
 from fsdp_dp.clipping import RowWeights
 from fsdp_dp.errors import UnsupportedModelError
 from fsdp_dp.gradients import PerSampleGradient, combine
-from fsdp_dp.groups import Group, groups_of_blocks
+from fsdp_dp.groups import Group, groups_inside_blocks, groups_of_blocks
 from fsdp_dp.methods import Measured
 from fsdp_dp.norm_terms import TermsOfGroups
 from fsdp_dp.numerics import exact_arithmetic
@@ -44,6 +44,7 @@ class ClippingPlan:
         groups: in the order of registration; backward is expected to finish them from the last to the first.
         streams: groups are clipped within backward, not at its end.
         batches: groups that are clipped together, in as many launches as one of them; expected in this order.
+        brief: the parameters whose rows are weighed before backward leaves their block.
         waits_with: parameter -> its batch, which is clipped once all of it is reported; without streaming its unit, which is
             measured then.
         parts: of every batch, unit -> its parameters, in the order in which units are reduced.
@@ -57,6 +58,8 @@ class ClippingPlan:
         self.unit_of = {p.name: p.unit for p in model.parameters}
         self.is_split = {p.name: p.split for p in model.parameters}
         self.batches = groups_of_blocks(groups, self.unit_of)
+        inside = groups_inside_blocks(groups, self.unit_of)
+        self.brief = frozenset(name for number in inside for name in groups[number].parameters)
         batch_of = {group: number for number, batch in enumerate(self.batches) for group in batch}
         self.owner_of = {
             name: batch.index(self.group_of[name]) for batch in self.batches for name in self._names(batch)

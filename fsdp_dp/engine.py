@@ -123,7 +123,7 @@ class PrivacyEngine:
         self.nonfinite_rows = torch.zeros((), dtype=torch.int64, device=self.model.device)
 
         self._recorder = Recorder(
-            self.model, self.layers, bare, self._batch, self._enter_backward, self._finish_backward
+            self.model, self.layers, bare, self._plan.brief, self._batch, self._enter_backward, self._finish_backward
         )
         self._examination = Examination(self.model, self._batch, self._recorder)
         self._gate = OptimizerGate(self._handles, self._release, self._discard_pending)

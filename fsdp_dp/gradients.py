@@ -6,7 +6,7 @@ never stored. What is stored is one of
 * `OuterProduct`   ``G_i = sum_t g_it a_it^T``     (Linear weights; book-keeping, arXiv 2210.00038, section 3)
 * `IndexedRows`    ``G_i[v] = sum_{t: x_it = v} h_it``   (Embedding weights)
 * `Materialized`   ``G_i`` itself, where that is small (biases, norm layers)
-* `Formed`         ``G_i`` of a Linear, formed and measured by one kernel
+* `Formed`         ``G_i`` of a Linear, formed and measured by one kernel, perhaps rounded
 * `TiedSum`        an outer product plus indexed rows  (an embedding that is also the output head)
 
 and each can answer the three questions of a private step: how long is every row (`norm_terms`), what is the weighted
@@ -141,22 +141,27 @@ class Materialized:
 
 @dataclasses.dataclass(frozen=True)
 class Formed:
-    """``G_i`` of a Linear as a kernel stored it, ``value_BPD``, with the ``terms`` ``[3, B]`` of the norm of just that."""
+    """``G_i`` of a Linear as a kernel stored it, ``value_BPD``, with the ``squares_BNF`` that it left of just that."""
 
     value_BPD: Tensor
-    terms: Tensor
+    squares_BNF: Tensor
     norm_cost: ClassVar[float] = 0.0
-    method: ClassVar[str] = "store"
+
+    @property
+    def method(self) -> str:
+        return "store" if self.value_BPD.dtype == torch.float32 else "round"
 
     def norm_terms(self) -> NormTerms:
-        return NormTerms.unstack(self.terms)
+        return NormTerms.unstack(fused.stored_norms([(self.value_BPD, self.squares_BNF)])[0])
 
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
         return self.sum_into(_kept(weight_B, keep_B))
 
-    def sum_into(self, weight_B: Tensor, out: Tensor | None = None) -> Tensor:
-        """Of rows whose weight is not zero, in ``out`` if there is one."""
-        return fused.weighted_rows(self.value_BPD, weight_B.float(), out)
+    def sum_into(
+        self, weight_B: Tensor, out: Tensor | None = None, onto: Tensor | None = None, part: int = 0
+    ) -> Tensor:
+        """Of rows whose weight is not zero, in ``out`` if there is one; ``onto`` is added to its ``part``-th slice."""
+        return fused.weighted_rows(self.value_BPD, weight_B.float(), out, onto, part)
 
     def dense(self) -> Tensor:
         return self.value_BPD.float()
@@ -198,10 +203,10 @@ class OuterProduct:
         """How the rows are measured (see `planner`)."""
         return self._method(fused=self.is_fused)
 
-    def _method(self, *, fused: bool) -> planner.Method:
+    def _method(self, *, fused: bool, rounds: bool = False) -> planner.Method:
         a, g = self.a_BTD, self.g_BTP
         narrower = min(a.element_size(), g.element_size())
-        return planner.method(*a.shape[1:], g.shape[2], narrower, self.dtype.itemsize, fused=fused)
+        return planner.method(*a.shape[1:], g.shape[2], narrower, self.dtype.itemsize, fused=fused, rounds=rounds)
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -225,6 +230,12 @@ class OuterProduct:
     @property
     def norm_cost(self) -> float:
         return outer_norm_cost(self.a_BTD.shape[1], self.a_BTD.shape[2], self.g_BTP.shape[2])
+
+    def rounded(self) -> PerSampleGradient:
+        """`settle`, where the weights will be known soon: ``G_i`` rounded as the factors are, if that is cheapest."""
+        a, g = self.a_BTD, self.g_BTP
+        rounds = a.dtype == torch.bfloat16 and self.is_fused and self._method(fused=True, rounds=True) == "round"
+        return Formed(*fused.stored_rows(a, g, a.dtype)) if rounds and fused.forms_well(a, g) else self.settle()
 
     def settle(self) -> PerSampleGradient:
         """``G_i`` itself where it is what the norm needs and takes little more room than its factors, else unchanged."""
@@ -261,6 +272,11 @@ class OuterProduct:
     def regroup(self, rows: int) -> OuterProduct:
         a, g = (x.reshape(rows, -1, x.shape[2]) for x in (self.a_BTD, self.g_BTP))
         return OuterProduct(a, g)
+
+
+def settled(gradient: PerSampleGradient, *, soon: bool) -> PerSampleGradient:
+    """The form to keep until the weights are known; ``soon``: before backward leaves the parameter's block."""
+    return gradient.rounded() if soon and type(gradient) is OuterProduct else gradient.settle()
 
 
 def outer_norm_cost(T: int, D: int, P: int) -> float:

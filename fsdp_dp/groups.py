@@ -135,6 +135,16 @@ def groups_of_blocks(groups: Sequence[Group], unit_of: Mapping[str, int]) -> lis
     A block is a unit below which no other unit lies; the layers of others, as embeddings and head, are a whole backward
     apart. In the order in which backward is expected to finish them: from the last to the first.
     """
+    inside = groups_inside_blocks(groups, unit_of)
+    together: dict[tuple[object, ...], list[int]] = {}
+    for number, group in enumerate(groups):
+        key = ("unit", unit_of[group.parameters[0]]) if number in inside else ("group", number)
+        together.setdefault(key, []).append(number)
+    return sorted(map(tuple, together.values()), key=lambda batch: -batch[0])
+
+
+def groups_inside_blocks(groups: Sequence[Group], unit_of: Mapping[str, int]) -> frozenset[int]:
+    """Those all of whose parameters are in one block, of a model that has more than one."""
     paths = _paths(unit_of)
     outer = {
         unit
@@ -142,12 +152,10 @@ def groups_of_blocks(groups: Sequence[Group], unit_of: Mapping[str, int]) -> lis
         for other, its in paths.items()
         if other != unit and its[: len(path)] == path
     }
-    together: dict[tuple[object, ...], list[int]] = {}
-    for number, group in enumerate(groups):
-        units = {unit_of[name] for name in group.parameters}
-        alone = len(units) > 1 or len(paths) == 1 or bool(units & outer)
-        together.setdefault(("group", number) if alone else ("unit", *units), []).append(number)
-    return sorted(map(tuple, together.values()), key=lambda batch: -batch[0])
+    units = [{unit_of[name] for name in group.parameters} for group in groups]
+    if len(paths) == 1:
+        return frozenset()
+    return frozenset(number for number, own in enumerate(units) if len(own) == 1 and not own & outer)
 
 
 def _paths(unit_of: Mapping[str, int]) -> dict[int, list[str]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fsdp_dp.gradients import OuterProduct, PerSampleGradient
+from fsdp_dp.gradients import OuterProduct, PerSampleGradient, settled
 from fsdp_dp.layers import rule_for
 from fsdp_dp.numerics import exact_arithmetic
 from fsdp_dp.records import NO_CALL, Call
@@ -39,10 +39,22 @@ class Habit:
         layouts: `RowLayouts.fixed` when this was found out.
         device: of forward and backward.
         found: the gradients of the record that it was found out of.
-        settles: some of the gradients are kept in another form than the rule's (`PerSampleGradient.settle`).
+        settles: some of the gradients are kept in another form than the rule's (`gradients.settled`).
+        brief: the parameters whose gradients are not kept for long.
     """
 
-    __slots__ = ("_computes", "_device", "_module", "_plans", "_rule", "_settles", "_wanted", "form", "layouts")
+    __slots__ = (
+        "_brief",
+        "_computes",
+        "_device",
+        "_module",
+        "_plans",
+        "_rule",
+        "_settles",
+        "_wanted",
+        "form",
+        "layouts",
+    )
 
     def __init__(
         self,
@@ -54,11 +66,12 @@ class Habit:
         found: Mapping[str, PerSampleGradient],
         *,
         settles: bool,
+        brief: frozenset[str] = frozenset(),
     ) -> None:
         self.form, self.layouts = form, layouts
         self._module, self._rule, self._wanted, self._device = module, rule_for(module), wanted, device
         self._plans: dict[str, dict[str, Any]] = {}
-        self._settles = settles
+        self._settles, self._brief = settles, brief
         self._computes = settles or not all(type(gradient) in _UNTOUCHED for gradient in found.values())
 
     def gradients(self, a: Tensor, g: Tensor | None) -> Mapping[str, PerSampleGradient]:
@@ -77,7 +90,9 @@ class Habit:
                     self._plans[name] = gradient.plan
                 else:
                     gradient.adopt(plan)
-        return {name: gradient.settle() for name, gradient in found.items()} if self._settles else found
+        if not self._settles:
+            return found
+        return {name: settled(gradient, soon=name in self._brief) for name, gradient in found.items()}
 
 
 _UNTOUCHED = (OuterProduct, SumOverPositions)

@@ -9,14 +9,15 @@ Inputs that are the same for all rows, and bare parameters, are carried once a r
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
-from fsdp_dp.gradients import Materialized, PerSampleGradient
+from fsdp_dp.gradients import Materialized, PerSampleGradient, settled
 from fsdp_dp.habits import Form, Habit, form_of
 from fsdp_dp.layers import keeps, layouts, per_sample_gradients
 from fsdp_dp.logical_batch import LogicalBatch, Microbatch
@@ -44,6 +45,7 @@ class Recorder:
     Args:
         layers: canonical name -> module to tap.
         bare: the parameters outside of layers.
+        brief: the parameters whose per-sample gradients are not kept for long (`ClippingPlan.brief`).
         entered: called when a microbatch's backward comes to the model.
         finished: called at its end, under exact arithmetic.
 
@@ -60,6 +62,7 @@ class Recorder:
         model: ShardedModel,
         layers: Mapping[str, nn.Module],
         bare: Sequence[Bare],
+        brief: Collection[str],
         batch: LogicalBatch,
         entered: Callable[[], None],
         finished: Callable[[Microbatch], None],
@@ -72,6 +75,15 @@ class Recorder:
                 self._attributes[module][attribute] = name
         self._sites = {layer: tuple(self._attributes[module].items()) for layer, module in layers.items()}
         self._names = {layer: tuple(self._attributes[module].values()) for layer, module in layers.items()}
+        sites_of = Counter(model.names.values())
+        self._brief = {
+            layer: frozenset(
+                attribute
+                for attribute, name in self._attributes[module].items()
+                if name in brief and sites_of[name] == 1
+            )
+            for layer, module in layers.items()
+        }
         self._wanted = {layer: frozenset(self._attributes[module]) for layer, module in layers.items()}
         self.current: Microbatch | None = None
         self.in_forward = False
@@ -334,13 +346,15 @@ class Recorder:
         gradients = per_sample_gradients(module, arranged, wanted)
         if layout == "merged":
             gradients = {name: gradient.regroup(microbatch.rows) for name, gradient in gradients.items()}
-        settled = {name: gradient.settle() for name, gradient in complete(gradients).items()}
+        # Uses that are added up are kept as factors, which take the room of one use each.
+        brief = self._brief[layer] if microbatch.taps[layer] == 1 else frozenset()
+        kept = {name: settled(gradient, soon=name in brief) for name, gradient in complete(gradients).items()}
         if form is not None and layout == "rows" and self.layouts.fixed is not None:
-            settles = any(settled[name] is not gradient for name, gradient in gradients.items())
+            settles = any(kept[name] is not gradient for name, gradient in gradients.items())
             self._habits[layer] = Habit(
-                form, module, wanted, self.layouts.fixed, self._model.device, gradients, settles=settles
+                form, module, wanted, self.layouts.fixed, self._model.device, gradients, settles=settles, brief=brief
             )
-        return settled
+        return kept
 
     def _layout(self, layer: str, record: Record, rows: int) -> Layout:
         """Where the rows are in a record. Raises UnsupportedModelError if that cannot be relied on."""

@@ -74,6 +74,7 @@ _HEADER = ("count", "layer", "trained", "elements", "method", "norm cost", "kept
 _METHODS = {
     "gram": "from inner products",
     "store": "a row's gradient is kept",
+    "round": "so is one rounded to bfloat16, and measured then",
     "rows": "so are a table's rows that it used",
     "recompute": "computed twice",
 }

@@ -43,8 +43,10 @@ class NormTally:
     ) -> None:
         """``owners`` says which group each is in, 0 if nothing is said. With ``all_wait``, all stored gradients wait."""
         outers: list[OuterProduct] = []
+        dropped: list[tuple[Tensor, Tensor]] = []
         formed: list[tuple[Tensor, Tensor]] = []
         of_outers: list[int] = []
+        of_dropped: list[int] = []
         of_formed: list[int] = []
         now: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         for number, gradient in enumerate(gradients):
@@ -53,7 +55,10 @@ class NormTally:
                 outers.append(gradient)
                 of_outers.append(owner)
             elif isinstance(gradient, OuterProduct) and gradient.is_fused:
-                formed.append((gradient.a_BTD, gradient.g_BTP))
+                dropped.append((gradient.a_BTD, gradient.g_BTP))
+                of_dropped.append(owner)
+            elif isinstance(gradient, Formed):
+                formed.append((gradient.value_BPD, gradient.squares_BNF))
                 of_formed.append(owner)
             elif isinstance(gradient, Materialized | IndexedRows):
                 value = gradient.value if isinstance(gradient, Materialized) else gradient.value_BTP
@@ -64,9 +69,13 @@ class NormTally:
         if outers:
             self._ghosts = self._ghosts or fused.GhostNorms(self._rows, self._device)
             add_sharing_inputs(self._ghosts, outers, of_outers)
-        if formed:
-            self._terms += fused.instantiated_norms(formed).unbind()
-            self._owners += of_formed
+        for terms, whose in (
+            (fused.instantiated_norms(dropped) if dropped else None, of_dropped),
+            (fused.stored_norms(formed) if formed else None, of_formed),
+        ):
+            if terms is not None:
+                self._terms += terms.unbind()
+                self._owners += whose
         self._measure_stored(now)
 
     def add_vectors(self, joint: Sequence[SideBySide], owner_of: Mapping[str, int]) -> None:
@@ -201,7 +210,7 @@ def weighted_sums(
 
     Weights are ``[B]``, the same for all, or ``[K, B]``, of which each takes its owner's. A weight is zero for rows that are
     not kept, as `clipping.RowWeights` has it: all that kernels ask about them. Sums that kernels make are written to their
-    place ``into``, if there is one (see `sharding.sums.Bucket`), those of products with what is ``standing``. Kernels take
+    place ``into``, if there is one (see `sharding.sums.Bucket`), those of Linears with what is ``standing``. Kernels take
     weights of the gradients' own format: those of float64 sums may be too far apart for quotients in float32.
     """
     products: dict[str, OuterProduct] = {}
@@ -231,7 +240,8 @@ def weighted_sums(
     for name, gradient in others.items():
         weight_B, keep_B = rows[owner_of[name]]
         if isinstance(gradient, Formed):
-            sums[name] = gradient.sum_into(weight_B, into.get(name))
+            onto = standing.taken(name) if standing is not None and name in into else None
+            sums[name] = gradient.sum_into(weight_B, into.get(name), onto, 0 if standing is None else standing.part)
         else:
             sums[name] = gradient.weighted_sum(weight_B, keep_B)
     return sums | _small_sums(small, weight_KB, rows, owner_of, into)

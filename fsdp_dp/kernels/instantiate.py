@@ -5,8 +5,8 @@ In the step: `gradients.OuterProduct` comes here for half-precision factors on a
 gradient, over all positions, and leaves sums of its squares. Two uses:
 
 * `norm_terms` drops the tile: no gradient reaches memory, and what rounding may hide is bounded;
-* `store` writes it, in float32 or bfloat16, and sums the squares of what it wrote: nothing is hidden, and the weighted sum
-  reads the stored rows (`weighted_rows`).
+* `store` writes it, in float32 or bfloat16, and sums the squares of what it wrote: nothing is hidden (`terms_of_stored`),
+  and the weighted sum reads the stored rows (`weighted_rows`).
 
 [Note: the certificate of a dropped gradient]. The accumulator C^ of an entry takes T products in stretches of L = STRETCH
 positions. A stretch is a sum of L + 1 terms, the accumulator it starts from among them, so (Higham, section 3.1)
@@ -45,6 +45,9 @@ GROUP = tl.constexpr(8)
 FIELDS = tl.constexpr(2)
 """What a program leaves: the squares of its tile, and ``r`` of [Note: the certificate of a dropped gradient]."""
 
+MOST_STORED = 8
+"""Layers whose stored gradients one launch measures: those of a block."""
+
 _ENTRY = tl.constexpr(10)
 _TINY = tl.constexpr(underflow(1, torch.float32))
 _U32 = tl.constexpr(unit_roundoff(torch.float32))
@@ -79,17 +82,36 @@ def norm_terms(pairs: Sequence[tuple[Tensor, Tensor]], roundoff: float) -> Tenso
 
 
 def store(a_BTD: Tensor, g_BTP: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``G [B, P, D]`` rounded to ``dtype``, and float64 ``[3, B]``: the `NormTerms` of what is stored."""
+    """``G [B, P, D]`` rounded to ``dtype``, and ``[B, N, FIELDS]`` sums of squares of what is stored."""
     B, _, D = a_BTD.shape
     P, device, tiles = g_BTP.shape[2], a_BTD.device, _tiles(a_BTD.device)
-    count = _count(P, D, tiles)
+    parts = _count(P, D, tiles)
     stored = torch.empty(B, P, D, dtype=dtype, device=device)
-    sums = torch.empty(count * B * FIELDS.value, dtype=torch.float32, device=device)
-    _form(a_BTD, g_BTP, sums, stored, tiles)
-    terms = torch.empty(3, B, dtype=torch.float64, device=device)
-    numbers = (terms, count, D * P, tiles.rows + tiles.columns, B, 256)
-    launch(_finish_stored, (B, 1, 1), (sums, *numbers), warps=1)
-    return stored, terms
+    if hand_scheduled(device) and a_BTD.dtype == dtype == torch.bfloat16:
+        from fsdp_dp.kernels import rounded_hopper
+
+        sums = torch.empty(B, rounded_hopper.HALVES * parts, FIELDS.value, dtype=torch.float32, device=device)
+        _form_rounded(a_BTD, g_BTP, sums, stored, tiles)
+    else:
+        sums = torch.empty(B, parts, FIELDS.value, dtype=torch.float32, device=device)
+        _form(a_BTD, g_BTP, sums, stored, tiles)
+    return stored, sums
+
+
+def terms_of_stored(formed: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """float64 ``[n, 3, B]``, each as `NormTerms.stack`, of what `store` gave, as many rows each."""
+    B, device = formed[0][0].shape[0], formed[0][0].device
+    sides = _tiles(device).rows + _tiles(device).columns  # at least those of what a sum is over
+    terms = torch.empty(len(formed), 3, B, dtype=torch.float64, device=device)
+    for first in range(0, len(formed), MOST_STORED):
+        part = formed[first : first + MOST_STORED]
+        sums = [squares for _, squares in part]
+        sizes = tuple([(squares.shape[1], stored[0].numel()) for stored, squares in part])
+        launch(
+            _finish_stored, (B, len(part), 1),
+            (*sums, *sums[:1] * (MOST_STORED - len(part)), terms[first:], table(sizes, device), sides, B, 256), warps=1,
+        )  # fmt: skip
+    return terms
 
 
 @functools.cache
@@ -99,10 +121,11 @@ def fills(B: int, D: int, P: int, device: torch.device) -> bool:
     return 5 * B * _count(P, D, _tiles(device)) >= 4 * count
 
 
-def weighted_rows(stored_BPD: Tensor, weight_B: Tensor, out: Tensor) -> None:
+def weighted_rows(stored_BPD: Tensor, weight_B: Tensor, out: Tensor, onto: Tensor | None = None, part: int = 0) -> None:
     """Write ``sum_i w_i G_i`` into ``out``, float32 ``[P, D]`` or ``[W, P / W, D]`` with any strides but a last one of 1.
 
-    One pass over stored rows, added in float32, in their order. A row of weight zero is not read.
+    One pass over stored rows, added in float32, in their order. A row of weight zero is not read. ``onto``: float32
+    contiguous ``[P / W, D]``, to be added to the ``part``-th slice of ``out``.
     """
     B, P, D = stored_BPD.shape
     rows, slice_stride, row_stride = (
@@ -111,7 +134,8 @@ def weighted_rows(stored_BPD: Tensor, weight_B: Tensor, out: Tensor) -> None:
     block = 1024 if out.device.type == "cuda" else 64
     launch(
         _weigh, (triton.cdiv(D, block) * P, 1, 1),  # in one dimension: a grid's others end at 65535
-        (stored_BPD, weight_B, out, B, P, D, rows, slice_stride, row_stride, block), warps=4,
+        (stored_BPD, weight_B, out, out if onto is None else onto, B, P, D, rows, slice_stride, row_stride, part,
+         onto is not None, block), warps=4,
     )  # fmt: skip
 
 
@@ -137,6 +161,30 @@ def _form(a_BTD: Tensor, g_BTP: Tensor, sums: Tensor, stored: Tensor, tiles: Til
          _ENDLESS if stores else stretch(device), stores, hopper.dtype_of(a_BTD.dtype), *sizes, tiles.stages, tiles.warps),
         warps=tiles.warps,
     )  # fmt: skip
+
+
+def _form_rounded(a_BTD: Tensor, g_BTP: Tensor, sums: Tensor, stored: Tensor, tiles: Tiles) -> None:
+    from fsdp_dp.kernels import hopper, rounded_hopper
+
+    B, T, D = a_BTD.shape
+    P, dtype, half = g_BTP.shape[2], a_BTD.dtype, tiles.rows // rounded_hopper.HALVES
+    count = B * _count(P, D, tiles)
+    blocks = ((1, tiles.depth, half), (1, tiles.depth, tiles.columns), (1, half, tiles.columns))
+    read_and_written = [
+        Block(x, block, hopper.layout_of(block, dtype)) for x, block in zip((g_BTP, a_BTD, stored), blocks, strict=True)
+    ]
+    launch(
+        rounded_hopper.form_rounded_tiles, (_programs_of_few_waves(count, a_BTD.device), 1, 1),
+        (*read_and_written, sums, T, P, D, count, tiles.depth, tiles.rows, tiles.columns, rounded_hopper.STAGES), warps=4,
+    )  # fmt: skip
+
+
+@functools.cache
+def _programs_of_few_waves(tiles: int, device: torch.device) -> int:
+    """Each of which makes up to four tiles, as many as end soonest on all multiprocessors; more begin less often."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    each = min((4, 3, 2, 1), key=lambda most: most * triton.cdiv(triton.cdiv(tiles, most), multiprocessors))
+    return int(triton.cdiv(tiles, each))
 
 
 _SHORT_TERMS = 8192
@@ -287,15 +335,32 @@ def _bound(length, width):
     return tl.where(up > _LONGEST, float("inf"), up)
 
 
-@triton.jit(do_not_specialize=["tiles", "numel", "sides", "B"])
-def _finish_stored(sums, terms, tiles, numel, sides, B, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["sides", "B"])
+def _finish_stored(s0, s1, s2, s3, s4, s5, s6, s7, terms, table, sides, B, BLOCK: tl.constexpr):
     """Of what was stored only the norm has an error; the weighted sum rounds the weight, the product and an addition."""
-    row = tl.program_id(0)
+    row, number = tl.program_id(0), tl.program_id(1)
+    sums = s0
+    if number == 1:
+        sums = s1
+    if number == 2:
+        sums = s2
+    if number == 3:
+        sums = s3
+    if number == 4:
+        sums = s4
+    if number == 5:
+        sums = s5
+    if number == 6:
+        sums = s6
+    if number == 7:
+        sums = s7
+    tiles, numel = tl.load(table + 2 * number), tl.load(table + 2 * number + 1)
     norm_sq = _squares_over_tiles(sums + row.to(tl.int64) * tiles * FIELDS, tiles, BLOCK)
-    tl.store(terms + row, norm_sq)
-    tl.store(terms + B + row, 1.01 * norm_sq * _gamma(sides + 4, _U32) + numel.to(tl.float64) * _TINY)
+    out = terms + number.to(tl.int64) * 3 * B + row
+    tl.store(out, norm_sq)
+    tl.store(out + B, 1.01 * norm_sq * _gamma(sides + 4, _U32) + numel.to(tl.float64) * _TINY)
     weighting = _gamma(4, _U32)
-    tl.store(terms + 2 * B + row, norm_sq * weighting * weighting)
+    tl.store(out + 2 * B, norm_sq * weighting * weighting)
 
 
 @triton.jit
@@ -327,8 +392,10 @@ def _gamma(n, u: tl.constexpr):
     return tl.where(spread < 0.5, spread / (1 - spread), float("inf"))
 
 
-@triton.jit(do_not_specialize=["B", "P"])
-def _weigh(stored, weight, out, B, P, D, rows, slice_stride, row_stride, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["B", "P", "part"])
+def _weigh(
+    stored, weight, out, onto, B, P, D, rows, slice_stride, row_stride, part, ADDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     blocks = tl.cdiv(D, BLOCK)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -339,5 +406,8 @@ def _weigh(stored, weight, out, B, P, D, rows, slice_stride, row_stride, BLOCK: 
         if w != 0:
             place = (i * P + row) * D
             total += w * tl.load(stored + place + column, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        mine = inside & (row // rows == part)
+        total += tl.load(onto + row % rows * D + column, mask=mine, other=0.0)
     place = row // rows * slice_stride + row % rows * row_stride
     tl.store(out + place + column, total, mask=inside)

@@ -93,19 +93,28 @@ def forms_well(a_BTD: Tensor, g_BTP: Tensor) -> bool:
 
 
 def stored_rows(a_BTD: Tensor, g_BTP: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The gradient of every row ``[B, P, D]``, rounded to ``dtype``, and float64 ``[3, B]``: the norm terms of just that."""
+    """The gradient of every row ``[B, P, D]``, rounded to ``dtype``, and what `stored_norms` needs to measure just that."""
     from fsdp_dp.kernels import instantiate
 
     return instantiate.store(_readable(a_BTD), _readable(g_BTP), dtype)
 
 
-def weighted_rows(stored_BPD: Tensor, weight_B: Tensor, out: Tensor | None = None) -> Tensor:
-    """``sum_i w_i G_i`` float32 of stored gradients, in one pass; ``out`` and rows of weight zero as in `weighted_outers`."""
+def stored_norms(formed: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """float64 ``[n, 3, B]`` of what `stored_rows` gave, as many rows each: the norm terms of what is stored."""
+    from fsdp_dp.kernels import instantiate
+
+    return instantiate.terms_of_stored(formed)
+
+
+def weighted_rows(
+    stored_BPD: Tensor, weight_B: Tensor, out: Tensor | None = None, onto: Tensor | None = None, part: int = 0
+) -> Tensor:
+    """``sum_i w_i G_i`` float32 of stored gradients, in one pass; all but the first are as in `weighted_outers`."""
     from fsdp_dp.kernels import instantiate
 
     if out is None:
         out = torch.empty(stored_BPD.shape[1:], dtype=torch.float32, device=stored_BPD.device)
-    instantiate.weighted_rows(stored_BPD, weight_B, out)
+    instantiate.weighted_rows(stored_BPD, weight_B, out, onto, part)
     return out
 
 

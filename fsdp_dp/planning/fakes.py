@@ -66,6 +66,7 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
             (outer, "GhostNorms", _GhostNorms),
             (outer, "forms_well", lambda a, g: True),
             (outer, "stored_rows", _stored_rows),
+            (outer, "stored_norms", _stored_norms),
             (outer, "weighted_rows", _weighted_rows),
             (outer, "instantiated_norms", _instantiated_norms),
             (tied, "norm_terms", _tied_norm_terms),
@@ -186,10 +187,16 @@ class _GhostNorms:
 def _stored_rows(a_BTD: Tensor, g_BTP: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     _held_at_once = _readable(a_BTD), _readable(g_BTP)
     rows, D, P = len(a_BTD), a_BTD.shape[2], g_BTP.shape[2]
-    return torch.empty(rows, P, D, dtype=dtype), torch.zeros(3, rows, dtype=torch.float64)
+    return torch.empty(rows, P, D, dtype=dtype), torch.zeros(rows, 1, 2)
 
 
-def _weighted_rows(stored_BPD: Tensor, weight_B: Tensor, out: Tensor | None = None) -> Tensor:
+def _stored_norms(formed: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    return torch.zeros(len(formed), 3, len(formed[0][0]), dtype=torch.float64)
+
+
+def _weighted_rows(
+    stored_BPD: Tensor, weight_B: Tensor, out: Tensor | None = None, onto: Tensor | None = None, part: int = 0
+) -> Tensor:
     return torch.empty(stored_BPD.shape[1:], dtype=torch.float32) if out is None else out
 
 

@@ -16,6 +16,8 @@ pytestmark = pytest.mark.gpu(count=1)
 DEVICE = torch.device("cuda", 0)
 # (B, T, D, P): no multiple of a tile or of a stretch, one of everything, many stretches, more tiles than multiprocessors.
 SHAPES = [(3, 100, 520, 264), (2, 1197, 256, 136), (1, 1, 72, 64), (2, 1024, 2048, 2048), (1, 8200, 1024, 2304)]
+# Fewer stages than one warpgroup is ahead of the other, as many, and more; several tiles a program.
+SHORT = [(40, T, 520, 264) for T in (1, 64, 65, 128, 129, 192, 193, 256, 320)]
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -65,10 +67,10 @@ def test_norms_of_what_is_dropped(dtype: torch.dtype, kind: str) -> None:
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_what_is_stored_is_what_was_measured_and_is_summed(dtype: torch.dtype, kept: torch.dtype) -> None:
-    for shape in SHAPES:
+    for shape in SHAPES + SHORT:
         a, g = factors(*shape, dtype)
-        stored, stacked = outer.stored_rows(a, g, kept)
-        terms, wanted = NormTerms.unstack(stacked), exact(a, g)
+        stored, squares = outer.stored_rows(a, g, kept)
+        terms, wanted = NormTerms.unstack(outer.stored_norms([(stored, squares)])[0]), exact(a, g)
         eps = 2.0**-9 if kept == torch.bfloat16 else 2e-5
         assert ((stored.double() - wanted).norm(dim=(1, 2)) <= eps * wanted.norm(dim=(1, 2))).all()
         norm_sq = stored.double().square().sum((1, 2))
@@ -84,6 +86,10 @@ def test_what_is_stored_is_what_was_measured_and_is_summed(dtype: torch.dtype, k
         slices = bucket[:, 64:].unflatten(1, (-1, shape[2]))
         outer.weighted_rows(stored, weight, slices)
         assert torch.equal(slices.flatten(0, 1), out) and bucket[:, :64].isnan().all()
+        standing = torch.randn(shape[3] // 2, shape[2], device=DEVICE)
+        outer.weighted_rows(stored, weight, slices, standing, 1)
+        assert torch.equal(slices[0], out[: shape[3] // 2])
+        assert (slices[1] - standing - out[shape[3] // 2 :]).norm() <= 1e-6 * (standing.norm() + out.norm())
 
 
 def test_inflation_of_long_rows() -> None:

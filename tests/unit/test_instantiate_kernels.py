@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fsdp_dp import planner
 from fsdp_dp.clipping import certified_norm
-from fsdp_dp.gradients import Formed, OuterProduct, _instantiated_norms
+from fsdp_dp.gradients import Formed, OuterProduct, _instantiated_norms, settled
 from fsdp_dp.kernels import outer
 from fsdp_dp.norm_terms import NormTerms
 from fsdp_dp.numerics import gamma
@@ -159,8 +159,8 @@ def test_what_is_stored_is_what_was_measured(
 ) -> None:
     """Seen to fail when squares are taken before rounding."""
     a, g = factors(*shape, dtype)
-    stored, stacked = kernels.store(a, g, kept)
-    terms = NormTerms.unstack(stacked)
+    stored, squares = kernels.store(a, g, kept)
+    terms = NormTerms.unstack(kernels.terms_of_stored([(stored, squares)])[0])
     eps = torch.finfo(kept).eps
     torch.testing.assert_close(stored.double(), g.double().mT @ a.double(), rtol=eps, atol=1e-5)
     norm_sq = stored.double().square().sum((1, 2))
@@ -168,6 +168,17 @@ def test_what_is_stored_is_what_was_measured(
     assert ((terms.norm_sq - norm_sq).abs() <= terms.error).all()
     assert (terms.error <= 1e-4 * norm_sq + 1e-20).all()
     assert (certified_norm(terms) >= norm_sq.sqrt() * (1 + 2.0**-23)).all()
+
+
+def test_more_stored_layers_than_one_launch_measures(kernels: ModuleType) -> None:
+    """Seen to fail when a launch's layers are written where those of the first one are."""
+    formed = [
+        kernels.store(*factors(3, 21, 24, 8 * (number + 1), torch.bfloat16), torch.bfloat16) for number in range(10)
+    ]
+    found = kernels.terms_of_stored(formed)
+    for terms, one in zip(found, formed, strict=True):
+        torch.testing.assert_close(terms[0], one[0].double().square().sum((1, 2)), rtol=1e-5, atol=0)
+        assert torch.equal(terms, kernels.terms_of_stored([one])[0])
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16], ids=str)
@@ -203,23 +214,35 @@ def test_weighted_rows_in_slices_of_a_bucket(kernels: ModuleType) -> None:
     assert torch.equal(slices.flatten(0, 1), out) and bucket[:, :7].isnan().all()
 
 
+def test_weighted_rows_onto_what_stands_in_one_slice(kernels: ModuleType) -> None:
+    """Seen to fail when it is added to all slices, or read from the row that it has in the whole."""
+    stored, weight, standing = torch.randn(2, 40, 24), torch.tensor([0.5, 2.0]), torch.randn(10, 24)
+    slices, out = torch.empty(4, 10, 24), torch.empty(4, 10, 24)
+    kernels.weighted_rows(stored, weight, out)
+    kernels.weighted_rows(stored, weight, slices, standing, 2)
+    out[2] += standing
+    assert torch.equal(slices, out)
+
+
 # ---------------------------------------------------------------------------------------------- as gradients uses them
 
 
 def test_the_ways_of_a_gpu_are_those_without(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stored, a dropped and a Gram layer of one unit: norms and sums as by torch, the stored one's in its place.
+    """A stored, a rounded, a dropped and a Gram layer of one unit: norms and sums as by torch, the stored one's in its place.
 
     Seen to fail when a stored gradient's sum is not written to its place.
     """
-    methods = {24: "store", 40: "instantiate", 16: "gram"}
+    methods = {24: "store", 48: "round", 40: "instantiate", 16: "gram"}
     pairs = {str(D): factors(3, 21, D, 32, torch.bfloat16) for D in methods}
     exact_sq = sum(exact(a, g) for a, g in pairs.values())
     monkeypatch.setattr(outer, "usable", lambda a, g: True)
     monkeypatch.setattr(planner, "method", lambda T, D, *rest, **options: methods[D])
-    outers = {name: OuterProduct(a, g).settle() for name, (a, g) in pairs.items()}
-    assert [type(x) for x in outers.values()] == [Formed, OuterProduct, OuterProduct]
-    assert [x.method for x in outers.values()] == ["store", "instantiate", "gram"]
+    outers = {name: settled(OuterProduct(a, g), soon=name == "48") for name, (a, g) in pairs.items()}
+    assert [type(x) for x in outers.values()] == [Formed, Formed, OuterProduct, OuterProduct]
+    assert [x.method for x in outers.values()] == ["store", "round", "instantiate", "gram"]
     terms = total_norm_terms(list(outers.values()), 3, torch.device("cpu"))
+    rounded = outers["48"].dense().double()  # type: ignore[union-attr]
+    exact_sq += rounded.square().sum((1, 2)) - exact(*pairs["48"])
     torch.testing.assert_close(terms.norm_sq, exact_sq, rtol=1e-5, atol=0)
     assert (certified_norm(terms) >= exact_sq.sqrt()).all()
     weight, keep = torch.tensor([0.5, 0.0, 2.0]), torch.tensor([True, False, True])
@@ -228,6 +251,9 @@ def test_the_ways_of_a_gpu_are_those_without(kernels: ModuleType, monkeypatch: p
     assert sums["24"] is places["24"]
     for name, (a, g) in pairs.items():
         expected = torch.einsum("b,btp,btd->pd", weight.double(), g.double(), a.double())
+        if name == "48":
+            torch.testing.assert_close(rounded, g.double().mT @ a.double(), rtol=2.0**-7, atol=1e-5)
+            expected = torch.einsum("b,bpd->pd", weight.double(), rounded)
         torch.testing.assert_close(sums[name].double().view(expected.shape), expected, rtol=1e-5, atol=1e-5)
         alone = outers[name].weighted_sum(weight, keep)
         torch.testing.assert_close(alone.double(), expected, rtol=1e-5, atol=1e-5)

@@ -274,6 +274,14 @@ def test_the_plan_of_a_gpu() -> None:
     assert planner.method(4096, 4096, 4096, 2, 4, fused=True) in ("instantiate", "store")
 
 
+def test_the_plan_where_gradients_may_be_rounded() -> None:
+    """Not where the rounded gradient is much larger than its factors, nor for short rows; a long row's is smaller still."""
+    plan = {shape: planner.method(*shape, 2, 4, fused=True, rounds=True) for shape in [
+        (100, 1280, 5120), (1024, 4096, 4096), (1024, 2048, 2048), (1024, 2048, 5504), (8192, 2048, 2048),
+    ]}  # fmt: skip
+    assert list(plan.values()) == ["gram", "gram", "round", "round", "round"]
+
+
 def test_the_plan_without_kernels() -> None:
     assert planner.method(64, 512, 512, 4, 4, fused=False) == "gram"
     assert planner.method(1024, 512, 512, 4, 4, fused=False) == "store"
