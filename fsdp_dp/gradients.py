@@ -32,7 +32,7 @@ from torch import Tensor
 from fsdp_dp import columns, planner
 from fsdp_dp.columns import is_few, portions, side_by_side
 from fsdp_dp.kernels import outer as fused
-from fsdp_dp.kernels import tied
+from fsdp_dp.kernels import table_rows, tied
 from fsdp_dp.norm_terms import NormTerms
 from fsdp_dp.numerics import (
     SPLIT_ROUNDOFF,
@@ -398,6 +398,8 @@ class IndexedRows:
     @staticmethod
     def compress(index_BT: Tensor, g_BTP: Tensor, vocabulary: int) -> IndexedRows:
         """Add up the gradients of equal indices of a row; slots left over hold index 0 and value 0."""
+        if table_rows.compressible(index_BT, g_BTP):
+            return IndexedRows(*table_rows.compress(index_BT, g_BTP), vocabulary)
         B, T, P = g_BTP.shape
         sorted_index, order = index_BT.sort(dim=1, stable=True)
         new = torch.ones_like(sorted_index, dtype=torch.bool)
@@ -417,7 +419,27 @@ class IndexedRows:
         """The sum with a gradient that is stored for every row, ``dense`` ``[B, V, P]``."""
         return dense.scatter_add(1, self.index_BT[..., None].expand_as(self.value_BTP), self.value_BTP)
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether `sum_into` takes them."""
+        return table_rows.summable(self.value_BTP)
+
+    def sum_into(
+        self, weight_B: Tensor, out: Tensor | None = None, onto: Tensor | None = None, part: int = 0
+    ) -> Tensor:
+        """As `Formed.sum_into`."""
+        if out is None:
+            out = self.value_BTP.new_zeros(self.vocabulary, self.value_BTP.shape[2])
+        else:
+            out.zero_()
+        if onto is not None:
+            out[part].copy_(onto)
+        table_rows.weighted_sum(self.index_BT, self.value_BTP.contiguous(), weight_B.float(), out)
+        return out
+
     def weighted_sum(self, weight_B: Tensor, keep_B: Tensor) -> Tensor:
+        if self.is_fused:
+            return self.sum_into(_kept(weight_B, keep_B))
         scaled = _kept(self.value_BTP * weight_B.to(self.value_BTP.dtype)[:, None, None], keep_B)
         out = scaled.new_zeros(self.vocabulary, scaled.shape[2])
         return out.index_add_(0, self.index_BT.flatten(), scaled.flatten(0, 1))

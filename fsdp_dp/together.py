@@ -210,7 +210,7 @@ def weighted_sums(
 
     Weights are ``[B]``, the same for all, or ``[K, B]``, of which each takes its owner's. A weight is zero for rows that are
     not kept, as `clipping.RowWeights` has it: all that kernels ask about them. Sums that kernels make are written to their
-    place ``into``, if there is one (see `sharding.sums.Bucket`), those of Linears with what is ``standing``. Kernels take
+    place ``into``, if there is one (see `sharding.sums.Bucket`), those of matrices with what is ``standing``. Kernels take
     weights of the gradients' own format: those of float64 sums may be too far apart for quotients in float32.
     """
     products: dict[str, OuterProduct] = {}
@@ -239,7 +239,7 @@ def weighted_sums(
     rows = [(weight_KB, keep_KB)] if owners is None else list(zip(weight_KB.unbind(), keep_KB.unbind(), strict=True))
     for name, gradient in others.items():
         weight_B, keep_B = rows[owner_of[name]]
-        if isinstance(gradient, Formed):
+        if isinstance(gradient, Formed) or (isinstance(gradient, IndexedRows) and gradient.is_fused):
             onto = standing.taken(name) if standing is not None and name in into else None
             sums[name] = gradient.sum_into(weight_B, into.get(name), onto, 0 if standing is None else standing.part)
         else:

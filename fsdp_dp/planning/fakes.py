@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fsdp_dp import clipping, engine, gradients, kernels, numerics, vector_gradients
 from fsdp_dp.engine import PrivacyEngine
-from fsdp_dp.kernels import outer, tied, vectors
+from fsdp_dp.kernels import outer, table_rows, tied, vectors
 from fsdp_dp.kernels.position_sums import Layer
 from fsdp_dp.kernels.release import Verdict
 from fsdp_dp.norm_terms import NormTerms
@@ -69,6 +69,8 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
             (outer, "stored_norms", _stored_norms),
             (outer, "weighted_rows", _weighted_rows),
             (outer, "instantiated_norms", _instantiated_norms),
+            (table_rows, "compress", _compressed),
+            (table_rows, "weighted_sum", lambda index_BT, value_BTP, weight_B, out: None),
             (tied, "norm_terms", _tied_norm_terms),
             (clipping, "_has_kernel", lambda mask_B, dtype: False),
             (vector_gradients, "position_sums", _position_sums),
@@ -198,6 +200,10 @@ def _weighted_rows(
     stored_BPD: Tensor, weight_B: Tensor, out: Tensor | None = None, onto: Tensor | None = None, part: int = 0
 ) -> Tensor:
     return torch.empty(stored_BPD.shape[1:], dtype=torch.float32) if out is None else out
+
+
+def _compressed(index_BT: Tensor, g_BTP: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(index_BT), torch.empty(g_BTP.shape, dtype=torch.float32)
 
 
 def _instantiated_norms(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
