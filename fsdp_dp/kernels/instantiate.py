@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fsdp_dp.kernels.launching import Block, launch
-from fsdp_dp.kernels.tables import table
+from fsdp_dp.kernels.tables import table, tickets
 from fsdp_dp.kernels.tiles import Tiles, hand_scheduled, padded_tile
 from fsdp_dp.numerics import underflow, unit_roundoff
 
@@ -173,18 +173,15 @@ def _form_rounded(a_BTD: Tensor, g_BTP: Tensor, sums: Tensor, stored: Tensor, ti
     read_and_written = [
         Block(x, block, hopper.layout_of(block, dtype)) for x, block in zip((g_BTP, a_BTD, stored), blocks, strict=True)
     ]
-    launch(
-        rounded_hopper.form_rounded_tiles, (_programs_of_few_waves(count, a_BTD.device), 1, 1),
-        (*read_and_written, sums, T, P, D, count, tiles.depth, tiles.rows, tiles.columns, rounded_hopper.STAGES), warps=4,
-    )  # fmt: skip
+    sizes = (T, P, D, count, tiles.depth, tiles.rows, tiles.columns, rounded_hopper.STAGES)
+    programs = (min(count, _multiprocessors(a_BTD.device)), 1, 1)
+    arguments = (*read_and_written, sums, tickets(a_BTD.device), *sizes)
+    launch(rounded_hopper.form_rounded_tiles, programs, arguments, warps=4)
 
 
 @functools.cache
-def _programs_of_few_waves(tiles: int, device: torch.device) -> int:
-    """Each of which makes up to four tiles, as many as end soonest on all multiprocessors; more begin less often."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    each = min((4, 3, 2, 1), key=lambda most: most * triton.cdiv(triton.cdiv(tiles, most), multiprocessors))
-    return int(triton.cdiv(tiles, each))
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 _SHORT_TERMS = 8192
@@ -193,7 +190,7 @@ _ENDLESS = 1 << 30
 
 def _programs(tiles: int, T: int, device: torch.device) -> int:
     """Each of which makes up to four tiles, if these are short, as in `weighted_outer`."""
-    each = min(4, _SHORT_TERMS // T, tiles // (4 * torch.cuda.get_device_properties(device).multi_processor_count))
+    each = min(4, _SHORT_TERMS // T, tiles // (4 * _multiprocessors(device)))
     return -(-tiles // max(1, each))
 
 

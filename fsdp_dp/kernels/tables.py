@@ -40,6 +40,34 @@ def _table(rows: Rows) -> Table:
     return Table(rows)
 
 
+class _Tickets:
+    """Zeros on a device, one for each launch on a stream, cleared again when all have been used."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._whole = torch.zeros(_LAUNCHES, 4, dtype=torch.int32, device=device)  # 16 bytes each
+        self._each, self._used = self._whole.unbind(), 0
+
+    def next(self) -> Tensor:
+        if self._used == _LAUNCHES:
+            self._whole.zero_()
+            self._used = 0
+        self._used += 1
+        return self._each[self._used - 1]
+
+
+_LAUNCHES = 1024
+
+
+def tickets(device: torch.device) -> Tensor:
+    """An int32 that is zero when a launch on the current stream begins, from which its programs may draw numbers."""
+    return _tickets(device, _stream(device)).next()
+
+
+@functools.cache
+def _tickets(device: torch.device, stream: int) -> _Tickets:
+    return _Tickets(device)
+
+
 def _stream(device: torch.device) -> int:
     """What ``torch.cuda.current_stream(device).cuda_stream`` says, without a `torch.cuda.Stream` made for it."""
     if device.type != "cuda":
