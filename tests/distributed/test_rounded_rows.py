@@ -113,7 +113,7 @@ PLAYED: Mapping[str, object] = {
 
 
 def release(
-    rank: int, world_size: int, clipping: str | dict[str, str], rounds: bool
+    rank: int, world_size: int, clipping: str | dict[str, str], rounds: bool, compiled: bool = False
 ) -> tuple[Tensor, list[tuple[int, ...]]]:
     """What a few releases moved the parameters by, and the gradients that were kept rounded in the last microbatch."""
     vars(outer).update(PLAYED)
@@ -121,6 +121,8 @@ def release(
     ROUNDS[0] = rounds
     model, rows = Model(), world_size * MICROBATCHES * ROWS
     for block in model.blocks:
+        if compiled:
+            block.compile(backend="aot_eager")
         fully_shard(block)
     fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -150,6 +152,16 @@ def test_as_without_rounding_but_for_what_that_changes(clipping: str) -> None:
     without, none = run(release, RANKS, clipping, False)[0]
     found, kept = run(release, RANKS, clipping, True)[0]
     assert none == [] and kept == ONCE * 2
+    off = (found - without).norm(dim=1) / without.norm(dim=1)
+    assert 0 < float(off.max()) < 2.0**-8
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # the compiler's
+def test_blocks_that_are_compiled() -> None:
+    """Their layers are rounded as those of others."""
+    without, none = run(release, RANKS, "layer", False, True)[0]
+    found, kept = run(release, RANKS, "layer", True, True)[0]
+    assert none == [] and sorted(kept) == sorted(ONCE * 2)
     off = (found - without).norm(dim=1) / without.norm(dim=1)
     assert 0 < float(off.max()) < 2.0**-8
 
