@@ -22,7 +22,7 @@ def compress(index_BT: Tensor, g_BTP: Tensor) -> tuple[Tensor, Tensor]:
     """See `table_rows`."""
     B, T, P = g_BTP.shape
     g_BTP = g_BTP if g_BTP.stride(2) == 1 else g_BTP.contiguous()
-    sorted_BT, order_BT = index_BT.sort(dim=1, stable=True)
+    sorted_BT, order_BT = index_BT.contiguous().sort(dim=1, stable=True)  # which lie as what is sorted does
     first_BT = torch.ones_like(sorted_BT, dtype=torch.bool)
     torch.ne(sorted_BT[:, 1:], sorted_BT[:, :-1], out=first_BT[:, 1:])
     used_BT = first_BT.cumsum(1)

@@ -63,6 +63,15 @@ def test_gradients_that_backward_expanded() -> None:
         torch.testing.assert_close(value.sum(1), expanded.sum(1), rtol=1e-5, atol=1e-5)
 
 
+def test_indices_that_lie_column_by_column() -> None:
+    """Sorting leaves them so. Seen to fail: other positions than those of an index were added up, other memory written."""
+    index, g = table(3, 5, 8)
+    found, value = table_rows.compress(index, g)
+    for other in (index.T.contiguous().T, index.repeat(1, 2)[:, :5]):
+        again = table_rows.compress(other, g)
+        assert torch.equal(again[0], found) and torch.equal(again[1], value)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_weighted_sum(shape: tuple[int, int, int]) -> None:
     """A row of weight zero is not read, whatever it holds. Seen to fail when it is multiplied by zero."""
