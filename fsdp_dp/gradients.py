@@ -232,10 +232,13 @@ class OuterProduct:
         return outer_norm_cost(self.a_BTD.shape[1], self.a_BTD.shape[2], self.g_BTP.shape[2])
 
     def rounded(self) -> PerSampleGradient:
-        """`settle`, where the weights will be known soon: ``G_i`` rounded as the factors are, if that is cheapest."""
+        """`settle`, where the weights will be known soon: ``G_i`` rounded as the factors are, if that is cheapest.
+
+        However few rows there are: there may be as many as were drawn, and one must not decide how the others are rounded.
+        """
         a, g = self.a_BTD, self.g_BTP
-        rounds = a.dtype == torch.bfloat16 and self.is_fused and self._method(fused=True, rounds=True) == "round"
-        return Formed(*fused.stored_rows(a, g, a.dtype)) if rounds and fused.forms_well(a, g) else self.settle()
+        rounds = a.dtype == torch.bfloat16 and fused.usable(a, g) and self._method(fused=True, rounds=True) == "round"
+        return Formed(*fused.stored_rows(a, g, a.dtype)) if rounds else self.settle()
 
     def settle(self) -> PerSampleGradient:
         """``G_i`` itself where it is what the norm needs and takes little more room than its factors, else unchanged."""
