@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import struct
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -393,6 +394,7 @@ class PrivacyEngine:
             self._master_key = noise.key_from_seed(self.privacy.seed)
             if self.steps:
                 self._master_key = noise.derive_key(self._master_key, f"after release {self.steps}")
+        self._process = os.getpid()
         self._noise_key = noise.derive_key(self._master_key, "noise")
         self._bounds_key = noise.derive_key(self._master_key, "adaptive bounds")
         self.guard.restart(self._noise_key, self.seeded)
@@ -571,6 +573,12 @@ class PrivacyEngine:
             )
 
     def _check_before_release(self) -> None:
+        if os.getpid() != self._process:
+            raise PrivacyError(
+                f"optimizer.step() in process {os.getpid()}, which was forked off {self._process} after make_private: both "
+                "hold the same keys and would draw the same noise. Call make_private in the process that trains, or go on "
+                "with fresh keys: engine.load_state_dict(engine.state_dict())"
+            )
         self._last_release.check()
         self._batch.raise_if_poisoned()
         self._recorder.window.refuse_hooks()

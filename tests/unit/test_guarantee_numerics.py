@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import os
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -401,6 +402,40 @@ def test_rule_05_keys_are_fresh_for_every_attachment_and_load() -> None:
     assert all(keys)
     assert all(len(key) == 32 for of_one in keys for key in of_one)
     assert len(set().union(*keys)) == sum(len(of_one) for of_one in keys)
+
+
+def forked(work: Callable[[], None]) -> str:
+    """What ``work`` raised in a process that was forked off this one; "" if nothing."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        except PrivacyError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        told = said.read()
+    os.waitpid(child, 0)
+    return told
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_rule_05_a_forked_process_releases_nothing_with_its_parents_keys() -> None:
+    """Seen to fail without a look at the process: both drew the same noise."""
+    subject = private(noise_multiplier=1.0)
+    subject.backward(rows())
+    assert "hold the same keys" in forked(subject.optimizer.step)
+
+    def with_fresh_keys() -> None:
+        subject.engine.load_state_dict(subject.engine.state_dict())
+        subject.backward(rows())
+        subject.optimizer.step()
+
+    assert forked(with_fresh_keys) == ""
+    subject.optimizer.step()
 
 
 def test_rule_05_keys_reach_no_state_text_log_or_file(caplog: pytest.LogCaptureFixture) -> None:
