@@ -444,8 +444,11 @@ class _Use:
 
         found: list[Any] = []
         copied = False
+        values = [x.per_row for x in self.shared]
+        if self.name == "group_norm":  # vmap wants it so
+            values = [x.contiguous() for x in values]
         try:
-            flat = self._by_row(one_row, [x.per_row for x in self.shared])
+            flat = self._by_row(one_row, values)
         except UnsupportedModelError:
             if self.name != "view" or any(isinstance(x, torch.dtype) for x in self.leaves):
                 raise

@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 from fsdp_dp.compiled import CompiledModule, as_written, compiled_modules, refuse_cuda_graphs
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.graph_identity import TappedClasses
-from fsdp_dp.layers import is_product
+from fsdp_dp.layers import has_entries, is_product
 from fsdp_dp.layers.leaf import is_proven
 from fsdp_dp.marks import PICKED_REFUSED, is_picked
 from fsdp_dp.node_taps import NodeTap, come_last, node_of
@@ -356,6 +356,8 @@ class Taps:
             inputs = [x if isinstance(x, SharedValue) else share(x) for x in inputs]
             leaves = [share(x) if i in tapped and not isinstance(x, SharedValue) else x for i, x in enumerate(leaves)]
         outputs, inputs = unwrapped([leaves[i] for i in tapped]), unwrapped(inputs)
+        if any(are_shared) and has_entries(module, inputs[0].ndim - 1):
+            report = _of_entries(report)
         if call.spec is not None:
             call = dataclasses.replace(call, shared=tuple(are_shared), gives_shared=share is not None)
             if not is_proven(module, call, inputs, self._rows()):
@@ -389,6 +391,15 @@ class Taps:
             self.picked.add(name)
         if name in self.picked and self._rows() > 1:
             raise UnsupportedModelError(f"Layer '{name}' {PICKED_REFUSED}")
+
+
+def _of_entries(report: Report) -> Report:
+    """What is the same for all rows, ``[B, k, ...]``, as a layer is given k entries of each row: ``[B k, ...]``."""
+
+    def flat(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.flatten(0, 1)
+
+    return lambda call, inputs, grads: report(call, tuple(map(flat, inputs)), tuple(map(flat, grads)))  # type: ignore[arg-type]
 
 
 def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:

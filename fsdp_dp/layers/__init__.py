@@ -8,6 +8,7 @@ from fsdp_dp.layers import convolution, embedding, hugging_face_norms, leaf, lin
 from fsdp_dp.layers.linear import is_product
 from fsdp_dp.layers.registry import (
     Rule,
+    has_entries,
     has_rule,
     keeps,
     layer_rule,
@@ -24,6 +25,7 @@ __all__ = [
     "Rule",
     "convolution",
     "embedding",
+    "has_entries",
     "has_rule",
     "hugging_face_norms",
     "is_product",

@@ -16,7 +16,12 @@ from fsdp_dp.numerics import accumulate_dtype
 from fsdp_dp.patches import Geometry, PatchProduct
 
 
-@layer_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, layouts=("rows", "merged"))
+def _of_one_image(module: nn.Module) -> int:
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    return len(module.kernel_size) + 1
+
+
+@layer_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, layouts=("rows", "merged"), unbatched=_of_one_image)
 def convolution(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
     """An outer product over patches, cut when needed. All strides, dilations, groups, paddings and padding modes."""
     _check_batch(module, a)
@@ -41,7 +46,9 @@ def geometry(module: nn.Module) -> Geometry:
     )
 
 
-@layer_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, layouts=("rows", "merged"))
+@layer_rule(
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, layouts=("rows", "merged"), unbatched=_of_one_image
+)
 def transposed_convolution(
     module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]
 ) -> dict[str, PerSampleGradient]:
@@ -64,9 +71,8 @@ def transposed_convolution(
 
 
 def _check_batch(module: nn.Module, a: Tensor) -> None:
-    assert isinstance(module, nn.modules.conv._ConvNd)
-    if a.ndim != len(module.kernel_size) + 2:
+    if a.ndim != _of_one_image(module) + 1:
         raise UnsupportedModelError(
             f"A {type(module).__name__} was given an input of shape {tuple(a.shape)} without a batch dimension; give it "
-            f"{len(module.kernel_size) + 2} dimensions, [rows, channels, ...]"
+            f"{_of_one_image(module) + 1} dimensions, [rows, channels, ...]"
         )

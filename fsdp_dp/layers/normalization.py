@@ -63,7 +63,7 @@ def scale_and_shift(x: Tensor, g: Tensor, dims: int, wanted: frozenset[str]) -> 
     return out
 
 
-@layer_rule(nn.GroupNorm, layouts=("rows", "merged"))
+@layer_rule(nn.GroupNorm, layouts=("rows", "merged"), unbatched=lambda module: 0)
 def group_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
     """Stored for every row."""
     assert isinstance(module, nn.GroupNorm)
@@ -79,17 +79,23 @@ def _keeps_no_statistics(module: nn.Module) -> str | None:
     return None
 
 
+def _of_one_image(module: nn.Module) -> int:
+    assert isinstance(module, nn.modules.instancenorm._InstanceNorm)
+    return module._get_no_batch_dim()
+
+
 @layer_rule(
-    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, check=_keeps_no_statistics, layouts=("rows", "merged")
-)
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, check=_keeps_no_statistics, layouts=("rows", "merged"),
+    unbatched=_of_one_image,
+)  # fmt: skip
 def instance_norm(module: nn.Module, a: Tensor, g: Tensor, wanted: frozenset[str]) -> dict[str, PerSampleGradient]:
     """Stored for every row. Not with track_running_stats."""
     assert isinstance(module, nn.modules.instancenorm._InstanceNorm)
     dtype = accumulate_dtype(a.dtype)
-    if a.ndim != module._get_no_batch_dim() + 1:
+    if a.ndim != _of_one_image(module) + 1:
         raise UnsupportedModelError(
             f"A {type(module).__name__} was given an input of shape {tuple(a.shape)} without a batch dimension; give it "
-            f"{module._get_no_batch_dim() + 1} dimensions, [rows, channels, ...]"
+            f"{_of_one_image(module) + 1} dimensions, [rows, channels, ...]"
         )
     return _of_channels(F.instance_norm(a.to(dtype), eps=module.eps), g.to(dtype), wanted)
 

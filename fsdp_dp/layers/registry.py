@@ -25,6 +25,7 @@ class _Entry:
     check: Check
     keeps: Literal["first", "all"]
     layouts: tuple[Layout, ...]
+    unbatched: Callable[[nn.Module], int] | None
 
 
 _ENTRIES: dict[type[nn.Module] | str, _Entry] = {}
@@ -38,19 +39,21 @@ def layer_rule(
     check: Check = lambda module: None,
     keeps: Literal["first", "all"] = "first",
     layouts: tuple[Layout, ...] = ALL_LAYOUTS,
+    unbatched: Callable[[nn.Module], int] | None = None,
 ) -> Callable[[AnyRule], AnyRule]:
     """Register a rule for these types, and for subclasses that override nothing of what they do.
 
     A type of a package that may be absent is given by name: ``"package.module.Class"``. ``parameters`` are all that the
     rule knows; ``check(module)`` returns why an instance cannot be exact, or None; ``layouts`` are where the layer's rows
-    can be. The rule is called as ``rule(module, a, g, wanted)``, with the layer's first input and the gradient of its
-    output, the batch in front; or, with ``keeps="all"``, as ``rule(module, record, wanted)`` with all that the layer was
-    given.
+    can be; ``unbatched(module)``, of a layer that has entries in front and then their channels, how many dimensions an
+    input of one entry has (0: there is no such input). The rule is called as ``rule(module, a, g, wanted)``, with the
+    layer's first input and the gradient of its output, the batch in front; or, with ``keeps="all"``, as
+    ``rule(module, record, wanted)`` with all that the layer was given.
     """
 
     def register(rule: AnyRule) -> AnyRule:
         for kind in types:
-            _ENTRIES[kind] = _Entry(rule, parameters, check, keeps, layouts)
+            _ENTRIES[kind] = _Entry(rule, parameters, check, keeps, layouts, unbatched)
         return rule
 
     return register
@@ -61,7 +64,7 @@ def forward_rule(*fingerprints: str) -> Callable[[AnyRule], AnyRule]:
 
     def register(rule: AnyRule) -> AnyRule:
         for text in fingerprints:
-            _BY_FORWARD[text] = _Entry(rule, ("weight",), lambda module: None, "first", ALL_LAYOUTS)
+            _BY_FORWARD[text] = _Entry(rule, ("weight",), lambda module: None, "first", ALL_LAYOUTS, None)
         return rule
 
     return register
@@ -69,7 +72,7 @@ def forward_rule(*fingerprints: str) -> Callable[[AnyRule], AnyRule]:
 
 def rule_of_any_leaf(rule: AnyRule) -> AnyRule:
     """Register what is done with modules without children that have no rule of their own."""
-    _ANY_LEAF[:] = [_Entry(rule, None, _why_not_as_a_leaf, "all", ALL_LAYOUTS)]
+    _ANY_LEAF[:] = [_Entry(rule, None, _why_not_as_a_leaf, "all", ALL_LAYOUTS, None)]
     return rule
 
 
@@ -120,6 +123,12 @@ def has_rule(module: nn.Module) -> bool:
 def layouts(module: nn.Module) -> tuple[Layout, ...]:
     """Where the rows of a layer's records can be."""
     return _known(module).layouts
+
+
+def has_entries(module: nn.Module, dimensions: int) -> bool:
+    """Whether an input of so many dimensions has entries in front, which the layer must not take for channels."""
+    unbatched = _known(module).unbatched
+    return unbatched is not None and dimensions != unbatched(module)
 
 
 def rule_for(module: nn.Module) -> Rule:

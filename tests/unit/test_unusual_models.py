@@ -120,6 +120,22 @@ EXACT: dict[str, tuple[Make, Use]] = {
         lambda: {"c": nn.Linear(D, D * D)}, lambda m, h: torch.bmm(h, m.c(h.mean(1)).view(-1, D, D))
     ),
     "masked by rows": (lambda: {"p": p(D)}, lambda m, h: h + m.p * (h.detach().sum(-1, keepdim=True) > 0)),
+    "start image": (lambda: {"c": nn.Conv1d(D, D, 1), "p": p(1, D, T)}, lambda m, h: h + m.c(m.p).mT),
+    "start image, upsampled": (
+        lambda: {"c": nn.ConvTranspose1d(D, D, 2, 2), "p": p(1, D, T // 2)},
+        lambda m, h: h + m.c(m.p.repeat(len(h), 1, 1)).mT,
+    ),
+    "several start images": (lambda: {"c": nn.Conv1d(D, D, 1), "p": p(2, D, T)}, lambda m, h: h + m.c(m.p).sum(0).T),
+    "start image without a batch": (lambda: {"c": nn.Conv1d(D, D, 1), "p": p(D, T)}, lambda m, h: h + m.c(m.p).T),
+    "start image of instances": (
+        lambda: {"c": nn.InstanceNorm1d(D, affine=True), "p": p(1, D, T)}, lambda m, h: h + m.c(m.p).mT
+    ),
+    "start image of groups": (lambda: {"c": nn.GroupNorm(1, D), "p": p(1, D, T)}, lambda m, h: h + m.c(m.p).mT),
+    # Eight rows of the same, and eight channels: rows were taken for channels.
+    "start image of as many channels as rows": (
+        lambda: {"c": nn.GroupNorm(1, ROWS), "p": p(1, ROWS, T)},
+        lambda m, h: h + m.c(m.p.expand(len(h), -1, -1)).mean(1)[..., None],
+    ),
     "rolled": (lambda: {"p": p(T, D)}, lambda m, h: h + m.p.roll(1, 0) + m.p.flip(0).cumsum(0)),
 }  # fmt: skip
 REFUSED: dict[str, tuple[Make, Use, str]] = {
