@@ -117,5 +117,6 @@ def fits(layout: Layout, shapes: Sequence[torch.Size], rows: int) -> bool:
     if layout == "rows":
         return all(len(shape) > 0 and shape[0] == rows for shape in shapes)
     if layout == "second":
-        return all(len(shape) > 2 and shape[1] == rows for shape in shapes)
+        # Sequence first has three dimensions, of which ids that are looked up have two.
+        return all(shape[1:2] == (rows,) for shape in shapes) and any(len(shape) > 2 for shape in shapes)
     return all(len(shape) > 0 and shape[0] == shapes[0][0] and shape[0] % rows == 0 < shape[0] for shape in shapes)

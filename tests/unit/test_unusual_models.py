@@ -120,6 +120,7 @@ EXACT: dict[str, tuple[Make, Use]] = {
         lambda: {"c": nn.Linear(D, D * D)}, lambda m, h: torch.bmm(h, m.c(h.mean(1)).view(-1, D, D))
     ),
     "masked by rows": (lambda: {"p": p(D)}, lambda m, h: h + m.p * (h.detach().sum(-1, keepdim=True) > 0)),
+    "lookup, sequence first": (lambda: {"c": nn.Embedding(9, D)}, lambda m, h: h + m.c(ids(h).T).transpose(0, 1)),
     "start image": (lambda: {"c": nn.Conv1d(D, D, 1), "p": p(1, D, T)}, lambda m, h: h + m.c(m.p).mT),
     "start image, upsampled": (
         lambda: {"c": nn.ConvTranspose1d(D, D, 2, 2), "p": p(1, D, T // 2)},
