@@ -232,7 +232,10 @@ class SharedValue(Tensor):
         wanted = sets_requires_grad(func, name, args, kwargs)
         if wanted is None:
             raise _unsupported(self, "an assignment to an attribute of it")
-        if wanted != self.requires_grad:
+        made = (
+            wanted and not self._is_param
+        )  # by the program, out of a parameter: it may ask for its own tensor's gradient
+        if wanted != self.requires_grad and not made:
             refuse_setting(self.owner, wanted)
         return self
 

@@ -110,6 +110,7 @@ EXACT: dict[str, Way] = {
     "asks of what it computed": lambda m, x: x * (m.scale * 2 if (m.scale * 2).requires_grad else 0),
     "asks of a constant": lambda m, x: x * (2 if m.scale.detach().requires_grad else m.scale),
     "says that it is trained": lambda m, x: F.linear(x, m.first.weight.requires_grad_()),
+    "says so of what it made": lambda m, x: x * m.scale + torch.zeros_like(m.scale).requires_grad_(),
     "asks of what rows made": lambda m, x: x * m.scale if x.requires_grad else x,
 }
 
