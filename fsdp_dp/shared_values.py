@@ -34,7 +34,7 @@ from fsdp_dp.row_layouts import RowLayouts
 
 METADATA = frozenset(
     "shape dtype device layout ndim is_leaf grad grad_fn is_cuda is_cpu is_meta is_sparse is_quantized "
-    "is_mkldnn is_nested is_xla is_mps names itemsize nbytes _version output_nr size dim numel nelement stride "
+    "is_mkldnn is_nested is_xla is_mps names _base itemsize nbytes _version output_nr size dim numel nelement stride "
     "element_size is_floating_point is_complex is_contiguous data_ptr untyped_storage storage_offset __len__ __hash__ "
     "__repr__ __format__ get_device requires_grad is_inference _backward_hooks __deepcopy__ is_tensor is_storage "
     "is_signed dim_order ndimension _has_compatible_shallow_copy_type".split()
@@ -210,8 +210,11 @@ class SharedValue(Tensor):
         name = function_name(func)
         if name == "grad_fn" and (module := _registering()) is not None and args[0].meetings.is_of_model(module):
             refuse_assignment(args[0].owner)
-        if name == "requires_grad" and _asked_by_sharding():
-            return False  # FSDP looks for inputs with nodes of their own, to hear when backward has come to them
+        if name in ("requires_grad", "register_hook") and (asking := _asked_by_sharding()):
+            if _BEFORE_BACKWARD.isdisjoint(asking):
+                return False  # FSDP looks for inputs with nodes of their own, to hear when backward has come to them
+            with torch._C.DisableTorchFunction():  # it gathers a unit's parameters when backward comes to an output
+                return func(args[0].per_row, *args[1:], **kwargs)
         if name in METADATA and func is not torch.autograd.grad:
             return super().__torch_function__(func, types, args, kwargs)
         if name in _SETTERS and isinstance(args[0], SharedValue):
@@ -232,9 +235,8 @@ class SharedValue(Tensor):
         wanted = sets_requires_grad(func, name, args, kwargs)
         if wanted is None:
             raise _unsupported(self, "an assignment to an attribute of it")
-        made = (
-            wanted and not self._is_param
-        )  # by the program, out of a parameter: it may ask for its own tensor's gradient
+        # What the program made out of a parameter is its own: it may want the gradient of that.
+        made = wanted and not self._is_param
         if wanted != self.requires_grad and not made:
             refuse_setting(self.owner, wanted)
         return self
@@ -285,16 +287,22 @@ def inside_custom_function() -> bool:
     return False
 
 
-def _asked_by_sharding() -> bool:
-    """Whether torch's FSDP asks, perhaps by way of a mode of the engine's."""
+def _asked_by_sharding() -> list[str]:
+    """The functions of torch's FSDP that ask, perhaps by way of a mode of the engine's; none if the program does."""
     frame: Any = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+    while frame is not None and frame.f_code.co_filename.startswith(_BETWEEN):
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename.startswith(_SHARDING)
+    asking = []
+    while frame is not None and frame.f_code.co_filename.startswith(_SHARDING):
+        asking.append(frame.f_code.co_name)
+        frame = frame.f_back
+    return asking
 
 
 _OURS = os.path.join(os.path.dirname(__file__), "")
 _SHARDING = os.path.join(os.path.dirname(torch.__file__), "distributed", "")
+_BETWEEN = (_OURS, torch._tensor.__file__, torch.overrides.__file__)
+_BEFORE_BACKWARD = frozenset({"_register_pre_backward_hook", "_register_pre_backward_hooks"})
 _SETTERS = frozenset({"requires_grad_", "__set__"})
 _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook", "retain_grad"})
 

@@ -455,6 +455,31 @@ class Bare(nn.Module):
         return self.head(x_BTD[:, 1:])
 
 
+class Ask(Unit):
+    """Queries of a start image that is the same for all rows: a unit that no row passes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.norm = nn.Conv1d(WIDTH, WIDTH, 1), nn.GroupNorm(1, WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, start_1DT: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.norm(self.image(start_1DT))).mT)
+
+
+class Queries(nn.Module):
+    """Rows answer what was learned without them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.start = nn.Embedding(VOCABULARY, WIDTH), nn.Parameter(torch.zeros(1, WIDTH, POSITIONS))
+        self.ask, self.head = Ask(), nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        x_BTD, queries_1TD = self.token(ids_BT), self.ask(self.start)
+        return self.head(torch.softmax(queries_1TD @ x_BTD.mT, -1) @ x_BTD + queries_1TD)
+
+
 class RootMeanSquare(nn.Module):
     """As Llama's: a norm of its own, in float32 or wider."""
 
@@ -810,6 +835,7 @@ CASES = {
     "unit called twice": Case(build=Twice),
     "shared weights": Case(build=Shared),
     "bare parameters": Case(build=Bare),
+    "queries": Case(build=Queries),
     "leaf modules": Case(build=Leaves),
     "recurrent": Case(build=Recurrent),
     "vision": Case(build=Vision, row_losses=square_losses, input_shape=(2, 4, 6)),
