@@ -50,6 +50,7 @@ _LEVELS = 16
 _LOSSES_WITH_WEIGHTS = (
     F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.multi_margin_loss,
 )  # fmt: skip
+_WITHOUT_RESULT = (Tensor.__setitem__, Tensor.register_hook)
 _TO_NUMBERS = (Tensor.item, Tensor.__float__, Tensor.__int__)
 _BY_NUMBERS = frozenset("div div_ true_divide __truediv__ mul mul_ multiply __mul__ __rmul__".split())
 
@@ -461,7 +462,7 @@ class LossRecording(TorchFunctionMode):
         for func, args, call_kwargs, result in self._calls:
             if func in _TO_NUMBERS and isinstance(args[0], Tensor):
                 numbers[id(result)] = func(current(args[0]))
-            if func is not Tensor.__setitem__ and not any(isinstance(x, Tensor) for x in tree_leaves(result)):
+            if func not in _WITHOUT_RESULT and not any(isinstance(x, Tensor) for x in tree_leaves(result)):
                 continue
             if func.__name__ in _BY_NUMBERS:
                 args = tuple(numbers.get(id(x), x) if isinstance(x, int | float) else x for x in args)

@@ -115,6 +115,14 @@ def over_counted_tokens(model: Decoder) -> Tensor:
     return losses.sum() / count.sum().item()
 
 
+def by_a_hook(model: Decoder) -> Tensor:
+    """Seen to be taken on trust, with a warning, when hooks were not replayed."""
+    x, y = batch()
+    logits = model(x)
+    logits.register_hook(lambda g: g / g.norm())
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
 def auxiliary(model: Decoder) -> Tensor:
     return rows(model) + model.auxiliary
 
@@ -132,13 +140,21 @@ def all_tokens(model: Decoder) -> Tensor:
     return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), weight=torch.ones(V))
 
 
+def scaled_by_a_hook(model: Decoder) -> Tensor:
+    x, y = batch()
+    logits = model(x)
+    logits.register_hook(lambda g: 0.5 * g)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
 def inside(model: Decoder) -> Tensor:
     x, y = batch(ragged=True)
     return model(x, labels=y)["loss"]
 
 
 COUPLED_LOSSES = [
-    over_valid_tokens, over_valid_tokens_transposed, over_integer_mask, over_float_mask, over_counted_tokens, auxiliary,
+    over_valid_tokens, over_valid_tokens_transposed, over_integer_mask, over_float_mask, over_counted_tokens, by_a_hook,
+    auxiliary,
 ]  # fmt: skip
 
 
@@ -160,7 +176,9 @@ def test_a_statistic_kept_in_a_new_buffer_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["", "dropout", "nested checkpoint", "bare positions"])
-@pytest.mark.parametrize("loss_of", [rows, rows_with_ignored, all_tokens, inside], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize(
+    "loss_of", [rows, rows_with_ignored, all_tokens, scaled_by_a_hook, inside], ids=lambda loss: loss.__name__
+)
 def test_rows_of_their_own_are_released(kind: str, loss_of: Any) -> None:
     assert train(Decoder(kind), loss_of) == 2
 
