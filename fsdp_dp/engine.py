@@ -78,8 +78,6 @@ class PrivacyEngine:
     the releases as sampled by `loader`.
 
     Attributes:
-        privacy: the configuration.
-        noise_multiplier: sigma, given or calibrated; what is accounted.
         layers: canonical name -> module, of the layers that are tapped.
         groups: the clipping groups.
         steps: releases so far.
@@ -89,14 +87,14 @@ class PrivacyEngine:
     """
 
     def __init__(self, model: nn.Module, privacy: PrivacyConfig, optimizer: Optimizer | None = None) -> None:
-        self.privacy = privacy
+        self._privacy = privacy
         refuse_attached(model)
         self.model = open_model(model)
         self.layers, bare = tapped_layers(self.model)
         self.bare_parameters = [p.name for p in bare]
         self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.dtype = self.model.parameters[0].accumulator.dtype
-        self.noise_multiplier = self._agree_on_noise_multiplier()
+        self._noise_multiplier = self._agree_on_noise_multiplier()
         self.groups = clipping_groups(
             self._places(),
             clipping=privacy.clipping,
@@ -164,6 +162,16 @@ class PrivacyEngine:
             warnings.warn(_SEED_WARNING, stacklevel=2)
         delta = self.privacy.target_delta if delta is None else delta
         return accounting.epsilon_for(self.privacy, self.noise_multiplier, self._accounted_steps(), delta).upper
+
+    @property
+    def privacy(self) -> PrivacyConfig:
+        """The configuration, which stays what noise was calibrated for."""
+        return self._privacy
+
+    @property
+    def noise_multiplier(self) -> float:
+        """sigma, given or calibrated; what is accounted."""
+        return self._noise_multiplier
 
     @property
     def bounds(self) -> tuple[float, ...]:

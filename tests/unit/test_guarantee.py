@@ -6,6 +6,7 @@ file, `test_bad_input`; here is what must hold in runs where nothing goes wrong,
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -543,6 +544,17 @@ def test_rule_10_older_state_does_not_take_releases_back() -> None:
     subject.engine.load_state_dict(old)
     assert subject.engine.steps == 2
     assert subject.engine.epsilon() == spent
+
+
+def test_rule_10_what_is_accounted_cannot_be_set_afterwards() -> None:
+    """Seen to fail when both were plain attributes: epsilon was that of noise which nobody added."""
+    engine = private(noise_multiplier=1.0, sampling="external_poisson").engine
+    for name, value in {
+        "privacy": dataclasses.replace(engine.privacy, expected_batch_size=1),
+        "noise_multiplier": 9.0,
+    }.items():
+        with pytest.raises(AttributeError, match=name):
+            setattr(engine, name, value)
 
 
 def test_rule_10_epsilon_is_infinite_without_noise_and_only_then() -> None:
