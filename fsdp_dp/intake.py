@@ -50,6 +50,11 @@ class Intake:
         self._waiting.append(mask_B)
 
     def open_block(self, mask_B: Tensor) -> None:
+        if not isinstance(mask_B, Tensor):
+            raise PrivacyError(
+                f"engine.microbatch(mask): found a {type(mask_B).__name__}, expected a tensor of a bool for each row, False "
+                "for padding: torch.ones(rows, dtype=torch.bool) where there is none"
+            )
         if self.source == "loader":
             raise PrivacyError(
                 "engine.microbatch(mask) within a logical batch of engine.loader: the loader's microbatches carry their "

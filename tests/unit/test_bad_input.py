@@ -234,6 +234,15 @@ def test_dataset_of_another_length(subject: Private) -> None:
         subject.engine.loader(dataset()[:-1], microbatch_size=4)
 
 
+def test_mask_that_is_no_tensor(external: Private) -> None:
+    """Seen to end in an AttributeError of the engine's own."""
+    with (
+        pytest.raises(PrivacyError, match=r"microbatch\(mask\): found a list"),
+        external.engine.microbatch([True] * 8),  # type: ignore[arg-type]
+    ):
+        pass
+
+
 def test_mask_of_another_length_than_the_batch(external: Private) -> None:
     with (
         nothing_released(external),
