@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fsdp_dp.chacha import WORD_LIMIT, WORDS_PER_BLOCK, keystream
+from fsdp_dp.collating import Collating
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.draw_guard import DrawGuard
 from fsdp_dp.noise import derive_key
@@ -161,7 +162,8 @@ class LogicalBatchLoader:
 
     **Formal guarantee.** Each row of a logical batch's draw appears exactly once, on exactly one rank. Padding rows are
     zeros in the structure and shapes of row 0, and are masked. So the accountant may assume `privacy.sampling`, as long
-    as every logical batch handed out is released or dropped without regard to its data.
+    as every logical batch handed out is released or dropped without regard to its data, and a `collate_fn` leaves rows apart
+    (`Collating` asks).
     """
 
     def __init__(
@@ -193,6 +195,8 @@ class LogicalBatchLoader:
             lambda number: guard.look(number, draw(number)), microbatch_size, rank, world_size, fixed
         )
         self._newest: _Stream | None = None
+        if (collate := dataloader_kwargs.get("collate_fn")) is not None:
+            dataloader_kwargs = dataloader_kwargs | {"collate_fn": Collating(collate)}
         self._dataloader = DataLoader(_PaddedRows(dataset), batch_sampler=self._schedule, **dataloader_kwargs)
 
     def __len__(self) -> int:

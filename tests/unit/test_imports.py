@@ -23,6 +23,7 @@ ORDER = (
         "chacha",
         "noise",
         "draw_guard",
+        "collating",
         "sampling",
         "records",
         "batch_norm",

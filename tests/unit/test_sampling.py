@@ -8,15 +8,20 @@ import copy
 import itertools
 import math
 import pickle
+import random
 from collections import namedtuple
+from collections.abc import Callable
 from decimal import Decimal, localcontext
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset, default_collate
 
-from fsdp_dp import noise, sampling
+from fsdp_dp import PrivacyError, noise, sampling
+from fsdp_dp.collating import Collating
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.sampling import (
     PADDING,
@@ -538,6 +543,56 @@ def test_rows_may_be_dicts():
             assert batch["x"].shape == (4, 3) and torch.equal(batch["x"][:, 0] != 0, mask_B)
             names += [name for name in batch["name"] if name]
         assert names == [f"row {row}" for row in expected_rows(number)]
+
+
+def mixed(rows: list[torch.Tensor]) -> torch.Tensor:
+    x = torch.stack(rows)
+    return 0.5 * x + 0.5 * x[torch.randperm(len(x))]
+
+
+def padded_and_masked(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """As collators of masked language models do: rows are taken apart, and positions are drawn."""
+    x = nn.utils.rnn.pad_sequence([row.pop("x") for row in rows], batch_first=True)
+    return {"x": torch.where(torch.rand(x.shape) < 0.5, 0.0, x), "length": torch.tensor([random.random() for _ in x])}
+
+
+COUPLING: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
+    "mixup": mixed,
+    "less the mean": lambda rows: torch.stack(rows) - torch.stack(rows).mean(0),
+    "sorted": lambda rows: torch.stack(sorted(rows, key=lambda x: float(x[0]))),
+    "backwards": lambda rows: torch.stack(rows[::-1]),
+}
+
+
+@pytest.mark.parametrize("name", COUPLING)
+def test_collate_fn_that_mixes_or_moves_rows_is_refused(name: str) -> None:
+    """Seen to be accepted, with an epsilon."""
+    torch.manual_seed(0)
+    collate, rows = Collating(COUPLING[name]), torch.randn(4, 8, 3).unbind(0)
+    with pytest.raises(PrivacyError, match="collate_fn: a row came out otherwise"):
+        for x in rows:
+            collate(list(x))
+
+
+def test_loader_asks_its_collate_fn() -> None:
+    with pytest.raises(PrivacyError, match="collate_fn"):
+        for logical_batch in make_loader(collate_fn=lambda rows: default_collate(rows[::-1])):
+            for _ in logical_batch:
+                pass
+
+
+def test_collate_fn_that_takes_rows_apart_is_as_it_is() -> None:
+    """With the random numbers that it would have drawn."""
+
+    def batches(collate: Any) -> list[Any]:
+        torch.manual_seed(0)
+        random.seed(0)
+        lengths = [[5, 2, 3], [1, 1, 5], [4, 4, 4], *[[2, 3, 1]] * 8]
+        return [collate([{"x": torch.ones(n) * i} for i, n in enumerate(of_one, 1)]) for of_one in lengths]
+
+    for x, y in zip(batches(Collating(padded_and_masked)), batches(padded_and_masked), strict=True):
+        assert torch.equal(x["x"], y["x"])
+        assert torch.equal(x["length"], y["length"])
 
 
 def sum_collate(rows: list[tuple[torch.Tensor, int]]) -> tuple[int, list[int]]:
