@@ -13,6 +13,7 @@ The engine decides what is released, and when; `logical_batch` says what is pend
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 import struct
@@ -90,6 +91,7 @@ class PrivacyEngine:
         self._privacy = privacy
         refuse_attached(model)
         self.model = open_model(model)
+        self.model.refuse_differences("make_private", self._what_ranks_share())
         self.layers, bare = tapped_layers(self.model)
         self.bare_parameters = [p.name for p in bare]
         self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -210,20 +212,24 @@ class PrivacyEngine:
     ) -> LogicalBatchLoader:
         """Logical batches drawn as the accountant assumes; each iterates over equal-shape, masked microbatches.
 
+        To be called on all ranks alike; where ranks differ in an option, all raise ValueError.
+
         Args:
             dataset: map-style, of length ``privacy.dataset_size``.
             microbatch_size: rows of a microbatch on one rank, padding included.
             steps: logical batches; default ``privacy.steps``, endless if that is None.
             dataloader_kwargs: for torch's ``DataLoader`` (``num_workers``, ``collate_fn``, ...).
         """
-        number = len(self._draws_of_loaders)
+        number, steps = len(self._draws_of_loaders), self.privacy.steps if steps is None else steps
+        given = {"the number of loaders so far": number, "microbatch_size": microbatch_size, "steps": steps}
+        self.model.refuse_differences("engine.loader", given)
         self._draws_of_loaders.append(0)
         return LogicalBatchLoader(
             dataset,
             privacy=self.privacy,
             key=noise.derive_key(self._master_key, f"sampling {number}"),
             microbatch_size=microbatch_size,
-            steps=self.privacy.steps if steps is None else steps,
+            steps=steps,
             rank=self.model.data_rank,
             world_size=self.model.data_size,
             on_logical_batch=lambda: self._start_logical_batch(number),
@@ -377,6 +383,12 @@ class PrivacyEngine:
         return self._examination.passed
 
     # ------------------------------------------------------------------------------------------------- attachment
+
+    def _what_ranks_share(self) -> dict[str, Any]:
+        names = hashlib.sha256(repr([(p.name, p.numel) for p in self.model.parameters]).encode()).hexdigest()
+        found = f"{len(self.model.parameters)}, {self.model.global_numel} elements, names {names[:8]}"
+        options = {f"PrivacyConfig.{name}": value for name, value in dataclasses.asdict(self.privacy).items()}
+        return {**options, "the list of trainable parameters": found}
 
     def _agree_on_noise_multiplier(self) -> float:
         """Calibrated on rank 0 only, so that ranks cannot differ in the last digit; a failure there ends all ranks."""
@@ -683,7 +695,7 @@ def make_private(model: nn.Module, privacy: PrivacyConfig, optimizer: Optimizer 
 
     Raises:
         UnsupportedModelError: a trainable parameter is outside every supported layer; all such modules are named.
-        ValueError: the way the model is sharded is not supported.
+        ValueError: the way the model is sharded is not supported, or ranks differ in an option or in what is trainable.
     """
     if not isinstance(privacy, PrivacyConfig):
         raise TypeError(f"make_private: privacy must be a PrivacyConfig, found {type(privacy).__name__}")

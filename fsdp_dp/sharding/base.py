@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -272,6 +273,22 @@ class ShardedModel(abc.ABC):
             dist.all_gather_object(box, found, group=group)
             found = [one for part in box for one in part]
         return found
+
+    def refuse_differences(self, call: str, mine: Mapping[str, Any]) -> None:
+        """Raises ValueError, the same on all ranks, if ``call`` was not given the same options on all of them."""
+        digest = hashlib.sha256(repr(sorted(mine.items())).encode()).digest()
+        if not self.any_rank(self.agree(digest) != digest):
+            return
+        said = self.every_rank((dist.get_rank(), dict(mine)))
+        first, expected = said[0]
+        for rank, found in said:
+            for name, value in found.items():
+                if value != expected[name]:
+                    raise ValueError(
+                        f"{call}: {name} is {expected[name]!r} on rank {first} and {value!r} on rank {rank}; all ranks "
+                        "take part in the same releases, and need the same. Take it from one place on all of them (the "
+                        "command line, a file), or send it from rank 0 (torch.distributed.broadcast_object_list)"
+                    )
 
     @property
     def is_first_rank(self) -> bool:

@@ -228,3 +228,47 @@ def _failed_backward_then_steps(rank: int, world_size: int) -> list[bool]:
 def test_steps_after_a_failed_backward_are_seen_by_who_evaluates() -> None:
     """FSDP2 leaves units gathered, as they were before the step. Seen to fail when only a forward ends that."""
     assert run(_failed_backward_then_steps, 2) == [[True, True]] * 2
+
+
+def _told_of_differences(rank: int, world_size: int) -> list[str]:
+    """What `make_private` and `engine.loader` say where rank 1 asks for something else."""
+    options: dict[str, Any] = {
+        "max_grad_norm": 1.0, "noise_multiplier": 1.0, "expected_batch_size": 8, "dataset_size": 64, "target_delta": 1e-3,
+    }  # fmt: skip
+    found = []
+    for change in (
+        {"max_grad_norm": 2.0},
+        {"noise_multiplier": 2.0},
+        {"clipping": "layer"},
+        {"dataset_size": 65},
+        "freeze",
+    ):
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        if change == "freeze" and rank:
+            model[1].requires_grad_(False)
+        mine = change if rank and isinstance(change, dict) else {}
+        try:
+            make_private(fully_shard(model), PrivacyConfig(**options | mine))
+        except ValueError as error:
+            found.append(str(error))
+    engine = make_private(fully_shard(nn.Linear(3, 2)), PrivacyConfig(**options))
+    try:
+        engine.loader([torch.zeros(3)] * 64, microbatch_size=4 * (1 + rank))
+    except ValueError as error:
+        found.append(str(error))
+    return found
+
+
+def test_ranks_that_differ_in_an_option_are_told_so_on_all_of_them() -> None:
+    """Seen to fail: bounds of 1 and 2 trained with the epsilon of either, and microbatches of 4 and 8 rows hung."""
+    first, second = run(_told_of_differences, 2)
+    assert first == second
+    expected = [
+        "make_private: PrivacyConfig.max_grad_norm is 1.0 on rank 0 and 2.0 on rank 1",
+        "make_private: PrivacyConfig.noise_multiplier is 1.0 on rank 0 and 2.0 on rank 1",
+        "make_private: PrivacyConfig.clipping is 'flat' on rank 0 and 'layer' on rank 1",
+        "make_private: PrivacyConfig.dataset_size is 64 on rank 0 and 65 on rank 1",
+        "make_private: the list of trainable parameters is '4, 26 elements",
+        "engine.loader: microbatch_size is 4 on rank 0 and 8 on rank 1",
+    ]
+    assert [message[: len(start)] for message, start in zip(first, expected, strict=True)] == expected
