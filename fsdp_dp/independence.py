@@ -85,6 +85,16 @@ def exchange_rows(x: Tensor, exchanged: Sequence[int], rows: int) -> Tensor:
     return x.detach().reshape(rows, -1)[source].view(x.shape)
 
 
+def copy_row(x: Tensor, row: int, places: Sequence[int], rows: int) -> Tensor:
+    """``x`` ``[B, ...]`` with ``row`` in these places as well."""
+    if isinstance(x, DTensor):
+        here = copy_row(x.to_local(), row, places, rows)
+        return DTensor.from_local(here, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
+    source = torch.arange(rows, device=x.device)
+    source[torch.tensor(places, dtype=torch.long, device=x.device)] = row
+    return x.detach().reshape(rows, -1)[source].view(x.shape)
+
+
 def _as_it_is(x: Any) -> Any:
     return x
 
@@ -308,9 +318,10 @@ class LossRecording(TorchFunctionMode):
         self.asked: bool | None = None
         """Whether the loss was examined: None before any forward, False while its backward is still to come."""
 
-    def _choose(self, variant: int) -> None:
-        self._exchanging = exchanged_rows(self._rows, variant=variant)
+    def _choose(self, variant: int, complement: bool = False) -> None:
+        self._exchanging = exchanged_rows(self._rows, complement, variant)
         self._kept = [row for row in range(self._rows) if row not in self._exchanging]
+        self._copied: int | None = None  # the row that takes the others' places; None: each takes the next one's
 
     def start(self, outputs: list[Tensor]) -> None:
         self._outputs = outputs
@@ -424,14 +435,28 @@ class LossRecording(TorchFunctionMode):
     def _replays(
         self, loss: Tensor, kwargs: dict[str, Any], before: tuple[Tensor | None, ...]
     ) -> Iterator[float | None]:
-        """By how much the rows that stay move, when others are exchanged or lose their labels; in two choices of rows."""
-        for variant in (0, 1):
-            self._choose(variant)
-            for labels in (self._exchanged_labels, self._ignored_labels):
+        """By how much the rows that stay move, when others are exchanged or lose their labels; in three choices of rows.
+
+        Also when all others become one that stays: that with the least gradient, and that with the largest. Losses that
+        choose rows (the hardest, all but the largest) then choose others, whichever they chose.
+        """
+        size_B = sum(_sizes_by_row(x, self._rows) for x in before if x is not None and _has_rows(x, self._rows))
+        for variant, complement in ((0, False), (0, True), (1, False)):
+            self._choose(variant, complement)
+            for labels in (self._exchanged_labels, self._ignored_labels)[: 1 if complement else 2]:
                 yield self._difference(before, self._replay(loss, kwargs, self._exchanged, labels))
+            if isinstance(size_B, Tensor) and not variant:
+                for choose in (min, max):
+                    self._copied = choose(self._kept, key=size_B.tolist().__getitem__)
+                    yield self._difference(before, self._replay(loss, kwargs, self._exchanged, self._exchanged_labels))
 
     def _exchanged(self, output: Tensor) -> Tensor:
-        return exchange_rows(output, self._exchanging, self._rows) if _has_rows(output, self._rows) else output
+        return self._exchange(output) if _has_rows(output, self._rows) else output
+
+    def _exchange(self, x: Tensor) -> Tensor:
+        if self._copied is None:
+            return exchange_rows(x, self._exchanging, self._rows)
+        return copy_row(x, self._copied, self._exchanging, self._rows)
 
     def _replay(
         self,
@@ -495,7 +520,7 @@ class LossRecording(TorchFunctionMode):
         tokens = {self._rows} | {o.shape[0] * o.shape[1] for o in self._outputs if o.ndim > 1}
         if x.ndim == 0 or x.shape[0] not in tokens or x.shape[0] % self._rows or self._is_class_weight(x):
             return x
-        return exchange_rows(x, self._exchanging, self._rows)
+        return self._exchange(x)
 
     def _is_class_weight(self, x: Tensor) -> bool:
         """Weights of classes, of which there may happen to be as many as rows."""
@@ -541,6 +566,12 @@ def _caller() -> str:
 def _seed(kwargs: dict[str, Any], loss: Tensor) -> Tensor | None:
     gradient = kwargs.get("gradient")
     return gradient if gradient is not None else torch.ones_like(loss)
+
+
+def _sizes_by_row(x: Tensor, rows: int) -> Tensor:
+    here = x.to_local() if isinstance(x, DTensor) else x
+    norm_B = torch.linalg.vector_norm(here.reshape(rows, -1), dim=1, dtype=accumulate_dtype(here.dtype))
+    return norm_B.double().nan_to_num(0, 0, 0)
 
 
 def _has_rows(x: Tensor, rows: int) -> bool:
