@@ -3,8 +3,8 @@
 Clipping bounds what a row adds only if no other row's term depends on it. Two questions, on the first microbatch:
 
 * the *loss*: it is recorded between the model's outputs and ``backward()``, and replayed with some rows'
-  outputs and labels exchanged. The gradients of the other rows must not move (a mean over the batch's valid tokens
-  moves them).
+  outputs and labels exchanged, and with all of them made one of the others. The gradients of the other rows must not
+  move (a mean over the batch's valid tokens moves them, and so does one over the rows with the largest losses).
 * the *model*: forward and backward run twice more, first with some rows' inputs, and gradients of its outputs,
   exchanged. The outputs and the per-sample norms of the other rows must not move (batch statistics move them, and so
   does a layer whose records do not line up with the rows). Gradients of their outputs are multiplied by powers of two,
@@ -313,6 +313,7 @@ class LossRecording(TorchFunctionMode):
         self._outputs: list[Tensor] = []
         self._outputs_again: list[Tensor] = []
         self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
+        self._autocast: list[tuple[str, torch.dtype, bool]] = []  # under which each call was made
         self._active = False
         self.averages_over_labels = False
         self.asked: bool | None = None
@@ -335,7 +336,7 @@ class LossRecording(TorchFunctionMode):
         self._forget()
 
     def _forget(self) -> None:
-        self._outputs, self._calls = [], []
+        self._outputs, self._calls, self._autocast = [], [], []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -355,7 +356,10 @@ class LossRecording(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in LOSSES and result.requires_grad:
             self.averages_over_labels |= averaged_labels(args, kwargs, self._rows) is not None
+        device_type = self._outputs[0].device.type if self._outputs else "cpu"
+        autocast = device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
         self._calls.append((func, args, kwargs, result))
+        self._autocast.append(autocast)
         return result
 
     def _is_ours(self, loss: Tensor) -> bool:
@@ -435,17 +439,17 @@ class LossRecording(TorchFunctionMode):
     def _replays(
         self, loss: Tensor, kwargs: dict[str, Any], before: tuple[Tensor | None, ...]
     ) -> Iterator[float | None]:
-        """By how much the rows that stay move, when others are exchanged or lose their labels; in three choices of rows.
+        """By how much the rows that stay move, when others are exchanged or lose their labels; in four choices of rows.
 
         Also when all others become one that stays: that with the least gradient, and that with the largest. Losses that
         choose rows (the hardest, all but the largest) then choose others, whichever they chose.
         """
         size_B = sum(_sizes_by_row(x, self._rows) for x in before if x is not None and _has_rows(x, self._rows))
-        for variant, complement in ((0, False), (0, True), (1, False)):
+        for variant, complement in itertools.product((0, 1), (False, True)):
             self._choose(variant, complement)
             for labels in (self._exchanged_labels, self._ignored_labels)[: 1 if complement else 2]:
                 yield self._difference(before, self._replay(loss, kwargs, self._exchanged, labels))
-            if isinstance(size_B, Tensor) and not variant:
+            if isinstance(size_B, Tensor):
                 for choose in (min, max):
                     self._copied = choose(self._kept, key=size_B.tolist().__getitem__)
                     yield self._difference(before, self._replay(loss, kwargs, self._exchanged, self._exchanged_labels))
@@ -484,7 +488,7 @@ class LossRecording(TorchFunctionMode):
                 values[id(x)] = x.detach().clone() if other is x else other
             return values[id(x)]
 
-        for func, args, call_kwargs, result in self._calls:
+        for (func, args, call_kwargs, result), (kind, dtype, enabled) in zip(self._calls, self._autocast, strict=True):
             if func in _TO_NUMBERS and isinstance(args[0], Tensor):
                 numbers[id(result)] = func(current(args[0]))
             if func not in _WITHOUT_RESULT and not any(isinstance(x, Tensor) for x in tree_leaves(result)):
@@ -495,7 +499,8 @@ class LossRecording(TorchFunctionMode):
             if made_of_nothing and isinstance(result, Tensor) and result._version == 0:
                 current(result)  # labels, perhaps, and not to be drawn again
                 continue
-            replayed = func(*tree_map(current, args), **tree_map(current, call_kwargs))
+            with torch.autocast(kind, dtype=dtype, enabled=enabled):
+                replayed = func(*tree_map(current, args), **tree_map(current, call_kwargs))
             for old, new in zip(tree_leaves(result), tree_leaves(replayed), strict=True):
                 values[id(old)] = new
         new_loss = values[id(loss)]

@@ -189,6 +189,21 @@ def test_a_loss_that_chooses_rows_by_their_losses_is_refused(choose: Any, seed: 
         train(model, lambda m: chosen(m, choose))
 
 
+@pytest.mark.parametrize("loss_of", [over_valid_tokens, over_float_mask, rows], ids=lambda loss: loss.__name__)
+def test_a_loss_under_autocast_is_examined_as_any_other(loss_of: Any) -> None:
+    """Seen to fail when a replay ran without autocast: each was taken on trust, with a warning."""
+
+    def under_autocast(model: Decoder) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss_of(model)
+
+    if loss_of is rows:
+        assert train(Decoder(), under_autocast) == 2
+    else:
+        with pytest.raises(UnsupportedModelError, match="The loss couples the rows of a microbatch"):
+            train(Decoder(), under_autocast)
+
+
 @pytest.mark.parametrize(("kind", "loss_of"), [("batch statistics", rows), ("mean inside", inside)])
 def test_a_model_that_couples_rows_is_refused(kind: str, loss_of: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=r"Row \d|rows"):
