@@ -297,10 +297,11 @@ def _fused_norm_terms(outers: Sequence[OuterProduct]) -> NormTerms:
 def add_sharing_inputs(
     norms: fused.GhostNorms, outers: Sequence[OuterProduct], owners: Sequence[int] | None = None
 ) -> None:
-    inputs: dict[tuple[int, ...], tuple[Tensor, list[Tensor], list[int]]] = {}
+    inputs: dict[tuple[Any, ...], tuple[Tensor, list[Tensor], list[int]]] = {}
     for number, outer in enumerate(outers):
         a = outer.a_BTD
-        _, gs, whose = inputs.setdefault((a.data_ptr(), *a.shape, *a.stride()), (a, [], []))
+        place = (a.untyped_storage()._cdata, a.storage_offset())  # not data_ptr: a plan's tensors have none
+        _, gs, whose = inputs.setdefault((*place, *a.shape, *a.stride()), (a, [], []))
         gs.append(outer.g_BTP)
         whose.append(0 if owners is None else owners[number])
     norms.add([(a, gs) for a, gs, _ in inputs.values()], [whose for *_, whose in inputs.values()])

@@ -5,11 +5,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fsdp_dp.data.config import DataConfig
+from fsdp_dp.gradients import add_sharing_inputs
 from fsdp_dp.models.build import parameter_count
 from fsdp_dp.models.config import GPTConfig, ResNetConfig
 from fsdp_dp.planning.depth import Lines
@@ -181,3 +184,14 @@ def test_the_tracker_counts_what_is_alive():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         PlanOptions(**options)
+
+
+def test_layers_of_a_plan_share_an_input_only_if_it_is_one_tensor() -> None:
+    """Seen to fail when tensors were told apart by their address, of which those of a plan have none: all shared one."""
+    shared: list[int] = []
+    norms = SimpleNamespace(add=lambda inputs, whose: shared.extend(len(gs) for _, gs in inputs))
+    with FakeTensorMode():
+        first, second, g = torch.empty(2, 3, 4), torch.empty(2, 3, 4), torch.empty(2, 3, 5)
+        outers = [SimpleNamespace(a_BTD=a, g_BTP=g) for a in (first, second, first.view(2, 3, 4))]
+        add_sharing_inputs(norms, outers)  # type: ignore[arg-type]
+    assert shared == [2, 1]
