@@ -14,7 +14,7 @@ from fsdp_dp.config import AdaptiveBounds, PrivacyConfig
 if TYPE_CHECKING:
     from fsdp_dp.batch_norm import replace_batch_norm
     from fsdp_dp.engine import PrivacyEngine, make_private
-    from fsdp_dp.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
+    from fsdp_dp.errors import BudgetExceededError, NoEpsilonWarning, PrivacyError, UnsupportedModelError
     from fsdp_dp.losses import per_sample_cross_entropy
     from fsdp_dp.verdict import check_private
     from fsdp_dp.wrapper import FullyShardedDataParallel

@@ -266,4 +266,5 @@ def load_tokenizer(name: str) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    """Of what an error says, or its kind where it says nothing (an empty file's)."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -50,10 +50,19 @@ def check_folder(config: TrainConfig) -> None:
     for option in FIXED:
         was, found = value_of(before, option), value_of(now, option)
         if was != found:
+            name, was, found = _where_they_differ(option, was, found)
             raise ValueError(
-                f"{option} was {was} when the run in {folder} began and is {found} now: a run "
+                f"{name} was {was} when the run in {folder} began and is {found} now: a run "
                 "keeps its model, data, batch and optimizer. Use the old value, or another output_dir."
             )
+
+
+def _where_they_differ(option: str, was: Any, found: Any) -> tuple[str, Any, Any]:
+    """The first option within two groups of options that has two values, and these; other values are themselves."""
+    if isinstance(was, dict) and isinstance(found, dict) and was.keys() == found.keys():
+        key = next(key for key in was if was[key] != found[key])
+        return _where_they_differ(f"{option}.{key}", was[key], found[key])
+    return option, was, found
 
 
 def make_folder(config: TrainConfig) -> Path:

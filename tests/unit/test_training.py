@@ -257,6 +257,8 @@ def test_a_folder_is_taken_unless_its_run_goes_on(tmp_path):
     check_folder(run_config(tmp_path, resume=True, microbatch_size=7, steps=900))
     with pytest.raises(ValueError, match=r"batch_size was 512 when the run in .* began and is 100 now"):
         check_folder(run_config(tmp_path, resume=True, batch_size=100))
+    with pytest.raises(ValueError, match=r"model\.width was 64 when the run in .* began and is 32 now"):
+        check_folder(run_config(tmp_path, resume=True, model=replace(TrainConfig().model, width=32)))
     with pytest.raises(ValueError, match=r"optimizer\.name was adamw"):
         check_folder(run_config(tmp_path, resume=True, optimizer=OptimizerConfig(name="sgd")))
     (tmp_path / "config.yaml").unlink()
