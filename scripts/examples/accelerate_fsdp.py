@@ -2,6 +2,8 @@
 
     torchrun --standalone --nproc-per-node=2 scripts/examples/accelerate_fsdp.py --fsdp-version 2
 
+Needs a GPU for each rank: without, accelerate leaves the model whole, and `make_private` refuses it.
+
 The rows come from the engine's loader and are not prepared: it splits every draw over the ranks itself.
 """
 

@@ -3,6 +3,8 @@
     python scripts/examples/hf_trainer.py
     torchrun --standalone --nproc-per-node=2 scripts/examples/hf_trainer.py --fsdp-version 2
 
+The second needs a GPU for each rank: without, the `Trainer` refuses FSDP ("only works in distributed training").
+
 `PrivateTrainer` changes three things. A step is one logical batch, however many microbatches that has. The `Trainer`
 counts the labels of a batch and divides by their number; that couples rows, so the count is left out. The engine is
 attached once the `Trainer` has wrapped the model.
