@@ -595,6 +595,29 @@ def test_collate_fn_that_takes_rows_apart_is_as_it_is() -> None:
         assert torch.equal(x["length"], y["length"])
 
 
+class OwnGenerator:
+    """As transformers' DataCollatorForLanguageModeling(seed=...)."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(3)
+
+    def __call__(self, rows: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(rows) * (torch.rand(len(rows), 3, generator=self.generator) < 0.5)
+
+
+def test_collate_fn_draws_from_a_generator_of_its_own() -> None:
+    """Seen to be refused, as if one row moved others."""
+    rows = torch.randn(4, 8, 3).unbind(0)
+    for x, y in zip(map(Collating(OwnGenerator()), map(list, rows)), map(OwnGenerator(), map(list, rows)), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_collate_fn_whose_draws_nobody_can_repeat_is_refused() -> None:
+    owner = OwnGenerator()
+    with pytest.raises(PrivacyError, match="asked twice about the same rows"):
+        Collating(lambda rows: owner(rows))(list(torch.randn(8, 3)))
+
+
 def sum_collate(rows: list[tuple[torch.Tensor, int]]) -> tuple[int, list[int]]:
     return len(rows), [label for _, label in rows]
 
