@@ -561,7 +561,6 @@ class PrivacyEngine:
         """Noise what is pending and publish it. The counter grows before the first draw and is never taken back."""
         self._check_before_release()
         self._examine_first_microbatch()
-        self.model.finish_accumulate()
         self.steps += 1
         if self._drawn_epoch is not None:
             self._released_epochs.add(self._drawn_epoch)
@@ -643,23 +642,6 @@ class PrivacyEngine:
 
         The sums' memory goes with the gradients: whoever keeps one of these never sees an un-noised sum in it later.
         """
-        out = {
-            p.name: p.accumulator.view(-1)
-            if p.accumulator.dtype == p.parameter.dtype
-            else torch.empty_like(p.accumulator, dtype=p.parameter.dtype)
-            for p in self.model.parameters
-        }
-        segments = [
-            Segment(
-                accumulator=p.accumulator,
-                out=out[p.name],
-                parameter=p.index,
-                start=p.region.start,
-                count=p.region.count,
-                columns=p.region.columns,
-            )
-            for p in self.model.parameters
-        ]
         mechanism = Mechanism(
             key=self._noise_key,
             release=self.steps,
@@ -668,11 +650,28 @@ class PrivacyEngine:
             divisor=self.privacy.expected_batch_size,
         )
         certified = self.privacy.numerics == "certified"
-        watched = self.guard.before(segments, self.max_grad_norm if certified else math.inf)
-        self._last_release = privatize_all_(segments, **vars(mechanism))
-        self.guard.after(segments, watched, mechanism)
+        watched = self.guard.before(self.max_grad_norm if certified else math.inf)
+        segments: dict[str, Segment] = {}
+        parts = self._segments(segments)
+        self._last_release = privatize_all_(next(parts), **vars(mechanism), later=parts)
+        self.guard.after([segments[p.name] for p in self.model.parameters], watched, mechanism)
         self.model.give_accumulators_away()
-        return out
+        return {name: segment.out for name, segment in segments.items()}
+
+    def _segments(self, made: dict[str, Segment]) -> Iterator[list[Segment]]:
+        """What is released of every parameter, also put into ``made``; in parts, as their sums are complete."""
+        for parameters in self.model.accumulated():
+            for p in parameters:
+                whole = p.accumulator.dtype == p.parameter.dtype
+                made[p.name] = Segment(
+                    accumulator=p.accumulator,
+                    out=p.accumulator.view(-1) if whole else torch.empty_like(p.accumulator, dtype=p.parameter.dtype),
+                    parameter=p.index,
+                    start=p.region.start,
+                    count=p.region.count,
+                    columns=p.region.columns,
+                )
+            yield [made[p.name] for p in parameters]
 
     def _discard_pending(self) -> None:
         """What ``zero_grad`` does: drop what is pending, if anything is."""

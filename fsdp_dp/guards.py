@@ -95,14 +95,14 @@ class ReleaseGuard:
         if self.due:
             self.rows += mask_B.sum()
 
-    def before(self, segments: Sequence[Segment], bound: float) -> list[Seen]:
+    def before(self, bound: float) -> list[Seen]:
         """Look at the sums; what is to be given to `after`. `bound` is R as it is now, inf where nothing is promised."""
         self._bound = bound if math.isfinite(bound) else 0.0
         if not self.due:
             return []
         self.check_sum(bound)
-        at_sites = _fetched([s.accumulator for s in segments])
-        lengths = _lengths([s.accumulator for s in segments])
+        sums = [p.accumulator for p in self._model.parameters]
+        at_sites, lengths = _fetched(sums), _lengths(sums)
         return [Seen(at_sites=x, length=length) for x, length in zip(at_sites, lengths, strict=True)]
 
     def after(self, segments: Sequence[Segment], sums: Sequence[Seen], mechanism: Mechanism) -> None:

@@ -16,9 +16,10 @@ follows from them alone (all of the cipher's first round but one column) is made
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import triton
@@ -34,8 +35,8 @@ LANES = tl.constexpr(noise.LANES)
 PAIRS = tl.constexpr(noise.PAIRS)
 CHUNK = tl.constexpr(noise.CHUNK)
 
-# What one program makes: several chunks, so that finding its segment costs little of each.
-_CHUNKS_OF_A_PROGRAM = 4
+# What one program makes: many chunks, so that finding its segment costs little of each.
+_CHUNKS_OF_A_PROGRAM = 16
 _WARPS = 2
 
 _EXACT = tl.constexpr(2.0**50)
@@ -57,12 +58,19 @@ _DTYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16:
 
 
 def privatize_all_(
-    segments: Sequence[Segment], *, key: bytes, release: int, lattice: noise.Lattice, noise_std: float, divisor: float
+    segments: Sequence[Segment],
+    *,
+    key: bytes,
+    release: int,
+    lattice: noise.Lattice,
+    noise_std: float,
+    divisor: float,
+    later: Iterable[Sequence[Segment]] = (),
 ) -> Tensor:
     """`release.privatize_all_` for one or more segments that are not empty, on a CUDA device; `noise_std` > 0.
 
-    Returns an int32 on the device that is not zero if an element was not an exact number of lattice units. A second
-    launch has then overwritten all outputs with zeros, so that nobody needs to wait for the answer.
+    Returns an int32 on the device that is not zero if an element was not an exact number of lattice units. Last launches
+    have then overwritten all outputs with zeros, also of parts before, so that nobody needs to wait for the answer.
 
     **Formal guarantee.** That of `noise.standard_normal` (same nonces, counters, uniforms) and of `noise.Lattice`, with
     changes in its roundings only. Step 1: n is clamp(S) * (1 / lambda), rounded once, to the nearest integer. The
@@ -78,21 +86,22 @@ def privatize_all_(
             f"noise_std: found {noise_std}, expected a positive power of two times the spacing {lattice.spacing}; make "
             "the lattice with Lattice.for_release from the same noise_multiplier and max_grad_norm"
         )
-    for segment in segments:
-        _check(segment, release, segments[0].out.device)
-    words = _key_and_release(key, release)
+    words, device = _key_and_release(key, release), segments[0].out.device
     scales = [bits(x) for x in (lattice.clamp, 1 / lattice.spacing, lattice.spacing / divisor)]
     normal = coefficients(units_of_noise)
-    inexact = torch.zeros(1, dtype=torch.int32, device=segments[0].out.device)
+    inexact = torch.zeros(1, dtype=torch.int32, device=device)
     launches = []
-    for kind in dict.fromkeys(map(_kind, segments)):
-        accumulator_dtype, out_dtype, columns, in_place = kind
-        table, programs, count = _table([segment for segment in segments if _kind(segment) == kind])
-        launches.append((table, programs, count, _DTYPES[out_dtype], columns))
-        _privatize[(programs,)](
-            table, inexact, count, *words, *scales, *normal, ACCUMULATOR=_DTYPES[accumulator_dtype],
-            OUT=_DTYPES[out_dtype], COLUMNS=columns, CLEAR=not in_place, CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS,
-        )  # fmt: skip
+    for part in itertools.chain([segments], later):
+        for segment in part:
+            _check(segment, release, device)
+        for kind in dict.fromkeys(map(_kind, part)):
+            accumulator_dtype, out_dtype, columns, in_place = kind
+            table, programs, count = _table([segment for segment in part if _kind(segment) == kind])
+            launches.append((table, programs, count, _DTYPES[out_dtype], columns))
+            _privatize[(programs,)](
+                table, inexact, count, *words, *scales, *normal, ACCUMULATOR=_DTYPES[accumulator_dtype],
+                OUT=_DTYPES[out_dtype], COLUMNS=columns, CLEAR=not in_place, CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS,
+            )  # fmt: skip
     for table, programs, count, out_dtype, columns in launches:
         _zero_if_inexact[(programs,)](
             table, inexact, count, OUT=out_dtype, COLUMNS=columns, CHUNKS=_CHUNKS_OF_A_PROGRAM, num_warps=_WARPS
@@ -284,14 +293,18 @@ def _zero_if_inexact(
         row = _find(table, segments)
         out = tl.load(row + _OUT).to(tl.pointer_type(OUT))
         _, begin, least, most = _range(row, CHUNKS)
-        slot = tl.arange(0, CHUNK * CHUNKS)
-        inside, place = (slot >= least) & (slot < most), begin + slot
-        if COLUMNS:
-            width, offset, size = tl.load(row + _WIDTH), tl.load(row + _OFFSET), tl.load(row + _SIZE)
-            column = place % width - offset
-            inside = inside & (column >= 0) & (column < size)
-            place = place // width * size + column
-        tl.store(out + place, tl.zeros([CHUNK * CHUNKS], OUT), mask=inside)
+        for _ in range((most + CHUNK - 1) // CHUNK):
+            slot = tl.arange(0, CHUNK)
+            inside, place = (slot >= least) & (slot < most), begin + slot
+            if COLUMNS:
+                width, offset, size = tl.load(row + _WIDTH), tl.load(row + _OFFSET), tl.load(row + _SIZE)
+                column = place % width - offset
+                inside = inside & (column >= 0) & (column < size)
+                place = place // width * size + column
+            tl.store(out + place, tl.zeros([CHUNK], OUT), mask=inside)
+            begin += CHUNK
+            least -= CHUNK
+            most -= CHUNK
 
 
 @triton.jit(do_not_specialize=_WORDS)

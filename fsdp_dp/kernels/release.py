@@ -1,12 +1,13 @@
 """The release of all local shards at once: noise on the lattice, division, cast; the accumulators are used up.
 
-In the step: the engine's last act before ``p.grad`` is published. `privatize_all_` chooses between one Triton launch for
+In the step: the engine's last act before ``p.grad`` is published. `privatize_all_` chooses between Triton launches for
 all shards (`chacha_normal`) and `privatize_all_in_torch_`, which says in a few lines what the kernel computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +76,14 @@ class Verdict:
 
 
 def privatize_all_(
-    segments: Sequence[Segment], *, key: bytes, release: int, lattice: noise.Lattice, noise_std: float, divisor: float
+    segments: Sequence[Segment],
+    *,
+    key: bytes,
+    release: int,
+    lattice: noise.Lattice,
+    noise_std: float,
+    divisor: float,
+    later: Iterable[Sequence[Segment]] = (),
 ) -> Verdict:
     """Write each segment's noised sum, divided by `divisor`, into its `out`, and zeros into an accumulator beside it.
 
@@ -86,6 +94,7 @@ def privatize_all_(
         lattice: made for this noise multiplier and clipping bound.
         noise_std: sigma * R; at 0.0 there is no noise, no lattice and no privacy.
         divisor: the expected batch size.
+        later: more of them, each part asked for once those before are on their way (their sums still travel until then).
 
     Raises:
         ValueError: a tensor, or `noise_std`, is not as described.
@@ -95,17 +104,25 @@ def privatize_all_(
 
     **Formal guarantee.** That of `noise.Lattice` with the normals of `noise.standard_normal`, on every element.
     """
-    segments = [segment for segment in segments if segment.out.numel()]
-    if segments and noise_std > 0 and kernels.available(segments[0].out.device):
+    parts = _not_empty(itertools.chain([segments], later))
+    first = next(parts, [])
+    if first and noise_std > 0 and kernels.available(first[0].out.device):
         from fsdp_dp.kernels import chacha_normal as implementation
 
         return Verdict(
             implementation.privatize_all_(
-                segments, key=key, release=release, lattice=lattice, noise_std=noise_std, divisor=divisor
+                first, key=key, release=release, lattice=lattice, noise_std=noise_std, divisor=divisor, later=parts
             )
         )
-    privatize_all_in_torch_(segments, key=key, release=release, lattice=lattice, noise_std=noise_std, divisor=divisor)
+    for part in itertools.chain([first], parts):
+        privatize_all_in_torch_(part, key=key, release=release, lattice=lattice, noise_std=noise_std, divisor=divisor)
     return Verdict()
+
+
+def _not_empty(parts: Iterable[Sequence[Segment]]) -> Iterator[Sequence[Segment]]:
+    for part in parts:
+        if kept := [segment for segment in part if segment.out.numel()]:
+            yield kept
 
 
 def privatize_all_in_torch_(

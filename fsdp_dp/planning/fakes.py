@@ -23,7 +23,7 @@ from fsdp_dp import clipping, engine, gradients, kernels, numerics, vector_gradi
 from fsdp_dp.engine import PrivacyEngine
 from fsdp_dp.kernels import outer, table_rows, tied, vectors
 from fsdp_dp.kernels.position_sums import Layer
-from fsdp_dp.kernels.release import Verdict
+from fsdp_dp.kernels.release import Segment, Verdict
 from fsdp_dp.norm_terms import NormTerms
 from fsdp_dp.recorder import Recorder
 from fsdp_dp.sharding import ShardedModel, sums, tensor_parallel
@@ -54,7 +54,7 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
         (Recorder, "_has_equal_rows", lambda self, inputs: True),
         (Unit, "give_away", _give_away),
         (Unit, "make_room", _make_room),
-        (engine, "privatize_all_", lambda segments, **_: Verdict()),
+        (engine, "privatize_all_", _privatize_all_),
     ]
     if on_gpu:
         replaced += [
@@ -81,6 +81,12 @@ def fake_values(on_gpu: bool) -> Iterator[None]:
         for owner, name, value in replaced:
             stack.enter_context(patch.object(owner, name, value))
         yield
+
+
+def _privatize_all_(segments: Sequence[Segment], *, later: Iterable[Sequence[Segment]], **_: Any) -> Verdict:
+    for _part in later:
+        pass
+    return Verdict()
 
 
 def fake_reducer(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -186,13 +186,23 @@ class ShardedModel(abc.ABC):
         self._sums.settle()
 
     def finish_accumulate(self) -> None:
-        """Wait until all that `start_accumulate` began is in the accumulators.
+        """Wait until all that `start_accumulate` began is in the accumulators."""
+        for _ in self.accumulated():
+            pass
 
-        Asked for by a release alone, so that the last sums of a microbatch travel while the next one is run forward.
+    def accumulated(self) -> Iterator[Sequence[ManagedParameter]]:
+        """All parameters, in parts, each once what `start_accumulate` began of its units is in the accumulators.
+
+        Asked for by a release alone, so that the last sums of a microbatch travel while the next one is run forward, and
+        those of the last microbatch while noise is added to the units before. The parts may differ between ranks.
         """
+        late = self._sums.waits_for()
+        for units in ([unit for unit in self.units if unit not in late], *([unit] for unit in late)):
+            for unit in units:
+                self._sums.finish_unit(unit)
+                unit.zero_if_fresh()
+            yield [p for p in self.parameters if self.units[p.unit] in units]
         self._sums.settle()
-        for unit in self.units:
-            unit.zero_if_fresh()
 
     def zero_accumulators(self) -> None:
         """Drop what was summed. The next sums replace it; what none replaces is zero after `finish_accumulate`."""

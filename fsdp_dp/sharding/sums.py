@@ -218,6 +218,16 @@ class Sums:
             for memory in (*self._memories, self._nothing):
                 memory.give_back()
 
+    def waits_for(self) -> list[Unit]:
+        """Units whose sums are under way, in the order in which they are finished."""
+        return list(dict.fromkeys(one.unit for one in self._under_way))
+
+    @torch.no_grad()
+    def finish_unit(self, unit: Unit) -> None:
+        """Wait until all that was started of a unit, and before, is in the accumulators."""
+        while any(one.unit is unit for one in self._under_way):
+            self._finish_first()
+
     def _finish_first(self) -> None:
         first = self._under_way.popleft()
         first.hand_on()
@@ -267,13 +277,13 @@ class _Nothing(_Memory):
 
 
 class _Sum:
-    """One unit's sum on its way: reduce-scatter into the local shard, all-reduce over its replicas, accumulators."""
+    """One ``unit``'s sum on its way: reduce-scatter into the local shard, all-reduce over its replicas, accumulators."""
 
     def __init__(
         self, unit: Unit, gradients: Mapping[str, Tensor], memory: _Memory, standing: Standing | None = None
     ) -> None:
         unit.make_room()
-        self._unit, buffer = unit, unit.buffer
+        self.unit, buffer = unit, unit.buffer
         adds = standing is not None and bool(standing.added)
         self._replaces = adds or (unit.fresh and buffer.device == memory.device)
         self._shard = buffer if self._replaces else memory.take("shard", buffer.numel(), buffer.dtype)
@@ -296,7 +306,7 @@ class _Sum:
         self._handed_on = True
         if self._work is not None:
             self._work.wait()
-        self._work = dist.all_reduce(self._shard, group=self._unit.replicate_group, async_op=True)
+        self._work = dist.all_reduce(self._shard, group=self.unit.replicate_group, async_op=True)
 
     def finish(self) -> None:
         assert self._work is not None
@@ -304,9 +314,9 @@ class _Sum:
         if self._replaces:
             return
         if self._overwrites:
-            self._unit.buffer.copy_(self._shard)
+            self.unit.buffer.copy_(self._shard)
         else:
-            self._unit.buffer.add_(self._shard.to(self._unit.buffer.device))
+            self.unit.buffer.add_(self._shard.to(self.unit.buffer.device))
 
 
 def _add_the_rest(bucket: Bucket, unit: Unit, standing: Standing) -> None:

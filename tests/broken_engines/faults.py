@@ -7,8 +7,9 @@ an empty string. The table of docs/trust.md is that of `FAULTS`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -341,7 +342,8 @@ def noise_in_the_first_release_only() -> AbstractContextManager[Any]:
 
 
 def noise_of_one_parameter_only() -> AbstractContextManager[Any]:
-    def privatize(segments: Sequence[Any], **options: Any) -> Any:
+    def privatize(segments: Sequence[Any], *, later: Iterable[Sequence[Any]], **options: Any) -> Any:
+        segments = [*segments, *itertools.chain(*later)]
         release.privatize_all_(segments[1:], **(options | {"noise_std": 0.0}))
         return release.privatize_all_(segments[:1], **options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import shutil
 import tempfile
@@ -76,7 +77,8 @@ def counted_draws() -> Any:
     drawn: list[int] = []
     release = fsdp_dp.engine.privatize_all_
 
-    def counting(segments: Any, **options: Any) -> Any:
+    def counting(segments: Any, *, later: Any, **options: Any) -> Any:
+        segments = [*segments, *itertools.chain(*later)]
         drawn.append(sum(segment.count for segment in segments))
         return release(segments, **options)
 
