@@ -50,6 +50,7 @@ _LEVELS = 16
 _LOSSES_WITH_WEIGHTS = (
     F.cross_entropy, F.nll_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.multi_margin_loss,
 )  # fmt: skip
+_LOOK_UPS = (Tensor.__getitem__, Tensor.index_select, torch.index_select)
 _WITHOUT_RESULT = (Tensor.__setitem__, Tensor.register_hook)
 _TO_NUMBERS = (Tensor.item, Tensor.__float__, Tensor.__int__)
 _BY_NUMBERS = frozenset("div div_ true_divide __truediv__ mul mul_ multiply __mul__ __rmul__".split())
@@ -478,6 +479,7 @@ class LossRecording(TorchFunctionMode):
             values[id(output)] = leaf
 
         numbers: dict[int, Any] = {}
+        made = {id(output) for output in self._outputs}
 
         def current(x: Any) -> Any:
             if not isinstance(x, Tensor):
@@ -495,14 +497,16 @@ class LossRecording(TorchFunctionMode):
                 continue
             if func.__name__ in _BY_NUMBERS:
                 args = tuple(numbers.get(id(x), x) if isinstance(x, int | float) else x for x in args)
-            made_of_nothing = not any(isinstance(x, Tensor) for x in tree_leaves((args, call_kwargs)))
-            if made_of_nothing and isinstance(result, Tensor) and result._version == 0:
+            takes = [x for x in tree_leaves((args, call_kwargs)) if isinstance(x, Tensor)]
+            given = not takes or (made.isdisjoint(map(id, takes)) and self._takes_batch(func, takes, result))
+            if given and isinstance(result, Tensor) and result._version == 0:
                 current(result)  # labels, perhaps, and not to be drawn again
                 continue
             with torch.autocast(kind, dtype=dtype, enabled=enabled):
                 replayed = func(*tree_map(current, args), **tree_map(current, call_kwargs))
             for old, new in zip(tree_leaves(result), tree_leaves(replayed), strict=True):
                 values[id(old)] = new
+                made.add(id(old))
         new_loss = values[id(loss)]
         return list(torch.autograd.grad(new_loss, leaves, _seed(kwargs, new_loss), allow_unused=True))
 
@@ -523,9 +527,16 @@ class LossRecording(TorchFunctionMode):
     def _exchanged_labels(self, x: Tensor) -> Tensor:
         """Other inputs of the loss: tensors with one entry for each row, or for each token, exchange rows."""
         tokens = {self._rows} | {o.shape[0] * o.shape[1] for o in self._outputs if o.ndim > 1}
-        if x.ndim == 0 or x.shape[0] not in tokens or x.shape[0] % self._rows or self._is_class_weight(x):
+        if x.ndim == 0 or x.shape[0] not in tokens or x.shape[0] % self._rows:
             return x
-        return self._exchange(x)
+        return x if self._is_class_weight(x) else self._exchange(x)
+
+    def _takes_batch(self, func: Callable[..., Any], takes: Sequence[Tensor], result: Any) -> bool:
+        """Whether labels of a batch were taken out of those of a dataset, of which there may happen to be as many."""
+        if func not in _LOOK_UPS or not isinstance(result, Tensor) or result.shape[:1] != (self._rows,):
+            return False
+        numbers = takes[1:]
+        return takes[0].shape[0] != self._rows and all(x.shape == (self._rows,) for x in numbers)
 
     def _is_class_weight(self, x: Tensor) -> bool:
         """Weights of classes, of which there may happen to be as many as rows."""

@@ -272,6 +272,26 @@ class Fused(torch.autograd.Function):
         return 2 * grad.expand(ctx.shape)
 
 
+@pytest.mark.parametrize(
+    "take", [lambda y, some: y[some], lambda y, some: y.index_select(0, some), lambda y, some: y[:B]]
+)
+def test_a_dataset_with_as_many_rows_as_the_batch_has_tokens(take: Any) -> None:
+    """Seen to be refused: its rows, and the numbers of the batch's, were both exchanged, so that others got other labels."""
+    x, _ = batch()
+    y = torch.randint(V, (B * T, T), generator=torch.Generator().manual_seed(0))
+    some = torch.randperm(B * T, generator=torch.Generator().manual_seed(1))[:B]
+    losses = lambda m: F.cross_entropy(m(x).flatten(0, 1), take(y, some).flatten(), reduction="sum")  # noqa: E731
+    assert train(Decoder(), lambda m: losses(m) / (B * T)) == 2
+
+
+@pytest.mark.parametrize("of", [lambda y: y[:1], lambda y: y[0], lambda y: y[torch.zeros(B, dtype=torch.int64)]])
+def test_labels_of_one_row_for_all_are_refused(of: Any) -> None:
+    x, _ = batch()
+    y = torch.randint(V, (B, T), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UnsupportedModelError, match="couples the rows"):
+        train(Decoder(), lambda m: F.cross_entropy(m(x).flatten(0, 1), of(y).expand(B, T).flatten()) / 1)
+
+
 def test_a_loss_that_cannot_be_replayed_is_taken_on_trust_with_a_warning() -> None:
     x, _ = batch()
     with pytest.warns(UserWarning, match="taken on trust"):
