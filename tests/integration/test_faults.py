@@ -270,7 +270,7 @@ def test_one_writer_and_one_model(scenario: Scenario) -> None:
     scenario.start({"point": "step", "count": 6, "ranks": [0], "action": "terminate all"})
     for options, message in (
         (["resume=false"], "already holds a run: go on with it by resume=true"),
-        (["model.width=32"], "model was {"),
+        (["model.width=32"], "model.width was 16 when the run in"),
         (["privacy.noise_multiplier=2"], "noise_multiplier was 1.0 when this run began and is 2.0 now"),
         (["privacy.max_grad_norm=1.0"], "max_grad_norm was 0.5 when this run began and is 1.0 now"),
         (["steps=40"], "steps=40 is less than the 80 releases"),
