@@ -539,9 +539,10 @@ class LossRecording(TorchFunctionMode):
         return takes[0].shape[0] != self._rows and all(x.shape == (self._rows,) for x in numbers)
 
     def _is_class_weight(self, x: Tensor) -> bool:
-        """Weights of classes, of which there may happen to be as many as rows."""
+        """Weights of classes, of which there may happen to be as many as rows; binary losses also take weights of these."""
         return any(
-            kwargs.get("weight") is x or kwargs.get("pos_weight") is x or (len(args) > 2 and args[2] is x)
+            (kwargs.get("weight") is x or kwargs.get("pos_weight") is x or (len(args) > 2 and args[2] is x))
+            and x.ndim < (args[0] if args else kwargs["input"]).ndim
             for func, args, kwargs, _ in self._calls
             if func in _LOSSES_WITH_WEIGHTS
         )

@@ -292,6 +292,16 @@ def test_labels_of_one_row_for_all_are_refused(of: Any) -> None:
         train(Decoder(), lambda m: F.cross_entropy(m(x).flatten(0, 1), of(y).expand(B, T).flatten()) / 1)
 
 
+def test_weights_of_rows_that_their_sum_divides_are_refused() -> None:
+    """Seen to be released: they passed for weights of classes, which no row has, and were never exchanged."""
+    x, y = batch()
+    valid = (y > 3).float()
+    losses = nn.BCEWithLogitsLoss(valid, reduction="sum")
+    assert train(Decoder(), lambda m: losses(m(x)[..., 0], (y % 2).float()) / (B * T)) == 2
+    with pytest.raises(UnsupportedModelError, match="couples the rows"):
+        train(Decoder(), lambda m: losses(m(x)[..., 0], (y % 2).float()) / valid.sum())
+
+
 def test_a_loss_that_cannot_be_replayed_is_taken_on_trust_with_a_warning() -> None:
     x, _ = batch()
     with pytest.warns(UserWarning, match="taken on trust"):
