@@ -479,7 +479,7 @@ class LossRecording(TorchFunctionMode):
             values[id(output)] = leaf
 
         numbers: dict[int, Any] = {}
-        made = {id(output) for output in self._outputs}
+        made = set(map(_memory, self._outputs))
 
         def current(x: Any) -> Any:
             if not isinstance(x, Tensor):
@@ -495,10 +495,12 @@ class LossRecording(TorchFunctionMode):
                 numbers[id(result)] = func(current(args[0]))
             if func not in _WITHOUT_RESULT and not any(isinstance(x, Tensor) for x in tree_leaves(result)):
                 continue
+            if func is Tensor.__setitem__:
+                made.add(_memory(args[0]))
             if func.__name__ in _BY_NUMBERS:
                 args = tuple(numbers.get(id(x), x) if isinstance(x, int | float) else x for x in args)
             takes = [x for x in tree_leaves((args, call_kwargs)) if isinstance(x, Tensor)]
-            given = not takes or (made.isdisjoint(map(id, takes)) and self._takes_batch(func, takes, result))
+            given = not takes or (made.isdisjoint(map(_memory, takes)) and self._takes_batch(func, takes, result))
             if given and isinstance(result, Tensor) and result._version == 0:
                 current(result)  # labels, perhaps, and not to be drawn again
                 continue
@@ -506,7 +508,8 @@ class LossRecording(TorchFunctionMode):
                 replayed = func(*tree_map(current, args), **tree_map(current, call_kwargs))
             for old, new in zip(tree_leaves(result), tree_leaves(replayed), strict=True):
                 values[id(old)] = new
-                made.add(id(old))
+                if isinstance(old, Tensor):
+                    made.add(_memory(old))
         new_loss = values[id(loss)]
         return list(torch.autograd.grad(new_loss, leaves, _seed(kwargs, new_loss), allow_unused=True))
 
@@ -535,8 +538,10 @@ class LossRecording(TorchFunctionMode):
         """Whether labels of a batch were taken out of those of a dataset, of which there may happen to be as many."""
         if func not in _LOOK_UPS or not isinstance(result, Tensor) or result.shape[:1] != (self._rows,):
             return False
-        numbers = takes[1:]
-        return takes[0].shape[0] != self._rows and all(x.shape == (self._rows,) for x in numbers)
+        labels, numbers = takes[0], takes[1:]
+        if labels.ndim == 1 and any(o.ndim > 2 and o.shape[0] * o.shape[1] == labels.numel() for o in self._outputs):
+            return False  # one for each token of the batch
+        return labels.shape[0] != self._rows and all(x.shape == (self._rows,) for x in numbers)
 
     def _is_class_weight(self, x: Tensor) -> bool:
         """Weights of classes, of which there may happen to be as many as rows; binary losses also take weights of these."""
@@ -589,6 +594,11 @@ def _sizes_by_row(x: Tensor, rows: int) -> Tensor:
     here = x.to_local() if isinstance(x, DTensor) else x
     norm_B = torch.linalg.vector_norm(here.reshape(rows, -1), dim=1, dtype=accumulate_dtype(here.dtype))
     return norm_B.double().nan_to_num(0, 0, 0)
+
+
+def _memory(x: Tensor) -> int:
+    """The same for all views of a tensor: what is written to one is in all."""
+    return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
 
 
 def _has_rows(x: Tensor, rows: int) -> bool:

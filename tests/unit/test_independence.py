@@ -292,6 +292,33 @@ def test_labels_of_one_row_for_all_are_refused(of: Any) -> None:
         train(Decoder(), lambda m: F.cross_entropy(m(x).flatten(0, 1), of(y).expand(B, T).flatten()) / 1)
 
 
+def by_share_kept(m: Decoder) -> Tensor:
+    kept, places = torch.zeros(50), torch.arange(B) + 3
+    losses = per_token(m, *batch()).sum(1)
+    kept[places] = (losses / losses.mean()).detach()
+    return (kept[places] * losses).sum() / B
+
+
+def by_share_kept_in_a_view(m: Decoder) -> Tensor:
+    kept, places = torch.zeros(50), torch.arange(B) + 3
+    losses = per_token(m, *batch()).sum(1)
+    kept.data[places] = (losses / losses.mean()).detach()
+    return (kept.index_select(0, places) * losses).sum() / B
+
+
+def over_the_first_tokens(m: Decoder) -> Tensor:
+    x, y = batch()
+    flat = y.flatten()
+    return F.cross_entropy(m(x).sum(1), flat[:B])
+
+
+@pytest.mark.parametrize("loss_of", [by_share_kept, by_share_kept_in_a_view, over_the_first_tokens])
+def test_what_is_taken_from_what_the_loss_wrote_or_from_the_batch_is_no_label_of_a_dataset(loss_of: Any) -> None:
+    """Seen to be released: what had been written for each row, or taken of the first row's tokens, passed for its label."""
+    with pytest.raises(UnsupportedModelError, match="couples the rows"):
+        train(Decoder(), loss_of)
+
+
 def test_weights_of_rows_that_their_sum_divides_are_refused() -> None:
     """Seen to be released: they passed for weights of classes, which no row has, and were never exchanged."""
     x, y = batch()
