@@ -9,20 +9,22 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset
 
 from fsdp_dp.errors import PrivacyError
+from fsdp_dp.independence import exchanged_rows
 
 _QUESTIONS = 8
 
 _COUPLED = (
-    "collate_fn: a row came out otherwise when only the last row of the microbatch was another, so one row moves others "
+    "collate_fn: a row came out otherwise when only other rows of the microbatch were others, so one row moves others "
     "(mixup, statistics over the batch), or rows are put into another order than their masks (sorted by length). Transform "
     "each row in the dataset's __getitem__, and keep the order"
 )
@@ -31,56 +33,111 @@ _UNREPEATABLE = (
     "Draw its random numbers from torch, random or numpy.random, or from a generator that is an attribute of the "
     "collate_fn, or in the dataset's __getitem__"
 )
+_KEPT = (
+    "collate_fn: a microbatch came out otherwise when only a row of the microbatch before was another, so it keeps "
+    "something of rows (a running mean), and one row moves others. Transform each row in the dataset's __getitem__, by "
+    "numbers that are no statistics of its rows"
+)
 
 
 class Collating:
-    """The program's ``collate_fn``, which in its first microbatches is asked once more, with another last row.
+    """The program's ``collate_fn``, which in its first microbatches is asked again, with other rows among them.
 
-    What it makes of the rows before must stay, under the same random numbers: torch's, Python's, NumPy's and those of
-    generators that the `collate_fn` owns, of which a copy is asked. The last row is the one to change, since numbers that
-    are drawn row by row are then the same for the others. Nothing is said where shapes differ (a longest row that all are
-    padded to).
+    What it makes of the rows that stay must stay, under the same random numbers: torch's, Python's, NumPy's and those of
+    generators that the `collate_fn` owns, of which a copy is asked. Of one that draws, the last row is the one to change,
+    since numbers that are drawn row by row are then the same for the others; of one that does not, also some half of them,
+    and the other half. The next microbatch must stay as well. Nothing is said where shapes differ (a longest row that all
+    are padded to).
     """
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self._collate, self._asked = collate, 0
 
     def __call__(self, rows: list[Any]) -> Any:
-        if self._asked == _QUESTIONS or len(rows) < 2:
+        count = len(rows)
+        if self._asked == _QUESTIONS or count < 2:
             return self._collate(rows)
         self._asked += 1
-        # Both before the program's own call, which may write to its rows and draws from its generators.
-        unchanged, changed = self._of_copies(rows), self._of_copies([*rows[:-1], rows[0]])
+        # All before the program's own call, which may write to its rows and draws from its generators.
+        (unchanged, after_unchanged), draws = self._of_copies(rows, rows)
+        (changed, after_changed), _ = self._of_copies([*rows[:-1], rows[0]], rows)
+        answers: list[tuple[Sequence[int], Any]] = [(range(count - 1), changed)]
+        if not draws and _same(unchanged, after_unchanged, range(count), count):
+            answers += [self._exchanged(rows, complement) for complement in (False, True)]
         batch = self._collate(rows)
-        if not _same(batch, changed, len(rows)):
-            raise PrivacyError(_COUPLED if _same(batch, unchanged, len(rows)) else _UNREPEATABLE)
+        for kept, other in answers:
+            if not _same(batch, other, kept, count):
+                raise PrivacyError(_COUPLED if _same(batch, unchanged, kept, count) else _UNREPEATABLE)
+        if _alike(unchanged, changed) and not _same(after_unchanged, after_changed, range(count), count):
+            raise PrivacyError(_KEPT)
         return batch
 
-    def _of_copies(self, rows: list[Any]) -> Any:
-        """What a copy of the collate_fn makes of copies of rows; None where it cannot, of which its own call will tell."""
-        copies = [copy.deepcopy(row) for row in rows]
-        with _random_numbers_kept():
-            try:
-                return self._copy()(copies)
-            except Exception:
-                return None
+    def _exchanged(self, rows: list[Any], complement: bool) -> tuple[Sequence[int], Any]:
+        """Which rows stay, and what comes of all when the others are exchanged."""
+        exchanged = exchanged_rows(len(rows), complement)
+        others = [rows[(i + 1) % len(rows)] if i in exchanged else row for i, row in enumerate(rows)]
+        return [i for i in range(len(rows)) if i not in exchanged], self._of_copies(others)[0][0]
+
+    def _of_copies(self, *microbatches: list[Any]) -> tuple[list[Any], bool]:
+        """What a copy of the collate_fn makes of copies of rows, one after the other, all under the numbers that come next;
+        None where it cannot, of which its own call will tell. And whether it took some of these."""
+        copies, made = [[copy.deepcopy(row) for row in rows] for rows in microbatches], []
+        draws = False
+        try:
+            collate = self._copy()
+            for rows in copies:
+                with _random_numbers_kept():
+                    before = _random_state()
+                    made.append(collate(rows))
+                    draws |= _random_state() != before
+        except Exception:
+            made += [None] * (len(copies) - len(made))
+        return made, draws
 
     def _copy(self) -> Callable[[list[Any]], Any]:
+        """But for models and datasets, which may be large (transformers' DataCollatorForSeq2Seq has a model)."""
+        owner = getattr(self._collate, "__self__", self._collate)
+        held = [owner, *getattr(owner, "__dict__", {}).values()]
         try:
-            return copy.deepcopy(self._collate)
+            return copy.deepcopy(self._collate, {id(x): x for x in held if isinstance(x, nn.Module | Dataset)})
         except Exception:  # an open file, a lock
             return self._collate
 
 
-def _same(batch: Any, other: Any, rows: int) -> bool:
-    """Whether all rows but the last are equal, as far as they have one shape."""
-    for x, y in zip(tree_leaves(batch), tree_leaves(other), strict=False):
-        a, b = (torch.as_tensor(v) if type(v).__module__ == "numpy" else v for v in (x, y))
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape or a.shape[:1] != (rows,):
+def _tensors(batch: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Also of mappings (transformers' BatchEncoding) and of a program's own classes, which are leaves to torch."""
+    for x in tree_leaves(batch):
+        if isinstance(x, Tensor):
+            if x.layout is torch.strided and not x.is_nested:
+                yield x
+        elif type(x).__module__ == "numpy":
+            with suppress(TypeError):  # strings, dates
+                yield torch.as_tensor(x)
+        elif depth and (isinstance(x, Mapping) or hasattr(x, "__dict__")):
+            yield from _tensors(dict(x) if isinstance(x, Mapping) else vars(x), depth - 1)
+
+
+def _alike(batch: Any, other: Any) -> bool:
+    return [x.shape for x in _tensors(batch)] == [x.shape for x in _tensors(other)]
+
+
+def _same(batch: Any, other: Any, kept: Sequence[int], rows: int) -> bool:
+    """Whether the rows ``kept`` are equal, as far as they have one shape."""
+    for a, b in zip(_tensors(batch), _tensors(other), strict=False):
+        if a.shape != b.shape or a.shape[:1] != (rows,):
             continue
-        if not torch.equal(a[:-1].nan_to_num(), b[:-1].nan_to_num()):
+        a, b = (x[list(kept)] for x in (a, b))
+        if a.is_floating_point():  # float8 has no such function
+            a, b = a.double().nan_to_num(), b.double().nan_to_num()
+        if not torch.equal(a, b):
             return False
     return True
+
+
+def _random_state() -> Any:
+    """That of torch, Python and NumPy, to be compared."""
+    numpy = sys.modules.get("numpy.random")
+    return torch.get_rng_state().tolist(), random.getstate(), numpy and str(numpy.get_state(legacy=False))
 
 
 @contextmanager

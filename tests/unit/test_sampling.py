@@ -9,9 +9,10 @@ import itertools
 import math
 import pickle
 import random
-from collections import namedtuple
+from collections import UserDict, namedtuple
 from collections.abc import Callable
 from decimal import Decimal, localcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -550,14 +551,34 @@ def mixed(rows: list[torch.Tensor]) -> torch.Tensor:
     return 0.5 * x + 0.5 * x[torch.randperm(len(x))]
 
 
+def with_the_row_before(rows: list[torch.Tensor]) -> torch.Tensor:
+    x = torch.stack(rows)
+    x[1:] += x[:-1].clone()
+    return x
+
+
+class RunningMean:
+    def __init__(self) -> None:
+        self.mean = torch.zeros(3)
+
+    def __call__(self, rows: list[torch.Tensor]) -> torch.Tensor:
+        x, mean = torch.stack(rows), self.mean
+        self.mean = 0.9 * mean + 0.1 * x.mean(0)
+        return x - mean
+
+
 def padded_and_masked(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """As collators of masked language models do: rows are taken apart, and positions are drawn."""
     x = nn.utils.rnn.pad_sequence([row.pop("x") for row in rows], batch_first=True)
     return {"x": torch.where(torch.rand(x.shape) < 0.5, 0.0, x), "length": torch.tensor([random.random() for _ in x])}
 
 
-COUPLING: dict[str, Callable[[list[torch.Tensor]], torch.Tensor]] = {
+COUPLING: dict[str, Callable[[list[torch.Tensor]], Any]] = {
     "mixup": mixed,
+    "mixup in a mapping": lambda rows: UserDict(x=mixed(rows)),
+    "mixup in a class": lambda rows: SimpleNamespace(x=mixed(rows)),
+    "less the first": lambda rows: torch.stack(rows) - rows[0],
+    "with the row before": with_the_row_before,
     "less the mean": lambda rows: torch.stack(rows) - torch.stack(rows).mean(0),
     "sorted": lambda rows: torch.stack(sorted(rows, key=lambda x: float(x[0]))),
     "backwards": lambda rows: torch.stack(rows[::-1]),
@@ -572,6 +593,12 @@ def test_collate_fn_that_mixes_or_moves_rows_is_refused(name: str) -> None:
     with pytest.raises(PrivacyError, match="collate_fn: a row came out otherwise"):
         for x in rows:
             collate(list(x))
+
+
+def test_collate_fn_that_keeps_something_of_rows_is_refused() -> None:
+    """Seen to be accepted: each microbatch less the mean of those before."""
+    with pytest.raises(PrivacyError, match="keeps something of rows"):
+        Collating(RunningMean())(list(torch.randn(8, 3)))
 
 
 def test_loader_asks_its_collate_fn() -> None:
@@ -593,6 +620,48 @@ def test_collate_fn_that_takes_rows_apart_is_as_it_is() -> None:
     for x, y in zip(batches(Collating(padded_and_masked)), batches(padded_and_masked), strict=True):
         assert torch.equal(x["x"], y["x"])
         assert torch.equal(x["length"], y["length"])
+
+
+def as_many_as_the_row_needs(rows: list[torch.Tensor]) -> torch.Tensor:
+    """As whole words are masked: how many numbers a row draws depends on it."""
+    return torch.stack([row * sum(random.random() for _ in range(1 + int(row[0] > 0))) for row in rows])
+
+
+def with_names(rows: list[torch.Tensor]) -> dict[str, Any]:
+    return {
+        "x": torch.stack(rows),
+        "name": np.array([f"row {i}" for i in range(len(rows))]),
+        "day": np.datetime64("2026-01-01"),
+    }
+
+
+@pytest.mark.parametrize("collate", [as_many_as_the_row_needs, with_names])
+def test_collate_fn_that_draws_by_row_or_names_rows_is_as_it_is(collate: Any) -> None:
+    """Seen to fail with a TypeError: torch has no strings."""
+    asked = Collating(collate)
+    for x in torch.randn(8, 8, 3).unbind(0):
+        asked(list(x))
+
+
+class CollatingModel(nn.Linear):
+    copies = 0
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        CollatingModel.copies += 1
+        return self
+
+    def collate(self, rows: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(rows)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_collate_fn_is_asked_without_a_copy_of_a_model(held: bool) -> None:
+    """Seen to be copied, whatever its size: transformers' DataCollatorForSeq2Seq has one, and others are a method of one."""
+    CollatingModel.copies, model = 0, CollatingModel(3, 3)
+    holder = OwnGenerator()
+    holder.model = model  # type: ignore[attr-defined]
+    Collating(holder if held else model.collate)(list(torch.randn(8, 3)))
+    assert CollatingModel.copies == 0
 
 
 class OwnGenerator:
