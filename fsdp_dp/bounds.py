@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from fsdp_dp import noise
 from fsdp_dp.adaptive_bounds import next_bounds, split_noise
 from fsdp_dp.clipping import RowWeights
 from fsdp_dp.config import PrivacyConfig
-from fsdp_dp.errors import UnsupportedModelError
+from fsdp_dp.errors import PrivacyError, UnsupportedModelError
 from fsdp_dp.groups import Group
 from fsdp_dp.guards import check_split
 from fsdp_dp.numerics import un_noised_margin
@@ -97,6 +98,29 @@ class Bounds:
         """Rank 0's, to the last digit: noise is made for the bounds that every rank clips to."""
         form = f"<{len(self._first)}d"
         self.set(struct.unpack(form, self._model.agree(struct.pack(form, *bounds))))
+
+    def saved(self, saved: Any, names: Sequence[str]) -> list[float]:
+        """Where adaptive bounds of the groups ``names`` had come to; fixed ones are this model's, whatever trained before.
+
+        Raises:
+            PrivacyError: they are other groups' bounds, or no bounds.
+        """
+        if self._privacy.adaptive_bounds is None:
+            return list(self.of_groups)
+        if not isinstance(saved, Mapping) or set(saved) != set(names):
+            found = sorted(map(str, saved))[:5] if isinstance(saved, Mapping) else repr(saved)
+            raise PrivacyError(
+                f"load_state_dict: the state has bounds of the clipping groups {found}, this model has "
+                f"{sorted(names)[:5]}; load the state of a run of the same model, with the same parameters trainable, or "
+                "start from the first bounds again: state['bounds'] = engine.state_dict()['bounds']"
+            )
+        for name, bound in saved.items():
+            if type(bound) is not float or not 0 < bound < math.inf:
+                raise PrivacyError(
+                    f"load_state_dict: the bound of clipping group '{name}' is {bound!r}, and not a finite number above 0; "
+                    "pass what engine.state_dict() returned"
+                )
+        return [saved[name] for name in names]
 
     def _sensitivity_left_for_a_row(self, max_grad_norm: float, lattice: noise.Lattice) -> float:
         """``max_grad_norm`` less what rounding of sums and the noise lattice may add (rules 2 to 4)."""

@@ -6,19 +6,15 @@
                unit by unit, reduce-scattered into float32 accumulators on the local shard       [clipped_sum, sharding]
     step       the release number grows, lattice noise is added, ``p.grad`` is published         [noise]
 
-The engine decides what is released, and when; `logical_batch` says what is pending, `bounds` what a row may weigh, and
-`examination` refuses models and losses that couple rows.
+The engine decides what is released, and when; `logical_batch` says what is pending, `bounds` what a row may weigh,
+`releases` what epsilon is, and `examination` refuses models and losses that couple rows.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import math
-import os
-import struct
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, NoReturn
@@ -28,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from fsdp_dp import accounting, noise
+from fsdp_dp.agreement import noise_multiplier, what_ranks_share
 from fsdp_dp.bounds import Bounds
 from fsdp_dp.clipped_sum import ClippedSum, ClippingPlan
 from fsdp_dp.clipping import RowWeights, row_weights
@@ -42,29 +38,23 @@ from fsdp_dp.coverage import (
     tapped_layers,
     unmark_attached,
 )
-from fsdp_dp.errors import BudgetExceededError, NoEpsilonWarning, PrivacyError, UnsupportedModelError
+from fsdp_dp.errors import BudgetExceededError, PrivacyError, UnsupportedModelError
 from fsdp_dp.examination import Examination
 from fsdp_dp.groups import Place, blocks_of_units, clipping_groups
 from fsdp_dp.guards import Mechanism, ReleaseGuard
 from fsdp_dp.kernels.release import Segment, Verdict, privatize_all_
+from fsdp_dp.keys import Keys
 from fsdp_dp.logical_batch import LogicalBatch, Microbatch
 from fsdp_dp.methods import Measured
 from fsdp_dp.norm_terms import TermsOfGroups
 from fsdp_dp.optimizer_gate import OptimizerGate
 from fsdp_dp.recorder import Recorder
+from fsdp_dp.releases import Releases
 from fsdp_dp.sampling import LogicalBatchLoader
 from fsdp_dp.sharding import open_model
 from fsdp_dp.side_stream import to_device
 from fsdp_dp.summary import describe
-from fsdp_dp.taps import (
-    recomputing,
-)
-
-_MECHANISM = (
-    "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "max_batch_size", "clipping",
-    "group_bounds", "clip_function", "clip_stability", "adaptive_bounds", "numerics",
-)  # fmt: skip
-_SEED_WARNING = "seed fixed: no privacy guarantee. Leave seed=None outside tests"
+from fsdp_dp.taps import recomputing
 
 
 class PrivacyEngine:
@@ -81,9 +71,7 @@ class PrivacyEngine:
     Attributes:
         layers: canonical name -> module, of the layers that are tapped.
         groups: the clipping groups.
-        steps: releases so far.
         guard: looks at releases before they are published (see `guards`).
-        seeded: some of them drew their noise from a fixed seed, so that there is no guarantee.
         nonfinite_rows: int64 scalar, rows of this rank zeroed because their gradient was not finite. Not private.
     """
 
@@ -91,12 +79,12 @@ class PrivacyEngine:
         self._privacy = privacy
         refuse_attached(model)
         self.model = open_model(model)
-        self.model.refuse_differences("make_private", self._what_ranks_share())
+        self.model.refuse_differences("make_private", what_ranks_share(self.model, privacy))
         self.layers, bare = tapped_layers(self.model)
         self.bare_parameters = [p.name for p in bare]
         self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.dtype = self.model.parameters[0].accumulator.dtype
-        self._noise_multiplier = self._agree_on_noise_multiplier()
+        self._noise_multiplier = noise_multiplier(self.model, privacy)
         self.groups = clipping_groups(
             self._places(),
             clipping=privacy.clipping,
@@ -107,18 +95,12 @@ class PrivacyEngine:
         if self._plan.streams:
             self.model.dedicate_groups()
         self._bounds = Bounds(self.model, self.groups, privacy, self.noise_multiplier, self.dtype)
-        self.steps = 0
-        self.seeded = privacy.seed is not None
+        self._releases = Releases(privacy, self.noise_multiplier)
         self.guard = ReleaseGuard(self.model, privacy, self.noise_multiplier)
         self._new_keys()
 
         self._handles = {p.name: p.parameter for p in self.model.parameters}
         self._batch = LogicalBatch()
-        self._vouched, self._warned = True, False
-        self._draws_of_loaders: list[int] = []
-        self._drawn_epoch: tuple[int, int] | None = None
-        self._released_epochs: set[tuple[int, int]] = set()
-        self._earlier_epochs = 0
         self._norm_B: Tensor | None = None
         self._last_release = Verdict()
         self.nonfinite_rows = torch.zeros((), dtype=torch.int64, device=self.model.device)
@@ -153,17 +135,7 @@ class PrivacyEngine:
         Raises:
             PrivacyError: a batch was released that the accountant's sampling assumption does not cover.
         """
-        if not self._vouched:
-            raise PrivacyError(
-                f"epsilon: sampling='{self.privacy.sampling}' assumes that every microbatch comes from "
-                "engine.loader(...), but some did not, so no epsilon holds. Use engine.loader, or set "
-                "sampling='external_poisson' if your own loader draws every row independently with probability "
-                f"{self.privacy.sample_rate:g}"
-            )
-        if self.seeded:
-            warnings.warn(_SEED_WARNING, stacklevel=2)
-        delta = self.privacy.target_delta if delta is None else delta
-        return accounting.epsilon_for(self.privacy, self.noise_multiplier, self._accounted_steps(), delta).upper
+        return self._releases.epsilon(delta)
 
     @property
     def privacy(self) -> PrivacyConfig:
@@ -174,6 +146,16 @@ class PrivacyEngine:
     def noise_multiplier(self) -> float:
         """sigma, given or calibrated; what is accounted."""
         return self._noise_multiplier
+
+    @property
+    def steps(self) -> int:
+        """Releases so far."""
+        return self._releases.number
+
+    @property
+    def seeded(self) -> bool:
+        """Whether some releases drew their noise from a fixed seed, so that there is no guarantee."""
+        return self._releases.seeded
 
     @property
     def bounds(self) -> tuple[float, ...]:
@@ -220,14 +202,14 @@ class PrivacyEngine:
             steps: logical batches; default ``privacy.steps``, endless if that is None.
             dataloader_kwargs: for torch's ``DataLoader`` (``num_workers``, ``collate_fn``, ...).
         """
-        number, steps = len(self._draws_of_loaders), self.privacy.steps if steps is None else steps
+        number, steps = self._releases.loaders, self.privacy.steps if steps is None else steps
         given = {"the number of loaders so far": number, "microbatch_size": microbatch_size, "steps": steps}
         self.model.refuse_differences("engine.loader", given)
-        self._draws_of_loaders.append(0)
+        self._releases.add_loader()
         return LogicalBatchLoader(
             dataset,
             privacy=self.privacy,
-            key=noise.derive_key(self._master_key, f"sampling {number}"),
+            key=self._keys.of_loader(number),
             microbatch_size=microbatch_size,
             steps=steps,
             rank=self.model.data_rank,
@@ -274,16 +256,8 @@ class PrivacyEngine:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: counts and the mechanism. Nothing secret, and nothing un-noised."""
         self._last_release.check()
-        mechanism = {k: v for k, v in dataclasses.asdict(self.privacy).items() if k != "seed"}
-        return {
-            **mechanism,
-            "steps": self.steps,
-            "epochs": self._epochs(),
-            "noise_multiplier": self.noise_multiplier,
-            "vouched": self._vouched,
-            "seeded": self.seeded,
-            "bounds": {group.name: bound for group, bound in zip(self.groups, self.bounds, strict=True)},
-        }
+        bounds = {group.name: bound for group, bound in zip(self.groups, self.bounds, strict=True)}
+        return {**self._releases.state(), "bounds": bounds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue counting where ``state`` ended. Draws fresh keys, so no noise repeats. Call on all ranks.
@@ -294,52 +268,18 @@ class PrivacyEngine:
         Raises:
             PrivacyError: the mechanism differs, so that the releases could not be accounted together.
         """
-        now = self.state_dict()
-        missing = sorted(now.keys() - state.keys())
+        missing = sorted(self.state_dict().keys() - state.keys())
         if missing:
             raise PrivacyError(
                 f"load_state_dict: this is not the state of a privacy engine (no {missing[0]!r} in it); pass what "
                 "engine.state_dict() returned"
             )
-        for name in _MECHANISM:
-            if state[name] != now[name]:
-                raise PrivacyError(
-                    f"load_state_dict: {name} was {state[name]!r} when the state was saved and is {now[name]!r} now; "
-                    "releases of two mechanisms are not accounted together. Use the saved value"
-                )
-        bounds = self._saved_bounds(state["bounds"])
+        self._releases.check(state)
+        bounds = self._bounds.saved(state["bounds"], [group.name for group in self.groups])
         self.discard()
-        self._earlier_epochs = max(self._epochs(), int(state["epochs"]))
-        self._released_epochs.clear()
-        self.steps = max(self.steps, int(state["steps"]))
-        self._vouched = self._vouched and bool(state["vouched"])
-        self.seeded = self.seeded or bool(state["seeded"])
+        self._releases.load(state)
         self._bounds.agree_on(bounds)
         self._new_keys()
-
-    def _saved_bounds(self, saved: dict[str, float]) -> list[float]:
-        """Where adaptive bounds had come to; fixed ones are those of this model, whatever trained before.
-
-        Raises:
-            PrivacyError: they are other groups' bounds, or no bounds.
-        """
-        if self.privacy.adaptive_bounds is None:
-            return list(self.bounds)
-        names = [group.name for group in self.groups]
-        if not isinstance(saved, Mapping) or set(saved) != set(names):
-            found = sorted(map(str, saved))[:5] if isinstance(saved, Mapping) else repr(saved)
-            raise PrivacyError(
-                f"load_state_dict: the state has bounds of the clipping groups {found}, this model has "
-                f"{sorted(names)[:5]}; load the state of a run of the same model, with the same parameters trainable, or "
-                "start from the first bounds again: state['bounds'] = engine.state_dict()['bounds']"
-            )
-        for name, bound in saved.items():
-            if type(bound) is not float or not 0 < bound < math.inf:
-                raise PrivacyError(
-                    f"load_state_dict: the bound of clipping group '{name}' is {bound!r}, and not a finite number above 0; "
-                    "pass what engine.state_dict() returned"
-                )
-        return [saved[name] for name in names]
 
     def detach(self) -> None:
         """Give the model back as it was. Un-released sums are dropped; the engine cannot be used any more."""
@@ -375,7 +315,7 @@ class PrivacyEngine:
     @property
     def vouched(self) -> bool:
         """Whether all rows released so far were sampled as the accountant assumes, so that `epsilon` holds."""
-        return self._vouched
+        return self._releases.vouched
 
     @property
     def rows_are_independent(self) -> bool:
@@ -384,40 +324,10 @@ class PrivacyEngine:
 
     # ------------------------------------------------------------------------------------------------- attachment
 
-    def _what_ranks_share(self) -> dict[str, Any]:
-        names = hashlib.sha256(repr([(p.name, p.numel) for p in self.model.parameters]).encode()).hexdigest()
-        found = f"{len(self.model.parameters)}, {self.model.global_numel} elements, names {names[:8]}"
-        options = {f"PrivacyConfig.{name}": value for name, value in dataclasses.asdict(self.privacy).items()}
-        return {**options, "the list of trainable parameters": found}
-
-    def _agree_on_noise_multiplier(self) -> float:
-        """Calibrated on rank 0 only, so that ranks cannot differ in the last digit; a failure there ends all ranks."""
-        value, failure = 0.0, ""
-        if self.model.is_first_rank:
-            try:
-                value = accounting.calibrate_for(self.privacy)
-            except (ValueError, RuntimeError) as error:
-                kind = "" if isinstance(error, accounting.AccountingError) else f"{type(error).__name__}: "
-                failure = f"{kind}{error}"
-        payload = self.model.agree(struct.pack("<d1024s", value, failure.encode()[:1024]))
-        value, message = struct.unpack("<d1024s", payload)
-        if message.strip(b"\0"):
-            raise accounting.AccountingError(message.strip(b"\0").decode(errors="replace"))
-        return float(value)
-
     def _new_keys(self) -> None:
-        """Keys for an attachment or a load: from system entropy on rank 0, or from the seed (tests only)."""
-        if self.privacy.seed is None:
-            self._master_key = self.model.agree(noise.new_key())
-        else:
-            warnings.warn(_SEED_WARNING, stacklevel=5)
-            self._master_key = noise.key_from_seed(self.privacy.seed)
-            if self.steps:
-                self._master_key = noise.derive_key(self._master_key, f"after release {self.steps}")
-        self._process = os.getpid()
-        self._noise_key = noise.derive_key(self._master_key, "noise")
-        self._bounds_key = noise.derive_key(self._master_key, "adaptive bounds")
-        self.guard.restart(self._noise_key, self.seeded)
+        """For an attachment or a load."""
+        self._keys = Keys(self.model, self.privacy.seed, after=self.steps)
+        self.guard.restart(self._keys.noise, self.seeded)
 
     def _places(self) -> list[Place]:
         """The managed parameters in the order in which the model registers them, with their blocks."""
@@ -429,18 +339,6 @@ class PrivacyEngine:
         block_of = blocks_of_units({p.name: p.unit for p in self.model.parameters})
         return [Place(name=n, block=block_of[n], numel=parameters[n].numel) for n in dict.fromkeys(sites)]
 
-    def _epochs(self) -> int:
-        """Epochs of shuffling with a release, over all loaders: no row was in more releases than that."""
-        return self._earlier_epochs + len(self._released_epochs)
-
-    @property
-    def _steps_per_epoch(self) -> int:
-        return self.privacy.dataset_size // self.privacy.expected_batch_size
-
-    def _accounted_steps(self) -> int:
-        """Releases as the accountant counts them: for shuffling, whole epochs."""
-        return self._epochs() * self._steps_per_epoch if self.privacy.sampling == "shuffle" else self.steps
-
     # --------------------------------------------------------------------------------------------- forward, backward
 
     def _start_logical_batch(self, loader: int) -> None:
@@ -449,8 +347,7 @@ class PrivacyEngine:
                 "A new logical batch starts while the sums of the last one are not released: call optimizer.step() "
                 "after every logical batch, or engine.discard() on all ranks to drop it"
             )
-        self._drawn_epoch = (loader, self._draws_of_loaders[loader] // self._steps_per_epoch)
-        self._draws_of_loaders[loader] += 1
+        self._releases.draw(loader)
         self._batch.intake.start_logical_batch(loader)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -553,7 +450,7 @@ class PrivacyEngine:
         self.nonfinite_rows += (microbatch.mask_B & totals.dropped_B).sum()
         self._batch.pending += 1
         self.guard.count(microbatch.mask_B, microbatch.vouched)
-        self._vouched &= microbatch.vouched
+        self._releases.vouched &= microbatch.vouched
 
     # -------------------------------------------------------------------------------------------------------- release
 
@@ -561,14 +458,12 @@ class PrivacyEngine:
         """Noise what is pending and publish it. The counter grows before the first draw and is never taken back."""
         self._check_before_release()
         self._examine_first_microbatch()
-        self.steps += 1
-        if self._drawn_epoch is not None:
-            self._released_epochs.add(self._drawn_epoch)
+        number = self._releases.begin()
         try:
-            gradients = self._private_gradients()
+            gradients = self._private_gradients(number)
             for parameter in self.model.parameters:
                 self.model.publish(parameter, gradients[parameter.name])
-            self._bounds.adapt(self._bounds_key, self.steps)
+            self._bounds.adapt(self._keys.bounds, number)
         except BaseException:
             self._batch.poison("a release failed halfway")
             for parameter in self.model.parameters:
@@ -576,28 +471,12 @@ class PrivacyEngine:
             raise
         self._batch.released()
         self._examination.released()
-        self._warn_unless_vouched()
+        self._releases.warn_unless_vouched(stacklevel=5)
         grads = {name: parameter.grad for name, parameter in self._handles.items()}
         self._gate.published({name: grad for name, grad in grads.items() if grad is not None})
 
-    def _warn_unless_vouched(self) -> None:
-        if not self._vouched and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"No epsilon holds for this run: a release held rows that did not come from engine.loader, as "
-                f"sampling='{self.privacy.sampling}' assumes. Use engine.loader, or say with sampling='external_poisson' "
-                "that your own loader draws every row independently",
-                NoEpsilonWarning,
-                stacklevel=5,
-            )
-
     def _check_before_release(self) -> None:
-        if os.getpid() != self._process:
-            raise PrivacyError(
-                f"optimizer.step() in process {os.getpid()}, which was forked off {self._process} after make_private: both "
-                "hold the same keys and would draw the same noise. Call make_private in the process that trains, or go on "
-                "with fresh keys: engine.load_state_dict(engine.state_dict())"
-            )
+        self._keys.refuse_fork()
         self._last_release.check()
         self._batch.raise_if_poisoned()
         self._recorder.window.refuse_hooks()
@@ -612,21 +491,12 @@ class PrivacyEngine:
                 "one microbatch (an empty draw still gives one, all padding, from engine.loader)"
             )
         self._batch.intake.check_release()
-        if self._budget_is_spent():
+        if self._releases.is_budget_spent():
             self.discard()
             raise BudgetExceededError(
                 f"The budget was fixed at {self.privacy.steps} releases for epsilon={self.privacy.target_epsilon:g}; another "
                 "one would exceed it. The sums were discarded; end training here"
             )
-
-    def _budget_is_spent(self) -> bool:
-        """Whether one more release would be more than sigma was calibrated for; shuffling counts whole epochs."""
-        limit = self.privacy.steps
-        if self.privacy.target_epsilon is None or limit is None:
-            return False
-        if self.privacy.sampling == "shuffle" and self._drawn_epoch not in self._released_epochs:
-            return self.steps >= limit or self._epochs() >= -(-limit // self._steps_per_epoch)
-        return self.steps >= limit
 
     def _examine_first_microbatch(self) -> None:
         if self._examination.passed:
@@ -637,14 +507,14 @@ class PrivacyEngine:
             self.discard()
             raise
 
-    def _private_gradients(self) -> dict[str, Tensor]:
+    def _private_gradients(self, release: int) -> dict[str, Tensor]:
         """``(sum_i w_i G_i + sigma R xi) / expected_batch_size`` of every local shard, flat, in place of the sums.
 
         The sums' memory goes with the gradients: whoever keeps one of these never sees an un-noised sum in it later.
         """
         mechanism = Mechanism(
-            key=self._noise_key,
-            release=self.steps,
+            key=self._keys.noise,
+            release=release,
             lattice=self._bounds.lattice,
             noise_std=self.gradient_noise_multiplier * self.max_grad_norm,
             divisor=self.privacy.expected_batch_size,

@@ -392,9 +392,9 @@ def sums_that_stay() -> AbstractContextManager[Any]:
 def uncounted_release() -> Iterator[None]:
     made = PrivacyEngine._private_gradients
 
-    def uncounted(self: PrivacyEngine) -> dict[str, Tensor]:
-        gradients = made(self)
-        self.steps -= 1
+    def uncounted(self: PrivacyEngine, release: int) -> dict[str, Tensor]:
+        gradients = made(self, release)
+        self._releases.number -= 1
         return gradients
 
     with patch.object(PrivacyEngine, "_private_gradients", uncounted):
@@ -405,9 +405,9 @@ def sums_published() -> AbstractContextManager[Any]:
     """What the guards have looked at is not what the optimizer is given."""
     made = PrivacyEngine._private_gradients
 
-    def unnoised(self: PrivacyEngine) -> dict[str, Tensor]:
+    def unnoised(self: PrivacyEngine, release: int) -> dict[str, Tensor]:
         sums = {p.name: p.accumulator / self.privacy.expected_batch_size for p in self.model.parameters}
-        made(self)
+        made(self, release)
         return sums
 
     return patch.object(PrivacyEngine, "_private_gradients", unnoised)

@@ -73,7 +73,7 @@ ORDER = (
         "independence",
         "optimizer_gate",
     ),
-    ("clipped_sum", "guards", "bounds"),
+    ("clipped_sum", "guards", "bounds", "releases", "agreement", "keys"),
     ("logical_batch",),
     ("recorder",),
     ("examination",),
