@@ -81,8 +81,7 @@ class Collating:
     def _of_copies(self, *microbatches: list[Any]) -> tuple[list[Any], bool]:
         """What a copy of the collate_fn makes of copies of rows, one after the other, all under the numbers that come next;
         None where it cannot, of which its own call will tell. And whether it took some of these."""
-        copies, made = [[copy.deepcopy(row) for row in rows] for rows in microbatches], []
-        draws = False
+        copies, made, draws = [_copies(rows) for rows in microbatches], [], False
         try:
             collate = self._copy()
             for rows in copies:
@@ -102,6 +101,16 @@ class Collating:
             return copy.deepcopy(self._collate, {id(x): x for x in held if isinstance(x, nn.Module | Dataset)})
         except Exception:  # an open file, a lock
             return self._collate
+
+
+def _copies(rows: list[Any]) -> list[Any]:
+    try:
+        return [copy.deepcopy(row) for row in rows]
+    except Exception as error:
+        raise PrivacyError(
+            f"collate_fn: a row of the dataset cannot be copied ({error}), so nobody can see whether one row moves others. "
+            "Return tensors (detached), arrays and plain values from the dataset's __getitem__"
+        ) from error
 
 
 def _tensors(batch: Any, depth: int = 4) -> Iterator[Tensor]:

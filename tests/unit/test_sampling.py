@@ -681,6 +681,12 @@ def test_collate_fn_draws_from_a_generator_of_its_own() -> None:
         assert torch.equal(x, y)
 
 
+def test_rows_that_cannot_be_copied_are_named() -> None:
+    rows = list(torch.randn(2, 3, requires_grad=True) * 2)
+    with pytest.raises(PrivacyError, match="a row of the dataset cannot be copied"):
+        Collating(torch.stack)(rows)
+
+
 def test_collate_fn_whose_draws_nobody_can_repeat_is_refused() -> None:
     owner = OwnGenerator()
     with pytest.raises(PrivacyError, match="asked twice about the same rows"):
