@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
 from fsdp_dp.errors import PrivacyError
-from fsdp_dp.independence import exchanged_rows
+from fsdp_dp.exchanges import exchanged_rows
 
 _QUESTIONS = 8
 

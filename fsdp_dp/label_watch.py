@@ -2,7 +2,7 @@
 
 ``F.cross_entropy(logits, labels)`` divides by how many labels there are. Where no label is ever ignored, that is a fixed
 number, and the loss a mean over rows. One ignored label makes it a count of the data, and every row's gradient depends on
-the others'. The first microbatch is examined by replaying its loss (see `independence`); in the others, whether some label
+the others'. The first microbatch is examined by replaying its loss (see `loss_recording`); in the others, whether some label
 is ignored is asked of the device, and known before the release.
 """
 

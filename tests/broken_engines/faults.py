@@ -469,7 +469,7 @@ def parts_as_wholes() -> AbstractContextManager[Any]:
 
 @contextmanager
 def no_noise_and_no_guards() -> Iterator[None]:
-    with other_noise(torch.zeros_like), patch.object(ReleaseGuard, "before", lambda self, segments, bound: []):
+    with other_noise(torch.zeros_like), patch.object(ReleaseGuard, "before", lambda self, bound: []):
         yield
 
 

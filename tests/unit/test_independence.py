@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fsdp_dp import PrivacyConfig, PrivacyError, UnsupportedModelError, make_private
-from fsdp_dp.independence import FirstMicrobatch, exchanged_rows
+from fsdp_dp.exchanges import exchanged_rows
+from fsdp_dp.independence import FirstMicrobatch
 from tests.unit.toys import ROWS, clipped_sum, private, released
 
 V, B, T = 11, 6, 5
