@@ -335,7 +335,7 @@ def test_a_load_counts_what_the_ledger_counts(tmp_path: Path) -> None:
 
 
 def engine_keys(engine: PrivacyEngine) -> set[bytes]:
-    return {engine._master_key, engine._noise_key}
+    return {engine._keys._master, engine._keys.noise}
 
 
 def test_a_crash_before_the_first_checkpoint_is_counted(tmp_path: Path) -> None:
