@@ -39,6 +39,7 @@ SHARDINGS = {
 }
 SIDES = ("plain", "flat", "block", "layer")
 STEPS = 2
+TOLERANCE = 0.06
 TRIES = {2: 8, 4: 4}
 Case = tuple[str, str, int]
 CASES: dict[int, list[Case]] = {
@@ -61,12 +62,22 @@ def step(world_size: int, sharding: str, side: str, microbatches: int) -> Step:
     )
 
 
-def measure(rank: int, world_size: int) -> list[tuple[int, dict[str, int]]]:
-    """The smallest peak of some tries: what gloo's threads still hold of a collective that is over comes on top."""
-    return [
-        min((measured(step(world_size, *case), case[-1]) for _ in range(TRIES[world_size])), key=lambda found: found[0])
-        for case in CASES[world_size]
-    ]
+def measure(rank: int, world_size: int, planned: list[int]) -> list[tuple[int, dict[str, int]]]:
+    """The smallest peak of two tries, and of more while it is above what is planned on rank 0, which is asked.
+
+    What gloo's threads still hold of a collective that is over comes on top.
+    """
+    results = []
+    for case, most in zip(CASES[world_size], planned, strict=True):
+        tries: list[tuple[int, dict[str, int]]] = []
+        another = torch.ones(1)
+        while another:
+            tries.append(measured(step(world_size, *case), case[-1]))
+            above = min(peak for peak, _ in tries) > most * (1 + TOLERANCE)
+            another.fill_(len(tries) < 2 or (above and len(tries) < TRIES[world_size]))
+            dist.broadcast(another, 0)
+        results.append(min(tries, key=lambda found: found[0]))
+    return results
 
 
 def measured(one: Step, microbatches: int) -> tuple[int, dict[str, int]]:
@@ -112,9 +123,9 @@ def allocator_peak(profiler: Any) -> int:
 @pytest.mark.parametrize("world_size", CASES)
 def test_a_plan_is_what_ranks_measure(world_size: int) -> None:
     """Seen to fail when the sums of the last step were held through the next forward."""
-    results = run(measure, world_size, timeout=600.0)[0]
-    for case, (peak, counts) in zip(CASES[world_size], results, strict=True):
-        found = trace(step(world_size, *case))
-        assert found.peak.total() == pytest.approx(peak, rel=0.06), case
+    plans = [trace(step(world_size, *case)) for case in CASES[world_size]]
+    results = run(measure, world_size, [found.peak.total() for found in plans], timeout=600.0)[0]
+    for case, found, (peak, counts) in zip(CASES[world_size], plans, results, strict=True):
+        assert found.peak.total() == pytest.approx(peak, rel=TOLERANCE), case
         counts.pop("broadcast", None)  # DDP lays its buckets out anew in the second forward
         assert {kind.replace("-", ""): n for kind, n in found.calls.items() if kind != "broadcast"} == counts, case
