@@ -28,8 +28,8 @@ def trial_of(run: Run) -> Trial:
         raise ValueError(f"{run.name}: no cost can be stated. {run.verdict}. Leave the run out only if nobody saw it")
     if run.standing.seeded:
         raise ValueError(f"{run.name}: its seed was fixed, so there is no guarantee to compose")
-    mechanism = Mechanism(run.noise_multiplier, accounting._row_rate(run.privacy), accounting._cap(run.privacy))
-    return Trial(mechanism, accounting._row_releases(run.privacy, run.standing.accounted(run.releases)))
+    mechanism = Mechanism(run.noise_multiplier, accounting.row_rate(run.privacy), accounting.cap_of(run.privacy))
+    return Trial(mechanism, accounting.row_releases(run.privacy, run.standing.accounted(run.releases)))
 
 
 def cost(runs: Sequence[Run], delta: float | None) -> list[str]:

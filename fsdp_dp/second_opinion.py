@@ -22,14 +22,14 @@ def cross_check(privacy: PrivacyConfig, noise_multiplier: float, steps: int) -> 
     """
     if privacy.accountant == "rdp" or privacy.max_batch_size is not None or noise_multiplier == 0:
         return "epsilon not cross-checked: only accountants 'prv' and 'pld' can be compared, on draws that are not cut"
-    if accounting._row_rate(privacy) == 1:
+    if accounting.row_rate(privacy) == 1:
         return "epsilon not cross-checked: without sampling it is a formula, and both accountants are that"
     try:
         prv, pld = (
             accounting.epsilon(
                 noise_multiplier=noise_multiplier,
-                sample_rate=accounting._row_rate(privacy),
-                steps=accounting._row_releases(privacy, steps),
+                sample_rate=accounting.row_rate(privacy),
+                steps=accounting.row_releases(privacy, steps),
                 delta=privacy.target_delta,
                 accountant=accountant,
             )

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fsdp_dp import accounting
+from fsdp_dp.accountants import renyi
 from fsdp_dp.accounting import AccountingError, EpsilonBounds, Mechanism
 from fsdp_dp.config import AccountantName, require_integer, require_number
 
@@ -139,7 +140,7 @@ def renyi_divergences(trials: Sequence[Trial]) -> list[tuple[float, float]]:
                 f"a noise multiplier of {mechanism.noise_multiplier:.3g} is below {accounting.SMALLEST_NOISE}, and leaves "
                 "the range of the arithmetic: no cost can be stated"
             )
-    moments = [accounting._log_moments(mechanism) for mechanism, _ in trials]
+    moments = [renyi.log_moments(mechanism) for mechanism, _ in trials]
     common = set.intersection(*({order for order, _ in of_trial} for of_trial in moments))
     totals = dict.fromkeys(sorted(common), 0.0)
     for of_trial, (_, releases) in zip(moments, trials, strict=True):

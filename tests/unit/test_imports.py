@@ -17,7 +17,17 @@ INDEX = "__init__"  # `fsdp_dp` itself: the public names
 
 # Lowest first. A module imports from its own row and from the rows above it.
 ORDER = (
-    ("config", "errors", "accounting", "second_opinion", "standing", "ledger", "auditing", "tuning"),  # no torch
+    (
+        "config",
+        "errors",
+        "accountants",
+        "accounting",
+        "second_opinion",
+        "standing",
+        "ledger",
+        "auditing",
+        "tuning",
+    ),  # no torch
     (
         "numerics",
         "chacha",

@@ -1,0 +1,1 @@
+"""What bounds epsilon of a composition: one file an accountant, over `mechanism`; `accounting` chooses and falls back."""
