@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.optimizer import Optimizer
 
+from fsdp_dp.averaging import WeightAverage
 from fsdp_dp.engine import PrivacyEngine
 from fsdp_dp.ledger import STATE_FILE, Anchor, Ledger, sync_folder
 from fsdp_dp.standing import LedgerError
@@ -46,6 +47,8 @@ from fsdp_dp.standing import LedgerError
 # Of checkpoints that are being written or removed; a name that `newest` never finds.
 _UNFINISHED = ".unfinished-"
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+_TRAINABLE = StateDictOptions(ignore_frozen_params=True)
+_SOME = StateDictOptions(strict=False)
 _UNREADABLE = (
     "If it is damaged, remove it, and go on from the one before it: what was released since counts all the same"
 )
@@ -64,6 +67,7 @@ class Checkpoints:
         engine: the model's privacy engine; None for plain training.
         ledger: on rank 0 of a private run: every save reserves the next lease, before anything else.
         keep: how many checkpoints to keep; the older ones are removed after a newer one is in place.
+        average: of the weights, saved and loaded with them.
 
     Every method is to be called on all ranks alike. A save that fails raises in the next call.
     """
@@ -77,9 +81,11 @@ class Checkpoints:
         ledger: Ledger | None = None,
         *,
         keep: int = 2,
+        average: WeightAverage | None = None,
     ) -> None:
         self.folder, self.keep = folder, keep
         self._model, self._optimizer, self._engine, self._ledger = model, optimizer, engine, ledger
+        self._average = average
         # Saving happens beside training, so it must not share a group: collectives of both would mix.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._is_main = self._group is None or dist.get_rank() == 0
@@ -109,6 +115,9 @@ class Checkpoints:
         if self._on_any_rank(bool(self._optimizer.state)):
             tensors["optimizer"] = get_optimizer_state_dict(self._model, self._optimizer, options=_OPTIONS)
         state = {"step": step, "privacy": None if self._engine is None else self._engine.state_dict()}
+        if self._average is not None:
+            tensors["average"] = self._averaged()
+            state["averaged"] = self._average.updates
         writer = dcp.FileSystemWriter(str(self.folder / f"{_UNFINISHED}{_name(step)}"))
         if self._group is None:  # a script of one process; torch then warns, and filters are no thread's own
             self._write(writer, tensors, state)
@@ -147,11 +156,14 @@ class Checkpoints:
         tensors: dict[str, Any] = {"model": get_model_state_dict(self._model)}
         if any(key.startswith("optimizer.") for key in _names_in(reader)):
             tensors["optimizer"] = get_optimizer_state_dict(self._model, self._optimizer, options=_OPTIONS)
+        if self._average is not None and "averaged" in state:
+            tensors["average"] = self._averaged()
         with _named(f"{path}: this checkpoint cannot be loaded into this model and optimizer. {_UNREADABLE}"):
             dcp.load(tensors, storage_reader=reader, process_group=self._group)
         set_model_state_dict(self._model, tensors["model"])
         if "optimizer" in tensors:
             set_optimizer_state_dict(self._model, self._optimizer, tensors["optimizer"], options=_OPTIONS)
+        self._load_average(tensors.get("average"), state)
         self._load_engine(state["privacy"])
         self._at = state["step"]
         return dict(state)
@@ -199,6 +211,24 @@ class Checkpoints:
             }
         if saved is not None or counts["steps"]:
             self._engine.load_state_dict(counts)
+
+    def _averaged(self) -> dict[str, Any]:
+        """Copies of the averaged weights, named and sharded as the model's state dict is."""
+        assert self._average is not None
+        with self._average.in_place():
+            tensors: dict[str, Any] = get_model_state_dict(self._model, options=_TRAINABLE)
+            return {name: x.clone() for name, x in tensors.items()}
+
+    def _load_average(self, weights: dict[str, Any] | None, state: dict[str, Any]) -> None:
+        """From a checkpoint that has none, the average begins with the weights that were loaded."""
+        if self._average is None:
+            return
+        if weights is None:
+            self._average.adopt(0)
+            return
+        with self._average.in_place():
+            set_model_state_dict(self._model, weights, options=_SOME)
+            self._average.adopt(state["averaged"])
 
     def _write(self, writer: dcp.FileSystemWriter, tensors: dict[str, Any], state: dict[str, Any]) -> None:
         """In the background: the next lease, the shards, then the rename that makes it a checkpoint."""

@@ -17,25 +17,30 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from fsdp_dp.checkpoint import alone_without_warning, newest
 
-_MODEL = "model."
+_MODEL, _AVERAGE = "model.", "average."
 
 
-def model_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The model's state dict of a checkpoint, on the CPU.
+def model_weights(checkpoint: Path, *, averaged: bool = False) -> dict[str, Tensor]:
+    """The model's state dict of a checkpoint, on the CPU; ``averaged`` over releases, where the run did that.
 
     Raises:
-        FileNotFoundError: there is no checkpoint.
+        FileNotFoundError: there is no checkpoint, or no average in it.
     """
     reader = dcp.FileSystemReader(str(checkpoint))
     stored = reader.read_metadata().state_dict_metadata
     weights = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored.items()
-        if name.startswith(_MODEL) and isinstance(entry, TensorStorageMetadata)
+        if name.startswith((_MODEL, _AVERAGE) if averaged else _MODEL) and isinstance(entry, TensorStorageMetadata)
     }
+    if averaged and not any(name.startswith(_AVERAGE) for name in weights):
+        raise FileNotFoundError(
+            f"{checkpoint} holds no averaged weights: its run was not started with optimizer.average_decay"
+        )
     with alone_without_warning():
         dcp.load(weights, storage_reader=reader, no_dist=True)
-    return {name.removeprefix(_MODEL): weight for name, weight in weights.items()}
+    plain = {name.removeprefix(_MODEL): weight for name, weight in weights.items() if name.startswith(_MODEL)}
+    return plain | {n.removeprefix(_AVERAGE): weight for n, weight in weights.items() if n.startswith(_AVERAGE)}
 
 
 def find_checkpoint(run: Path) -> Path:
@@ -70,10 +75,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="the folder of a run (its newest checkpoint) or of a checkpoint")
     parser.add_argument("out", type=Path, help="OUT.safetensors, or OUT.pt for torch.load")
+    parser.add_argument(
+        "--average", action="store_true", help="the weights averaged over releases (optimizer.average_decay)"
+    )
     asked = parser.parse_args(arguments)
     try:
         checkpoint = find_checkpoint(asked.run)
-        weights = model_weights(checkpoint)
+        weights = model_weights(checkpoint, averaged=asked.average)
         save_weights(weights, asked.out)
     except (FileNotFoundError, ImportError) as error:
         print(f"fsdp_dp.export: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from fsdp_dp.averaging import WeightAverage
 from fsdp_dp.checkpoint import Checkpoints
 from fsdp_dp.config import PrivacyConfig
 from fsdp_dp.data.corpus import Corpus, load_corpus
@@ -142,7 +143,9 @@ def assemble(plan: Plan, world: World, folder: Path, ledger: Ledger | None, stop
     engine = build_engine(model, optimizer, privacy)
     ledger = None if engine is None else ledger  # of a plain run, it is no more than the folder's lock
     # This first: on a full disk, what it removes makes room for the ledger's line.
-    checkpoints = Checkpoints(folder / CHECKPOINTS, model, optimizer, engine, ledger)
+    decay = config.optimizer.average_decay
+    average = None if engine is None or decay is None else WeightAverage(engine, decay)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, model, optimizer, engine, ledger, average=average)
     budget = commit(plan, engine, ledger)
     saved = checkpoints.load()
     start, last = world.from_main(position(config, engine, ledger, saved))
@@ -154,8 +157,8 @@ def assemble(plan: Plan, world: World, folder: Path, ledger: Ledger | None, stop
         announce(saved, start, config.steps)
         log = RunLog(folder, config.steps, start, plan.corpus.score, config.diagnostics)
     return Training(
-        config=config, corpus=plan.corpus, world=world, model=model, optimizer=optimizer, engine=engine, budget=budget,
-        log=log, checkpoints=checkpoints, ledger=ledger, stop=stop, start=start, last=last,
+        config=config, corpus=plan.corpus, world=world, model=model, optimizer=optimizer, engine=engine, average=average,
+        budget=budget, log=log, checkpoints=checkpoints, ledger=ledger, stop=stop, start=start, last=last,
     )  # fmt: skip
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from fsdp_dp.averaging import WeightAverage
 from fsdp_dp.checkpoint import Checkpoints
 from fsdp_dp.data.corpus import Corpus
 from fsdp_dp.data.rows import Row
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 class Training:
     """What a run is made of. `engine` is None without privacy; `budget`, `log` and `ledger` are None except on rank 0.
 
+    `average` is None unless weights are averaged over releases.
+
     Steps are numbered over all starts of a run, and with privacy they are releases: `start` count as made, `last` may be.
     """
 
@@ -44,6 +48,7 @@ class Training:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     engine: PrivacyEngine | None
+    average: WeightAverage | None
     budget: Budget | None
     log: RunLog | None
     checkpoints: Checkpoints
@@ -109,6 +114,8 @@ def train_step(training: Training, batch: Iterable[Row], divisor: int) -> Step:
         real_B = inputs.flatten(1).any(dim=1)
         step.count(score.totals(logits, targets, losses_B, real_B), real_B)
     training.optimizer.step()
+    if training.average is not None:
+        training.average.update()
     training.optimizer.zero_grad()
     return step
 
@@ -128,14 +135,18 @@ def report_step(training: Training, step: int, made: Step, started: float) -> bo
 
 
 def evaluate(training: Training, step: int, count: int | None = None) -> float | None:
-    """The score on `count` held-out rows (default: all), logged on rank 0; None where diagnostics are off."""
+    """The score on `count` held-out rows (default: all), logged on rank 0; None where diagnostics are off.
+
+    It is that of the averaged weights where there are any.
+    """
     if not training.config.diagnostics:
         return None
     corpus, size = training.corpus, len(training.corpus.held_out)
     indices = evenly_spaced(size, size if count is None else count)
-    value = held_out_score(
-        training.model, corpus.held_out, indices, corpus.score, training.config.microbatch_size, training.world
-    )
+    with nullcontext() if training.average is None else training.average.in_place():
+        value = held_out_score(
+            training.model, corpus.held_out, indices, corpus.score, training.config.microbatch_size, training.world
+        )
     if training.log is not None:
         training.log.evaluation(step, epsilon_after(training, step), value, len(indices))
     return value

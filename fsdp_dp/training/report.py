@@ -100,11 +100,12 @@ def shown(value: float | None) -> str:
 
 def headline(outcome: Outcome) -> str:
     score = outcome.corpus.score
+    trained = "trained model" if outcome.config.optimizer.average_decay is None else "trained model, averaged weights"
     scores = [
         "",
         f"| | {score.title} ({NOT_PRIVATE}) |",
         "|---|---|",
-        f"| held-out rows, trained model | {shown(outcome.held_out)} |",
+        f"| held-out rows, {trained} | {shown(outcome.held_out)} |",
         f"| held-out rows, {score.baseline} | {outcome.corpus.baseline:.3f} |",
     ]
     return "\n".join(

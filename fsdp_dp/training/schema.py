@@ -151,7 +151,10 @@ class ClippingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """A torch optimizer and its learning rate: a linear warm-up, then `schedule` over the remaining steps."""
+    """A torch optimizer and its learning rate: a linear warm-up, then `schedule` over the remaining steps.
+
+    With `average_decay`, weights are averaged over releases (`fsdp_dp.averaging`), and the average is what is evaluated.
+    """
 
     name: str = "adamw"
     learning_rate: float = 1e-2
@@ -161,6 +164,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.98
     momentum: float = 0.0
+    average_decay: float | None = None
 
     def __post_init__(self) -> None:
         require_choice("optimizer.name", self.name, OPTIMIZERS)
@@ -170,6 +174,8 @@ class OptimizerConfig:
         require_number("optimizer.weight_decay", self.weight_decay, at_least=0.0)
         for name in ("beta1", "beta2", "momentum"):
             require_number(f"optimizer.{name}", getattr(self, name), at_least=0.0, below=1.0)
+        if self.average_decay is not None:
+            require_number("optimizer.average_decay", self.average_decay, at_least=0.0, below=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +232,11 @@ class TrainConfig:
             raise ValueError("resume=true needs output_dir, the folder of the run to go on with, found null.")
         require_integer("seed", self.seed, at_least=0)
         require_choice("device", self.device, DEVICES)
+        if self.optimizer.average_decay is not None and not self.privacy.private:
+            raise ValueError(
+                "optimizer.average_decay averages the weights of private releases, which privacy=none has not: leave it null "
+                "there, or choose privacy=eps8, eps3 or eps1."
+            )
         if self.sharding.strategy in REPLICATED and self.precision.compute != "fp32":
             raise ValueError(
                 f"precision={self.precision.compute} is a policy of FSDP, which sharding={self.sharding.strategy} does not "

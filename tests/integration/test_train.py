@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from fsdp_dp.export import find_checkpoint, model_weights
 from fsdp_dp.ledger import read
 from fsdp_dp.models.config import GPTConfig
 from fsdp_dp.models.gpt import GPT
@@ -150,10 +151,14 @@ def test_one_process_in_bf16_from_any_folder(corpus, tmp_path):
     """Without torchrun; the default folder is made under the working directory."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*ALONE, *SMALL, *corpus, "precision=bf16", "optimizer=sgd", "optimizer.momentum=0"]
+    command += ["optimizer.average_decay=0.9"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "outputs").iterdir()
     check_run_folder(folder)
+    assert "trained model, averaged weights" in (folder / "report.md").read_text()
+    last, average = (model_weights(find_checkpoint(folder), averaged=averaged) for averaged in (False, True))
+    assert last.keys() == average.keys() and any(not torch.equal(last[name], average[name]) for name in last)
     assert str(folder) in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 

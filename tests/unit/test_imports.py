@@ -90,7 +90,7 @@ ORDER = (
     ("recorder",),
     ("examination",),
     ("engine", "summary"),
-    ("wrapper", "checkpoint", "export", "verdict"),
+    ("wrapper", "averaging", "checkpoint", "export", "verdict"),
     (INDEX,),
     (
         "models",

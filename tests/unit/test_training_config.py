@@ -108,6 +108,11 @@ def test_noise_instead_of_a_budget():
         (["sharding.strategy=zero3"], ["sharding.strategy must be one of", "'full_shard'", "'zero3'"]),
         (["sharding.tensor_parallel_size=2"], ["sharding.tensor_parallel_size", "sharding.strategy=full_shard"]),
         (["sharding=tensor_parallel"], ["sharding.tensor_parallel_size", "number of processes, which is 1"]),
+        (["optimizer.average_decay=1"], ["optimizer.average_decay must be"]),
+        (
+            ["optimizer.average_decay=0.9", "privacy=none"],
+            ["optimizer.average_decay averages the weights of private releases"],
+        ),
         (["optimizer.name=lion"], ["optimizer.name must be one of", "'adamw'"]),
         (["optimizer.schedule=step"], ["optimizer.schedule must be one of", "'cosine'"]),
         (["precision.compute=fp16"], ["precision.compute must be one of", "'bf16'"]),
