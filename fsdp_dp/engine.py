@@ -75,10 +75,12 @@ class PrivacyEngine:
         nonfinite_rows: int64 scalar, rows of this rank zeroed because their gradient was not finite. Not private.
     """
 
-    def __init__(self, model: nn.Module, privacy: PrivacyConfig, optimizer: Optimizer | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, privacy: PrivacyConfig, optimizer: Optimizer | None = None, *, alone: bool = False
+    ) -> None:
         self._privacy = privacy
         refuse_attached(model)
-        self.model = open_model(model)
+        self.model = open_model(model, alone=alone)
         self.model.refuse_differences("make_private", what_ranks_share(self.model, privacy))
         self.layers, bare = tapped_layers(self.model)
         self.bare_parameters = [p.name for p in bare]
