@@ -75,10 +75,12 @@ class PrivacyEngine:
         nonfinite_rows: int64 scalar, rows of this rank zeroed because their gradient was not finite. Not private.
     """
 
-    def __init__(self, model: nn.Module, privacy: PrivacyConfig, optimizer: Optimizer | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, privacy: PrivacyConfig, optimizer: Optimizer | None = None, *, alone: bool = False
+    ) -> None:
         self._privacy = privacy
         refuse_attached(model)
-        self.model = open_model(model)
+        self.model = open_model(model, alone=alone)
         self.model.refuse_differences("make_private", what_ranks_share(self.model, privacy))
         self.layers, bare = tapped_layers(self.model)
         self.bare_parameters = [p.name for p in bare]
@@ -199,10 +201,13 @@ class PrivacyEngine:
         Args:
             dataset: map-style, of length ``privacy.dataset_size``.
             microbatch_size: rows of a microbatch on one rank, padding included.
-            steps: logical batches; default ``privacy.steps``, endless if that is None.
+            steps: logical batches; default what is left of ``privacy.steps`` after the releases so far (those of the run that
+                was resumed), endless if that is None.
             dataloader_kwargs: for torch's ``DataLoader`` (``num_workers``, ``collate_fn``, ...).
         """
-        number, steps = self._releases.loaders, self.privacy.steps if steps is None else steps
+        number = self._releases.loaders
+        if steps is None and self.privacy.steps is not None:
+            steps = max(0, self.privacy.steps - self.steps)
         given = {"the number of loaders so far": number, "microbatch_size": microbatch_size, "steps": steps}
         self.model.refuse_differences("engine.loader", given)
         self._releases.add_loader()

@@ -3,7 +3,8 @@
 A scheduler that tells a job to save itself signals every process of it. The ranks handle SIGUSR1 (save, then exit with
 EX_TEMPFAIL, 75); torchrun's agent, which starts them, would die of it and take them along. Here it ignores the signal and
 hands on what the ranks say: 75 if they ask to be started again; 2 if one has said what is wrong with its options, which
-torchrun would bury under its own traceback; torchrun's own exit status otherwise.
+torchrun would bury under its own traceback; torchrun's own exit status otherwise. Where the launcher itself was
+signalled (Ctrl-C), it is 128 and the signal's number, as a shell's, without a traceback under what the ranks said last.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
@@ -30,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if status in said:
                 return status
         raise
+    except SignalException as signalled:  # torchrun has passed it on, and waited for the ranks
+        return 128 + signalled.sigval
     return 0
 
 

@@ -401,7 +401,11 @@ def describe(chain: Chain) -> Iterator[str]:
 def main(arguments: list[str] | None = None) -> int:
     """`python -m fsdp_dp.ledger verify|show RUN`; 1 if the ledger does not hold together."""
     parser = argparse.ArgumentParser(prog="python -m fsdp_dp.ledger", description="Reads the privacy ledger of a run.")
-    parser.add_argument("command", choices=("verify", "show"))
+    parser.add_argument(
+        "command",
+        choices=("verify", "show"),
+        help="verify: do chain and checkpoints hold together (exit status 0 or 1); show: what counts, and epsilon of it",
+    )
     parser.add_argument("run", type=Path, help="the folder of the run")
     asked = parser.parse_args(arguments)
     try:

@@ -343,7 +343,10 @@ class Recorder:
         record, complete = self._model.localize(layer, module, record)
         layout = self._layout(layer, record, microbatch.rows)
         arranged = record.arranged(layout, microbatch.rows)
-        gradients = per_sample_gradients(module, arranged, wanted)
+        try:
+            gradients = per_sample_gradients(module, arranged, wanted)
+        except UnsupportedModelError as refusal:  # a rule knows the module, and not where in the model it is
+            raise UnsupportedModelError(f"Layer '{layer}': {refusal}") from refusal
         if layout == "merged":
             gradients = {name: gradient.regroup(microbatch.rows) for name, gradient in gradients.items()}
         # Uses that are added up are kept as factors, which take the room of one use each.

@@ -493,6 +493,11 @@ def _check_sampling(privacy: PrivacyConfig) -> None:
 def _check_dataset(dataset: Any, dataset_size: int) -> None:
     missing = [name for name in ("__getitem__", "__len__") if not hasattr(dataset, name)]
     if isinstance(dataset, IterableDataset) or missing:
+        if isinstance(dataset, DataLoader):
+            raise TypeError(
+                "dataset: found a DataLoader; pass its dataset: which rows make up a batch is drawn here, since epsilon "
+                "depends on it. Its collate_fn, num_workers and the like are options of engine.loader"
+            )
         reason = "it is an IterableDataset" if isinstance(dataset, IterableDataset) else f"it has no {missing[0]}"
         raise TypeError(
             f"dataset: found {type(dataset).__name__}, but {reason}; expected a map-style dataset, whose rows can be "

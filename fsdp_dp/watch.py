@@ -259,7 +259,8 @@ class Uncompiled:
 
 _CONSTANT_DIVISOR = (
     "Give the model a constant num_items_in_batch (a Python number, with loss_reduction='sum'), or take "
-    "fsdp_dp.per_sample_cross_entropy(logits, labels).mean() as the loss"
+    "fsdp_dp.per_sample_cross_entropy(logits, labels).mean() as the loss (of a causal language model, which shifts its "
+    "labels, with logits[:, :-1] and labels[:, 1:])"
 )
 
 

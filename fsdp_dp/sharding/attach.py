@@ -17,11 +17,15 @@ from fsdp_dp.sharding.tensor_parallel import TensorParallelModel
 from fsdp_dp.sharding.whole import DdpModel, WholeModel
 
 
-def open_model(root: nn.Module) -> ShardedModel:
-    """The backend of ``root``; raises ValueError, with what to do, for a way of sharding that is not supported."""
+def open_model(root: nn.Module, *, alone: bool = False) -> ShardedModel:
+    """The backend of ``root``; raises ValueError, with what to do, for a way of sharding that is not supported.
+
+    ``alone``: of a model that is examined and not trained, other processes need not hold a part.
+    """
     _check_materialized(root)
     model = _backend(root)
-    _check_every_process_takes_part(model)
+    if not alone:
+        _check_every_process_takes_part(model)
     return model
 
 
@@ -41,8 +45,8 @@ def _check_every_process_takes_part(model: ShardedModel) -> None:
     if taking_part != processes:
         raise ValueError(
             f"make_private: the model ({model.kind}) spans {taking_part} of {processes} processes, so the rows of the "
-            "others would be missing from its sums; shard the model over all of them (FullyShardedDataParallel or "
-            "fully_shard, without a smaller process_group or mesh), or start one process"
+            "others would be missing from its sums; shard the model over all of them before make_private "
+            "(FullyShardedDataParallel or fully_shard, without a smaller process_group or mesh), or start one process"
         )
 
 

@@ -69,6 +69,11 @@ def summarize(outcome: Outcome, folder: Path) -> str:
         ),
         f"everything is in {folder}",
     ]
+    if outcome.steps < outcome.config.steps:
+        lines.append(
+            f"stopped at step {outcome.steps} of {outcome.config.steps}; to go on: the same command with resume=true "
+            f"output_dir={folder}"
+        )
     return "\n".join(lines)
 
 

@@ -66,7 +66,7 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fsdp-version", type=int, choices=(1, 2), default=2)
     privacy = PrivacyConfig(
         target_epsilon=8.0,

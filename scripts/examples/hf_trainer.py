@@ -127,7 +127,7 @@ def fsdp_arguments(version: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fsdp-version", type=int, choices=(1, 2))
     version = parser.parse_args().fsdp_version
     privacy = PrivacyConfig(

@@ -577,6 +577,20 @@ def test_rule_10_fixed_seed_is_said_wherever_epsilon_is() -> None:
     assert "seed fixed: no privacy guarantee" in subject.engine.summary()
 
 
+def test_rule_10_loader_ends_with_the_budget_of_a_resumed_run() -> None:
+    """Seen to fail: it yielded all of `steps` again, so the run died at its end, before the last checkpoint was saved."""
+    first, second = private(target_epsilon=8.0, steps=3), private(target_epsilon=8.0, steps=3)
+    first.backward(rows())
+    first.step()
+    second.engine.load_state_dict(first.engine.state_dict())
+    assert len(second.loader(steps=None)) == 2
+    for logical_batch in second.loader(steps=None):
+        for x in logical_batch:
+            second.backward(x)
+        second.step()
+    assert second.engine.steps == 3 and list(second.loader(steps=None)) == []
+
+
 def test_rule_10_seeded_releases_stay_seeded_after_a_load() -> None:
     """Their noise can be computed by anyone who knows the seed. Seen to fail when the state does not say it."""
     with pytest.warns(UserWarning, match="seed fixed"):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from fsdp_dp import PrivacyError, noise, sampling
 from fsdp_dp.collating import Collating
@@ -796,6 +796,8 @@ def test_datasets_that_cannot_be_drawn_from_are_refused():
         make_loader(Stream())
     with pytest.raises(TypeError, match="Unsized, but it has no __len__"):
         make_loader(Unsized(), privacy=config())
+    with pytest.raises(TypeError, match="found a DataLoader; pass its dataset"):
+        make_loader(DataLoader(list(range(100))))
     with pytest.raises(ValueError, match=r"found 100 rows, expected privacy.dataset_size=101"):
         make_loader(privacy=config(101))
 

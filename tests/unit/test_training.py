@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from fsdp_dp import PrivacyConfig
+from fsdp_dp import PrivacyConfig, launch
 from fsdp_dp.accounting import epsilon
 from fsdp_dp.data.corpus import Corpus
 from fsdp_dp.data.packing import RowDataset
@@ -181,6 +182,28 @@ def test_diagnostics_are_marked_where_they_are_shown(tmp_path, capsys):
     assert "3.500" in headline(OUTCOME) and "bits per byte (not private)" in headline(OUTCOME)
     lines = summarize(OUTCOME, tmp_path).splitlines()
     assert [line.endswith("not private") for line in lines if "held-out" in line] == [True]
+
+
+def test_a_run_that_was_stopped_says_how_to_go_on(tmp_path):
+    """Seen to fail: after Ctrl-C the last line was torchrun's, and resume=true was in the help alone."""
+    whole = replace(OUTCOME, steps=OUTCOME.config.steps)
+    assert "resume=true" not in summarize(whole, tmp_path)
+    stopped = summarize(replace(whole, steps=whole.steps - 1), tmp_path)
+    assert stopped.endswith(f"resume=true output_dir={tmp_path}")
+
+
+def test_a_launcher_that_was_signalled_ends_without_a_traceback(monkeypatch):
+    """Seen to bury what rank 0 said last under torchrun's SignalException."""
+
+    def signalled(arguments: list[str]) -> None:
+        raise SignalException("Process 1 got signal: 2", sigval=signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(launch, "torchrun", signalled)
+    try:
+        assert launch.main([]) == 130
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_without_diagnostics_no_report_says_how_long_it_took(tmp_path):

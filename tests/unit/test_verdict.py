@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fsdp_dp.layers.linear
-from fsdp_dp import check, check_private
+from fsdp_dp import PrivacyConfig, check, check_private, make_private
 from fsdp_dp.gradients import OuterProduct
 from fsdp_dp.verdict import Finding, Verdict
 from tests.oracle import CASES, Decoder, token_losses
@@ -119,6 +120,21 @@ def test_the_wrong_loss_reduction_is_named() -> None:
     assert statuses(found)["norms"] == "REFUSED" and "say loss_reduction='mean'" in str(found)
     summed = verdict(loss=lambda m, rows: F.cross_entropy(m(rows["x"]), rows["y"], reduction="sum"))
     assert statuses(summed)["norms"] == "REFUSED" and "say loss_reduction='sum'" in str(summed)
+    assert "report this model" not in str(found) + str(summed)
+
+
+def test_each_process_of_a_job_checks_for_itself() -> None:
+    """Seen to fail: in a script under torchrun it asked to shard the model that is to be checked before it is sharded."""
+    privacy = PrivacyConfig(
+        noise_multiplier=1.0, target_delta=1e-5, max_grad_norm=1.0, expected_batch_size=2, dataset_size=ROWS, steps=1
+    )
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with pytest.raises(ValueError, match="before make_private"):
+            make_private(Small(), privacy)
+        assert statuses(verdict()) == ALL_OK
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_wrong_layer_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
