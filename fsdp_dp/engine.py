@@ -201,13 +201,13 @@ class PrivacyEngine:
         Args:
             dataset: map-style, of length ``privacy.dataset_size``.
             microbatch_size: rows of a microbatch on one rank, padding included.
-            steps: logical batches; default what is left of ``privacy.steps`` after the releases so far (those of the run that
-                was resumed), endless if that is None.
+            steps: logical batches; default what was left of ``privacy.steps`` when the run was resumed, endless if that is
+                None.
             dataloader_kwargs: for torch's ``DataLoader`` (``num_workers``, ``collate_fn``, ...).
         """
         number = self._releases.loaders
         if steps is None and self.privacy.steps is not None:
-            steps = max(0, self.privacy.steps - self.steps)
+            steps = max(0, self.privacy.steps - self._releases.before_load)
         given = {"the number of loaders so far": number, "microbatch_size": microbatch_size, "steps": steps}
         self.model.refuse_differences("engine.loader", given)
         self._releases.add_loader()

@@ -31,11 +31,12 @@ class Releases:
         vouched: all rows so far were sampled as the accountant assumes.
         seeded: some noise came from a fixed seed, so that there is no guarantee.
         loaders: how many draw rows for this engine.
+        before_load: the releases that were counted when a state was loaded last; 0 before that.
     """
 
     def __init__(self, privacy: PrivacyConfig, noise_multiplier: float) -> None:
         self._privacy, self._noise_multiplier = privacy, noise_multiplier
-        self.number, self.vouched, self.seeded = 0, True, privacy.seed is not None
+        self.number, self.before_load, self.vouched, self.seeded = 0, 0, True, privacy.seed is not None
         self._warned = False
         self._draws: list[int] = []  # of every loader
         self._epoch: tuple[int, int] | None = None  # of the last draw: loader, and which of its epochs
@@ -127,7 +128,7 @@ class Releases:
         """Go on from the larger of both counts."""
         self._earlier_epochs = max(self._epochs, int(state["epochs"]))
         self._released.clear()
-        self.number = max(self.number, int(state["steps"]))
+        self.number = self.before_load = max(self.number, int(state["steps"]))
         self.vouched = self.vouched and bool(state["vouched"])
         self.seeded = self.seeded or bool(state["seeded"])
 

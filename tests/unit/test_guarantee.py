@@ -588,7 +588,15 @@ def test_rule_10_loader_ends_with_the_budget_of_a_resumed_run() -> None:
         for x in logical_batch:
             second.backward(x)
         second.step()
-    assert second.engine.steps == 3 and list(second.loader(steps=None)) == []
+    assert second.engine.steps == 3
+    third = private(target_epsilon=8.0, steps=3)
+    third.engine.load_state_dict(second.engine.state_dict())
+    assert list(third.loader(steps=None)) == []
+    with pytest.raises(BudgetExceededError):  # whoever goes on within one session is told
+        for logical_batch in second.loader(steps=None):
+            for x in logical_batch:
+                second.backward(x)
+            second.step()
 
 
 def test_rule_10_seeded_releases_stay_seeded_after_a_load() -> None:
