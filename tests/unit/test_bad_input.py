@@ -483,6 +483,53 @@ def test_buffer_changed_only_in_training_mode_after_a_first_forward_in_eval_mode
         subject.backward(rows())
 
 
+class Centred(nn.Module):
+    """Keeps a mean of its inputs in a parameter that nobody trains."""
+
+    def __init__(self, write: Callable[[nn.Parameter, Tensor], None]) -> None:
+        super().__init__()
+        self.layers, self.write = mlp(), write
+        self.centre = nn.Parameter(torch.zeros(INPUTS).double(), requires_grad=False)
+
+    @torch.no_grad()
+    def keep(self, x: Tensor) -> None:
+        self.write(self.centre, x.mean(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.keep(x)
+        return self.layers(x)
+
+
+def set_data(parameter: nn.Parameter, x: Tensor) -> None:
+    parameter.data = x
+
+
+def write_data(parameter: nn.Parameter, x: Tensor) -> None:
+    parameter.data.copy_(x)
+
+
+def write_view(parameter: nn.Parameter, x: Tensor) -> None:
+    parameter[:2] = x[:2]
+
+
+@pytest.mark.parametrize("write", [lambda p, x: p.lerp_(x, 0.1), set_data, write_data, write_view])
+def test_frozen_parameter_that_a_training_forward_writes(write: Callable[[nn.Parameter, Tensor], None]) -> None:
+    """Seen to be released: un-noised statistics of the data are in every checkpoint then, as in a buffer."""
+    subject = private(Centred(write))
+    with nothing_released(subject):
+        with pytest.raises(UnsupportedModelError, match=r"Frozen parameter 'centre' is written by .*un-noised"):
+            subject.backward(rows())
+        with pytest.raises(PrivacyError):
+            subject.optimizer.step()
+
+
+def test_frozen_parameter_that_is_moved_and_stays_what_it_is() -> None:
+    """Offloading does so, and quantized layers."""
+    subject = private(Centred(lambda p, x: setattr(p, "data", p.data.clone())))
+    subject.backward(rows())
+    subject.step()
+
+
 class ReentrantlyCheckpointed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
