@@ -737,6 +737,34 @@ def test_weight_penalty_in_the_loss(subject: Private) -> None:
     assert_trains(subject)
 
 
+@pytest.mark.parametrize(
+    "prompt", [nn.Parameter(torch.zeros(1, INPUTS).double()), nn.Parameter(torch.zeros(()).double())]
+)
+def test_trainable_parameter_in_front_of_the_model(subject: Private, prompt: nn.Parameter) -> None:
+    """Seen to get a raw gradient, which an optimizer of its own would step by, beside releases with an epsilon."""
+    for _ in range(2):  # not in the first microbatch alone
+        with (
+            nothing_released(subject),
+            pytest.raises(UnsupportedModelError, match=r"input.*trainable parameter.*detach"),
+        ):
+            loss(subject.model, rows() + prompt).backward()
+        assert prompt.grad is None
+        assert_trains(subject)
+
+
+def test_parameter_that_is_an_input_itself(subject: Private) -> None:
+    with nothing_released(subject), pytest.raises(UnsupportedModelError, match=r"input.*trainable parameter.*detach"):
+        loss(subject.model, nn.Parameter(rows()))
+
+
+def test_inputs_that_require_grad_are_the_users(subject: Private) -> None:
+    """A row's gradient with respect to its own input is nobody's parameter."""
+    x = rows().requires_grad_()
+    loss(subject.model, 2 * x).backward()
+    subject.step()
+    assert x.grad is not None
+
+
 def test_weight_penalty_run_backward_by_itself(subject: Private) -> None:
     subject.backward(rows())
     with nothing_released(subject), pytest.raises(REFUSED, match=r"'0.weight'.*weight penalty.*weight_decay"):
