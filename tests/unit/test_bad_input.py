@@ -765,6 +765,17 @@ def test_inputs_that_require_grad_are_the_users(subject: Private) -> None:
     assert x.grad is not None
 
 
+def test_forward_put_on_a_layer_after_attachment(subject: Private) -> None:
+    """Seen to be released with a gradient of the layer's rule, which it does not obey any more."""
+    layer = subject.model[0]  # type: ignore[index]
+    layer.forward = lambda x: F.linear(2 * x, layer.weight, layer.bias)
+    with (
+        nothing_released(subject),
+        pytest.raises(UnsupportedModelError, match=r"Layer '0'.*forward.*replaced.*instance"),
+    ):
+        subject.backward(rows())
+
+
 def test_weight_penalty_run_backward_by_itself(subject: Private) -> None:
     subject.backward(rows())
     with nothing_released(subject), pytest.raises(REFUSED, match=r"'0.weight'.*weight penalty.*weight_decay"):
