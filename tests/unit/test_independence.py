@@ -320,6 +320,72 @@ def test_what_is_taken_from_what_the_loss_wrote_or_from_the_batch_is_no_label_of
         train(Decoder(), loss_of)
 
 
+def numbers_of(x: Tensor) -> list[float]:
+    return x.detach().tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "divided",
+    [
+        lambda losses, count: losses / (count.item() + 1e-8),
+        lambda losses, count: losses * (1 / float(count)),
+        lambda losses, count: losses / sum(numbers_of(count[None])),
+        lambda losses, count: losses / torch.from_numpy(count[None].numpy() + 1e-8).sum(),
+        lambda losses, count: losses / float(count.numpy().sum()),
+        lambda losses, count: losses / (float(np.asarray(count)) + 1e-8),
+    ],
+    ids=["item", "float", "list", "numpy", "sum of numpy", "asarray"],
+)
+def test_a_number_that_was_counted_and_comes_back_is_taken_on_trust_with_a_warning(divided: Any) -> None:
+    """Seen to be released without a word: a number that Python had computed with was the same in all replays."""
+
+    def over_counted(model: Decoder) -> Tensor:
+        x, y = batch(ragged=True)
+        losses, count = per_token(model, x, y), (y != IGNORED).float().sum()
+        return divided(losses.sum(), count)  # type: ignore[no-any-return]
+
+    with pytest.warns(UserWarning, match=r"read between forward and backward.*taken on trust"):
+        train(Decoder(), over_counted)
+
+
+def test_a_branch_that_other_rows_turn_is_taken_on_trust_with_a_warning() -> None:
+    """Seen to be released without a word: a replay takes the branch that was taken."""
+
+    def by_the_first(model: Decoder) -> Tensor:
+        losses = per_token(model, *batch()).mean(1)
+        return losses.mean() / 2 if losses.detach()[:3].sum() > losses.detach()[3:].sum() else losses.mean()
+
+    with pytest.warns(UserWarning, match=r"read between forward and backward.*taken on trust"):
+        train(Decoder(), by_the_first)
+
+
+def logged(model: Decoder) -> Tensor:
+    loss = rows_with_ignored(model)
+    print(f"{loss.item():.3f}", loss.detach().numpy(), float(loss.detach()), loss.tolist())
+    return loss
+
+
+def logged_in_parts(model: Decoder) -> Tensor:
+    x, y = batch(ragged=True)
+    losses = per_token(model, x, y)
+    print(losses.detach().numpy().mean(), losses.detach().mean().item())
+    return losses.mean(1).mean()
+
+
+def scaled_by_what_is_the_same_for_all(model: Decoder) -> Tensor:
+    losses = rows(model)
+    return losses / (torch.ones(()).item() * 4)
+
+
+@pytest.mark.parametrize(
+    "loss_of", [logged, logged_in_parts, scaled_by_what_is_the_same_for_all], ids=lambda f: f.__name__
+)
+def test_numbers_that_are_read_and_do_not_come_back_are_harmless(loss_of: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert train(Decoder(), loss_of) == 2
+
+
 def test_weights_of_rows_that_their_sum_divides_are_refused() -> None:
     """Seen to be released: they passed for weights of classes, which no row has, and were never exchanged."""
     x, y = batch()
