@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -126,6 +126,25 @@ class FirstMicrobatch:
                 moved = ((old - new).abs() / size).nan_to_num(0, 0, 0)
                 self._noise = max(self._noise, float(moved.max()))
 
+    def run_again(self) -> None:
+        """Forward and backward of what may be a single row, of which nothing can be exchanged: state shows all the same.
+
+        Raises:
+            UnsupportedModelError: an output is another one now, so that it depends on what was run before.
+        """
+        self._run(_as_it_is, _as_it_is)
+        self._norm_sq[1:] = []
+        for i, (first, again) in enumerate(zip(self._outputs, self._outputs_again, strict=False)):
+            if i in self._output_grads and first[0].shape == again[0].shape:
+                pairs = ([x.reshape(1, -1).double() for x in seen] for seen in (first, again))
+                if bool(self._moved(*pairs).any()):
+                    raise UnsupportedModelError(
+                        f"The model's output {i} changed when the first microbatch was run again as it was: the model keeps "
+                        "something of the rows that it has seen (a memory, a queue, running statistics in an attribute), so "
+                        "a row's gradient depends on earlier rows, and clipping it does not bound their influence. Forget "
+                        "it at the start of forward"
+                    )
+
     def _run(self, change: Callable[[Any], Any], scale: Callable[[Tensor], Tensor]) -> None:
         with _restored(self._random_state, self._device), _in_modes(self._modes), torch.enable_grad():
             with torch.autocast(self._device.type, dtype=self._autocast_dtype, enabled=self._autocast):
@@ -198,17 +217,21 @@ class FirstMicrobatch:
         for i, (first, again) in enumerate(zip(self._outputs, self._outputs_again, strict=False)):
             if self.rows == 1 or i not in self._output_grads or not self._is_by_row(again[0]):
                 continue
-            (old, old_part), (new, new_part) = ([self._of_kept(x) for x in seen] for seen in (first, again))
-            size = torch.maximum(old, new).clamp(min=_NEGLIGIBLE * float(old.max()))
-            off = (old - new).abs() > self._tolerance * size
-            off |= (old_part - new_part).abs() > max(_TURNED, self._tolerance) * size
-            moved = (off & old.isfinite() & new.isfinite()).any(1)
+            moved = self._moved(*([self._of_kept(x) for x in seen] for seen in (first, again))).any(1)
             if bool(moved.any()):
                 raise UnsupportedModelError(
                     f"Row {self._kept[int(moved.nonzero()[0])]}'s output {i} changed when only other rows' inputs were "
                     "exchanged, so its loss depends on them and clipping the row does not bound its influence. Look for "
                     "statistics over the batch, detached ones too"
                 )
+
+    def _moved(self, first: Sequence[Tensor], again: Sequence[Tensor]) -> Tensor:
+        """Which vectors are others now, of lengths and components ``[rows, vectors]``."""
+        (old, old_part), (new, new_part) = first, again
+        size = torch.maximum(old, new).clamp(min=_NEGLIGIBLE * float(old.max()))
+        off = (old - new).abs() > self._tolerance * size
+        off |= (old_part - new_part).abs() > max(_TURNED, self._tolerance) * size
+        return off & old.isfinite() & new.isfinite()
 
     def _of_kept(self, x: Tensor) -> Tensor:
         return x[self._kept].reshape(len(self._kept), -1).double()

@@ -541,6 +541,51 @@ def test_an_output_that_depends_on_other_rows_is_refused_though_no_gradient_goes
         engine.privatize()
 
 
+class Remembering(nn.Module):
+    """``remember`` is given the output and what it returned for the last one."""
+
+    def __init__(self, remember: Any) -> None:
+        super().__init__()
+        self.a, self.remember, self.last = nn.Linear(4, 4), remember, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        self.last, before = self.remember(y.detach(), self.last), self.last
+        return y if before is None else y - before
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    "remember",
+    [
+        lambda y, last: y[-1],
+        lambda y, last: y.mean(0) * 0.1 + (0 if last is None else 0.9 * last),
+        lambda y, last: float(y.max()),
+    ],
+    ids=["the last row", "a running mean", "a number"],
+)
+def test_what_a_model_remembers_of_earlier_rows_is_refused(remember: Any, rows: int) -> None:
+    """Seen to be released with one row a microbatch, which has nothing to exchange: each row's gradient held others'."""
+    torch.manual_seed(0)
+    subject = private(Remembering(remember).double(), sampling="external_poisson")
+    for x in torch.randn(ROWS, 4).double().split(rows):
+        subject.model(x).sin().sum().backward()
+    with pytest.raises(UnsupportedModelError, match=r"output 0 changed|gradient of .* changed"):
+        subject.engine.privatize()
+
+
+def test_one_row_a_microbatch_is_run_again_once() -> None:
+    calls = []
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)).double()
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    subject = private(model, sampling="external_poisson")
+    for _ in range(3):
+        for x in torch.randn(ROWS, 1, 4).double():
+            subject.model(x).sin().sum().backward()
+        subject.step()
+    assert len(calls) == 3 * ROWS + 1
+
+
 def turned(y: Tensor) -> Tensor:
     return y * y.detach().flatten()[1::2].sum().sign()
 
