@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fsdp_dp.attention import is_attention, projections, refusal_of_attention
 from fsdp_dp.errors import PrivacyError, UnsupportedModelError
@@ -141,6 +142,25 @@ def refuse_strangers(model: ShardedModel) -> None:
                 f"Parameter '{name}' was tied to '{now}' after the engine was attached, so its gradient would go to a "
                 "parameter that is no longer used. Tie weights before make_private"
             )
+
+
+def refuse_trainable_inputs(inputs: Iterable[Tensor]) -> None:
+    """Raises UnsupportedModelError if the rows come from parameters in front of the model, which nobody would clip."""
+    nodes = [x if x.is_leaf else x.grad_fn for x in inputs if x.requires_grad]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = node if isinstance(node, Tensor) else getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter):
+            raise UnsupportedModelError(
+                f"An input of the model comes from a trainable parameter of shape {tuple(leaf.shape)} that is not in the "
+                "model (an encoder, a prompt, a generator): its gradient would not be private. Put it into the model, or "
+                "detach what it gives"
+            )
+        nodes.extend(before for before, _ in getattr(node, "next_functions", ()))
 
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()

@@ -34,6 +34,7 @@ from fsdp_dp.coverage import (
     mark_attached,
     refuse_attached,
     refuse_strangers,
+    refuse_trainable_inputs,
     refuse_training_batch_norm,
     tapped_layers,
     unmark_attached,
@@ -381,7 +382,9 @@ class PrivacyEngine:
 
     def _next_microbatch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Microbatch:
         """Pair the mask that travels with the microbatch with the rows that the model is given."""
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        refuse_trainable_inputs(given)
+        tensors = [x for x in given if x.ndim]
         rows = tensors[0].shape[0] if tensors else 0
         if rows == 0:
             raise PrivacyError(

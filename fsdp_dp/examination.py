@@ -40,7 +40,7 @@ class Examination:
 
     def __init__(self, model: ShardedModel, batch: LogicalBatch, recorder: Recorder) -> None:
         self._model, self._batch, self._recorder = model, batch, recorder
-        self.passed = self._passed_over = self._checked = False
+        self.passed = self._passed_over = self._checked = self._ran_again = False
         self.measured: dict[str, Measured] = {}
         self._first: FirstMicrobatch | None = None
         self._watch: FirstForward | None = None
@@ -179,6 +179,10 @@ class Examination:
                 "the first release; call loss.backward() instead of torch.autograd.backward"
             )
         first.loss.stop()
+        if not self._ran_again and self._model.any_rank(first.rows == 1):
+            self._start_rehearsal(first.rows)
+            first.run_again()
+            self._ran_again = True
         told = False
         for run in range(first.RUNS if self._model.any_rank(first.shows > 0) else 0):
             self._start_rehearsal(first.rows)

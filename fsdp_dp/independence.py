@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -77,8 +77,8 @@ class FirstMicrobatch:
         self._random_state = _random_state(device)
         self._autocast = torch.is_autocast_enabled(device.type)
         self._autocast_dtype = torch.get_autocast_dtype(device.type)
-        self._outputs: list[Tensor] = []
-        self._outputs_again: list[Tensor] = []
+        self._outputs: list[_Seen] = []
+        self._outputs_again: list[_Seen] = []
         self._output_grads: dict[int, Tensor] = {}
         self._choose(0)
         self.loss = LossRecording(rows, managed)
@@ -99,7 +99,7 @@ class FirstMicrobatch:
 
     def saw_outputs(self, outputs: Any) -> None:
         tensors = _differentiable(outputs)
-        self._outputs = [_lengths(x) for x in tensors]
+        self._outputs = [_seen(x) for x in tensors]
         self.loss.start(tensors)
 
     def saw_output_grad(self, index: int, grad: Tensor) -> None:
@@ -126,12 +126,31 @@ class FirstMicrobatch:
                 moved = ((old - new).abs() / size).nan_to_num(0, 0, 0)
                 self._noise = max(self._noise, float(moved.max()))
 
+    def run_again(self) -> None:
+        """Forward and backward of what may be a single row, of which nothing can be exchanged: state shows all the same.
+
+        Raises:
+            UnsupportedModelError: an output is another one now, so that it depends on what was run before.
+        """
+        self._run(_as_it_is, _as_it_is)
+        self._norm_sq[1:] = []
+        for i, (first, again) in enumerate(zip(self._outputs, self._outputs_again, strict=False)):
+            if i in self._output_grads and first[0].shape == again[0].shape:
+                pairs = ([x.reshape(1, -1).double() for x in seen] for seen in (first, again))
+                if bool(self._moved(*pairs).any()):
+                    raise UnsupportedModelError(
+                        f"The model's output {i} changed when the first microbatch was run again as it was: the model keeps "
+                        "something of the rows that it has seen (a memory, a queue, running statistics in an attribute), so "
+                        "a row's gradient depends on earlier rows, and clipping it does not bound their influence. Forget "
+                        "it at the start of forward"
+                    )
+
     def _run(self, change: Callable[[Any], Any], scale: Callable[[Tensor], Tensor]) -> None:
         with _restored(self._random_state, self._device), _in_modes(self._modes), torch.enable_grad():
             with torch.autocast(self._device.type, dtype=self._autocast_dtype, enabled=self._autocast):
                 outputs = self._root(*tree_map(change, self._args), **tree_map(change, self._kwargs))
             tensors = _differentiable(outputs)
-            self._outputs_again = [_lengths(x) for x in tensors]
+            self._outputs_again = [_seen(x) for x in tensors]
             grads = {i: scale(change(grad)) for i, grad in self._output_grads.items() if i < len(tensors)}
             pairs = [(tensors[i], grad) for i, grad in grads.items()]
             torch.autograd.backward([x for x, _ in pairs], [grad for _, grad in pairs])
@@ -196,17 +215,26 @@ class FirstMicrobatch:
     def _compare_outputs(self) -> None:
         """Raises UnsupportedModelError if an output of a row whose inputs stayed has moved: the loss would couple rows."""
         for i, (first, again) in enumerate(zip(self._outputs, self._outputs_again, strict=False)):
-            if self.rows == 1 or i not in self._output_grads or not self._is_by_row(again):
+            if self.rows == 1 or i not in self._output_grads or not self._is_by_row(again[0]):
                 continue
-            old, new = (x[self._kept].reshape(len(self._kept), -1).double() for x in (first, again))
-            size = torch.maximum(old, new).clamp(min=_NEGLIGIBLE * float(old.max()))
-            moved = (((old - new).abs() > self._tolerance * size) & old.isfinite() & new.isfinite()).any(1)
+            moved = self._moved(*([self._of_kept(x) for x in seen] for seen in (first, again))).any(1)
             if bool(moved.any()):
                 raise UnsupportedModelError(
                     f"Row {self._kept[int(moved.nonzero()[0])]}'s output {i} changed when only other rows' inputs were "
                     "exchanged, so its loss depends on them and clipping the row does not bound its influence. Look for "
                     "statistics over the batch, detached ones too"
                 )
+
+    def _moved(self, first: Sequence[Tensor], again: Sequence[Tensor]) -> Tensor:
+        """Which vectors are others now, of lengths and components ``[rows, vectors]``."""
+        (old, old_part), (new, new_part) = first, again
+        size = torch.maximum(old, new).clamp(min=_NEGLIGIBLE * float(old.max()))
+        off = (old - new).abs() > self._tolerance * size
+        off |= (old_part - new_part).abs() > max(_TURNED, self._tolerance) * size
+        return off & old.isfinite() & new.isfinite()
+
+    def _of_kept(self, x: Tensor) -> Tensor:
+        return x[self._kept].reshape(len(self._kept), -1).double()
 
     @property
     def shows(self) -> int:
@@ -234,10 +262,24 @@ def _differentiable(outputs: Any) -> list[Tensor]:
     return [x for x in tree_leaves(outputs) if is_of_rows(x)]
 
 
-def _lengths(x: Tensor) -> Tensor:
-    """Of the vectors along the last dimension: of logits ``[B, T, V]``, ``[B, T]``. Enough to see that a row has moved."""
+_Seen = tuple[Tensor, Tensor]
+_TURNED = 0.2
+"""Of a vector's length: half precision moves a component by less, and turning the vector moves it by about its length."""
+
+
+def _seen(x: Tensor) -> _Seen:
+    """Of the vectors along the last dimension, the length and a component: of logits ``[B, T, V]``, both ``[B, T]``.
+
+    Enough to see that a row has moved, or turned.
+    """
     here = (x.to_local() if isinstance(x, DTensor) else x).detach()
-    return torch.linalg.vector_norm(here, dim=-1, dtype=accumulate_dtype(here.dtype)) if here.ndim > 1 else here.abs()
+    if here.ndim < 2:
+        return here.abs(), here
+    length = torch.linalg.vector_norm(here, dim=-1, dtype=accumulate_dtype(here.dtype))
+    places = torch.arange(here.shape[-1], dtype=torch.float64)
+    direction = (places.square() * 0.7 + 1).sin().mul(2**0.5).to(here)  # no two places alike, and about 1 in the mean
+    with torch.autocast(here.device.type, enabled=False):
+        return length, here @ direction
 
 
 def _random_state(device: torch.device) -> list[Any]:

@@ -33,6 +33,8 @@ _LOSSES_WITH_WEIGHTS = (
 _LOOK_UPS = (Tensor.__getitem__, Tensor.index_select, torch.index_select)
 _WITHOUT_RESULT = (Tensor.__setitem__, Tensor.register_hook)
 _TO_NUMBERS = (Tensor.item, Tensor.__float__, Tensor.__int__)
+_READS = (*_TO_NUMBERS, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__)
+_FROM_NUMBERS = frozenset("tensor as_tensor from_numpy scalar_tensor full full_like new_tensor new_full".split())
 _BY_NUMBERS = frozenset("div div_ true_divide __truediv__ mul mul_ multiply __mul__ __rmul__".split())
 
 
@@ -47,6 +49,8 @@ class LossRecording(TorchFunctionMode):
         self._outputs_again: list[Tensor] = []
         self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
         self._autocast: list[tuple[str, torch.dtype, bool]] = []  # under which each call was made
+        self._told: list[int] = []
+        """Calls that gave Python numbers which rows that were exchanged had changed."""
         self._active = False
         self.averages_over_labels = False
         self.asked: bool | None = None
@@ -69,7 +73,7 @@ class LossRecording(TorchFunctionMode):
         self._forget()
 
     def _forget(self) -> None:
-        self._outputs, self._calls, self._autocast = [], [], []
+        self._outputs, self._calls, self._autocast, self._told = [], [], [], []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -167,7 +171,26 @@ class LossRecording(TorchFunctionMode):
                 "class weights weigh (weight=); use a mean over a fixed number of tokens, or the mean over rows of each "
                 "row's own mean (Hugging Face: a constant num_items_in_batch)"
             )
-        return True
+        return not self._told or not self._numbers_come_back(min(self._told))
+
+    def _numbers_come_back(self, told: int) -> bool:
+        """Whether anything of Python's is in the loss after call ``told``: in a replay it is what it was, whatever the rows.
+
+        A number that was read and is used as it is, is replayed.
+        """
+        known = {id(x) for x in self._outputs}
+        for i, (func, args, kwargs, result) in enumerate(self._calls):
+            given = tree_leaves((args, kwargs))
+            numbers = any(isinstance(x, int | float) and not isinstance(x, bool) and id(x) not in known for x in given)
+            tensors = any(isinstance(x, Tensor) and id(x) not in known for x in given)
+            if i == told and func is Tensor.__bool__:
+                return True  # a branch, which a replay does not take
+            if i > told and (tensors or (numbers and func.__name__ in _BY_NUMBERS) or func.__name__ in _FROM_NUMBERS):
+                return True
+            known.update(id(x) for x in (*given, *tree_leaves(result)) if isinstance(x, Tensor))
+            if func in _TO_NUMBERS:
+                known.add(id(result))
+        return False
 
     def _replays(
         self, loss: Tensor, kwargs: dict[str, Any], before: tuple[Tensor | None, ...]
@@ -222,7 +245,10 @@ class LossRecording(TorchFunctionMode):
                 values[id(x)] = x.detach().clone() if other is x else other
             return values[id(x)]
 
-        for (func, args, call_kwargs, result), (kind, dtype, enabled) in zip(self._calls, self._autocast, strict=True):
+        calls = zip(self._calls, self._autocast, strict=True)
+        for i, ((func, args, call_kwargs, result), (kind, dtype, enabled)) in enumerate(calls):
+            if func in _READS and not _equal(args[0], current(args[0])):
+                self._told.append(i)
             if func in _TO_NUMBERS and isinstance(args[0], Tensor):
                 numbers[id(result)] = func(current(args[0]))
             if func not in _WITHOUT_RESULT and not any(isinstance(x, Tensor) for x in tree_leaves(result)):
@@ -320,6 +346,14 @@ def _caller() -> str:
 def _seed(kwargs: dict[str, Any], loss: Tensor) -> Tensor | None:
     gradient = kwargs.get("gradient")
     return gradient if gradient is not None else torch.ones_like(loss)
+
+
+def _equal(before: Tensor, after: Tensor) -> bool:
+    """But for rounding, which another order of the rows changes."""
+    if before.shape != after.shape:
+        return False
+    x, y = before.detach().double(), after.detach().double()
+    return torch.allclose(x, y, rtol=COARSE_TOLERANCE, atol=0, equal_nan=True)
 
 
 def _sizes_by_row(x: Tensor, rows: int) -> Tensor:

@@ -201,7 +201,15 @@ class Recorder:
         return functools.partial(self._report, self._expect(layer, self._names[layer]), layer)
 
     def _refuse_replaced(self, layer: str, module: nn.Module) -> None:
-        """A layer that is called with other parameters than its own would report gradients of its own."""
+        """A layer that is called with other parameters than its own would report gradients of its own.
+
+        So would one that was given another forward.
+        """
+        if "forward" in vars(module):
+            raise UnsupportedModelError(
+                f"Layer '{layer}': its forward was replaced on the instance after make_private, so its rule may not hold. "
+                "Do that before make_private, by a class of its own"
+            )
         for attribute, name in self._attributes[module].items():
             value = raw_attribute(module, attribute)
             if isinstance(value, Tensor) and not self._model.holds(module, attribute, value):

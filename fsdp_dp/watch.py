@@ -25,6 +25,7 @@ from fsdp_dp.label_watch import LOSSES, averaged_labels
 from fsdp_dp.marks import BY_PYTHON, draws_outside, forget, mark, mark_rows, marks_of, reads_rows
 from fsdp_dp.module_tree import ModuleTree
 from fsdp_dp.parts import Part
+from fsdp_dp.sharding.base import canonical_name
 from fsdp_dp.shared_values import METADATA, SharedValue, function_name, refuse_setting, sets_requires_grad
 from fsdp_dp.taps import raw_attribute
 
@@ -58,12 +59,19 @@ class FirstForward(TorchFunctionMode):
         self._root, self._sites, self._running, self._rows = root, sites, running, rows
         self._shapes: set[tuple[int, ...]] | None = None
         self._buffers: dict[str, Tensor] = {}
+        self._frozen: dict[Site, str] = {}
         self._operators, self._functions = _Operators(self), _Functions(self)
         self.settled, self._rows_were_read = True, False
         self._random_state: Any = None
 
     def __enter__(self) -> FirstForward:
         self._buffers = {name: buffer.detach().clone() for name, buffer in self._root.named_buffers()}
+        self._frozen = {
+            (module, attribute): canonical_name(f"{name}.{attribute}".lstrip("."))
+            for name, module in self._root.named_modules()
+            for attribute, p in module._parameters.items()
+            if p is not None and (module, attribute) not in self._sites
+        }
         self._random_state = draws_outside()
         self._operators.__enter__()
         self._functions.start()
@@ -143,9 +151,20 @@ class FirstForward(TorchFunctionMode):
 
     def _check_write(self, func: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises UnsupportedModelError if a parameter is written, by its ``data``: the noise would not cover that."""
+        if func == "__set__" and self._is_moved(*args):
+            return
         writes = (func.endswith("_") and not func.endswith("__")) or func in _WRITING
         written = [kwargs.get("out"), *(args[:1] if writes else ())]
         self.check_written(written, func)
+
+    def _is_moved(self, parameter: Any, data: Any = None) -> bool:
+        """Whether a frozen parameter's ``data`` is set to what it says already, as offloading and quantized layers do."""
+        frozen = any(_is(module, attribute, parameter) for module, attribute in self._frozen)
+        if not frozen or not isinstance(data, Tensor) or _called_from_torch_distributed():
+            return False
+        with torch._C.DisableTorchFunction():
+            same = parameter.shape == data.shape and parameter.dtype == data.dtype
+            return same and torch.equal(parameter.detach(), data.detach().to(parameter.device))
 
     def check_written(self, written: Iterable[Any], func: str) -> None:
         """Raises UnsupportedModelError if one of these tensors is a parameter, or has its memory."""
@@ -159,6 +178,14 @@ class FirstForward(TorchFunctionMode):
                 raise UnsupportedModelError(
                     f"Parameter '{name}' is written by {func} in forward (a codebook that is moved, weights that are "
                     "clamped), past its gradient and its noise. Do that after the step, from no row's data, or leave it out"
+                )
+        for (module, attribute), name in self._frozen.items():
+            parameter = raw_attribute(module, attribute)
+            if isinstance(parameter, Tensor) and _memory(parameter) in memory:
+                raise UnsupportedModelError(
+                    f"Frozen parameter '{name}' is written by {func} in forward. It would carry un-noised statistics of the "
+                    "data into checkpoints (a codebook, a centre, a running mean): do that after the step, from no row's "
+                    "data, or leave it out"
                 )
 
     def verify(self) -> None:

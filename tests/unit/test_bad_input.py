@@ -483,6 +483,53 @@ def test_buffer_changed_only_in_training_mode_after_a_first_forward_in_eval_mode
         subject.backward(rows())
 
 
+class Centred(nn.Module):
+    """Keeps a mean of its inputs in a parameter that nobody trains."""
+
+    def __init__(self, write: Callable[[nn.Parameter, Tensor], None]) -> None:
+        super().__init__()
+        self.layers, self.write = mlp(), write
+        self.centre = nn.Parameter(torch.zeros(INPUTS).double(), requires_grad=False)
+
+    @torch.no_grad()
+    def keep(self, x: Tensor) -> None:
+        self.write(self.centre, x.mean(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.keep(x)
+        return self.layers(x)
+
+
+def set_data(parameter: nn.Parameter, x: Tensor) -> None:
+    parameter.data = x
+
+
+def write_data(parameter: nn.Parameter, x: Tensor) -> None:
+    parameter.data.copy_(x)
+
+
+def write_view(parameter: nn.Parameter, x: Tensor) -> None:
+    parameter[:2] = x[:2]
+
+
+@pytest.mark.parametrize("write", [lambda p, x: p.lerp_(x, 0.1), set_data, write_data, write_view])
+def test_frozen_parameter_that_a_training_forward_writes(write: Callable[[nn.Parameter, Tensor], None]) -> None:
+    """Seen to be released: un-noised statistics of the data are in every checkpoint then, as in a buffer."""
+    subject = private(Centred(write))
+    with nothing_released(subject):
+        with pytest.raises(UnsupportedModelError, match=r"Frozen parameter 'centre' is written by .*un-noised"):
+            subject.backward(rows())
+        with pytest.raises(PrivacyError):
+            subject.optimizer.step()
+
+
+def test_frozen_parameter_that_is_moved_and_stays_what_it_is() -> None:
+    """Offloading does so, and quantized layers."""
+    subject = private(Centred(lambda p, x: setattr(p, "data", p.data.clone())))
+    subject.backward(rows())
+    subject.step()
+
+
 class ReentrantlyCheckpointed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -688,6 +735,45 @@ def test_weight_penalty_in_the_loss(subject: Private) -> None:
             subject.optimizer.step()
     subject.engine.discard()
     assert_trains(subject)
+
+
+@pytest.mark.parametrize(
+    "prompt", [nn.Parameter(torch.zeros(1, INPUTS).double()), nn.Parameter(torch.zeros(()).double())]
+)
+def test_trainable_parameter_in_front_of_the_model(subject: Private, prompt: nn.Parameter) -> None:
+    """Seen to get a raw gradient, which an optimizer of its own would step by, beside releases with an epsilon."""
+    for _ in range(2):  # not in the first microbatch alone
+        with (
+            nothing_released(subject),
+            pytest.raises(UnsupportedModelError, match=r"input.*trainable parameter.*detach"),
+        ):
+            loss(subject.model, rows() + prompt).backward()
+        assert prompt.grad is None
+        assert_trains(subject)
+
+
+def test_parameter_that_is_an_input_itself(subject: Private) -> None:
+    with nothing_released(subject), pytest.raises(UnsupportedModelError, match=r"input.*trainable parameter.*detach"):
+        loss(subject.model, nn.Parameter(rows()))
+
+
+def test_inputs_that_require_grad_are_the_users(subject: Private) -> None:
+    """A row's gradient with respect to its own input is nobody's parameter."""
+    x = rows().requires_grad_()
+    loss(subject.model, 2 * x).backward()
+    subject.step()
+    assert x.grad is not None
+
+
+def test_forward_put_on_a_layer_after_attachment(subject: Private) -> None:
+    """Seen to be released with a gradient of the layer's rule, which it does not obey any more."""
+    layer = subject.model[0]  # type: ignore[index]
+    layer.forward = lambda x: F.linear(2 * x, layer.weight, layer.bias)
+    with (
+        nothing_released(subject),
+        pytest.raises(UnsupportedModelError, match=r"Layer '0'.*forward.*replaced.*instance"),
+    ):
+        subject.backward(rows())
 
 
 def test_weight_penalty_run_backward_by_itself(subject: Private) -> None:
