@@ -137,6 +137,12 @@ EXACT: dict[str, tuple[Make, Use]] = {
         lambda: {"c": nn.GroupNorm(1, ROWS), "p": p(1, ROWS, T)},
         lambda m, h: h + m.c(m.p.expand(len(h), -1, -1)).mean(1)[..., None],
     ),
+    "views of one row, each by itself": (
+        lambda: {"c": nn.Linear(D, D)}, lambda m, h: m.c(h.flatten(0, 1)).tanh().unflatten(0, (len(h), T))
+    ),
+    "prompt": (
+        lambda: {"p": p(1, 2, D)}, lambda m, h: torch.cat([m.p.expand(len(h), -1, -1), h], 1).cumsum(1)[:, 2:]
+    ),
     "rolled": (lambda: {"p": p(T, D)}, lambda m, h: h + m.p.roll(1, 0) + m.p.flip(0).cumsum(0)),
 }  # fmt: skip
 REFUSED: dict[str, tuple[Make, Use, str]] = {
