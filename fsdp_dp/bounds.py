@@ -22,7 +22,7 @@ from fsdp_dp.sharding.base import ShardedModel
 
 
 class Bounds:
-    """Fixed within a logical batch; with ``adaptive_bounds`` they move after a release (rule 13).
+    """Fixed within a logical batch; with ``adaptive_bounds`` they move after a release (rule 13), else where they are `set`.
 
     Args:
         dtype: of the accumulators.
@@ -66,6 +66,10 @@ class Bounds:
         # All of it together: a failure above, or in the next line, leaves what there was.
         self.for_a_row = self._sensitivity_left_for_a_row(max_grad_norm, lattice)
         self.of_groups, self.max_grad_norm, self.lattice = tuple(map(float, bounds)), max_grad_norm, lattice
+
+    def scale(self, max_grad_norm: float) -> None:
+        """`set` to the first bounds, times what makes them ``max_grad_norm`` together."""
+        self.set([bound * (max_grad_norm / self._privacy.max_grad_norm) for bound in self._first])
 
     def of_row_in(self, group: int) -> float:
         """What a row's gradient may weigh in a group, as computed."""

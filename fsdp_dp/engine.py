@@ -29,7 +29,7 @@ from fsdp_dp.bounds import Bounds
 from fsdp_dp.clipped_sum import ClippedSum, ClippingPlan
 from fsdp_dp.clipping import RowWeights, row_weights
 from fsdp_dp.compiled import as_written
-from fsdp_dp.config import PrivacyConfig
+from fsdp_dp.config import PrivacyConfig, require_number
 from fsdp_dp.coverage import (
     mark_attached,
     refuse_attached,
@@ -250,6 +250,32 @@ class PrivacyEngine:
         self._batch.discard()
         self._bounds.discard_counts()
         self.guard.rows.zero_()
+
+    def set_max_grad_norm(self, max_grad_norm: float) -> None:
+        """Bound rows by another R from the next logical batch on; groups keep their shares, and the noise is sigma R.
+
+        Epsilon knows sigma alone, and stays. R must come from what is public: the number of the release, a released weight.
+        For one that follows the norms there is ``adaptive_bounds``. It is no part of `state_dict`: set it again after a load.
+        To be called on all ranks alike.
+
+        Raises:
+            ValueError: it is not a finite number above 0, or ranks differ.
+            PrivacyError: some rows of a logical batch are clipped already, or bounds are adaptive.
+            UnsupportedModelError: the noise lattice is too coarse for it.
+        """
+        require_number("max_grad_norm", max_grad_norm, above=0.0)
+        self.model.refuse_differences("engine.set_max_grad_norm", {"max_grad_norm": float(max_grad_norm)})
+        if self.privacy.adaptive_bounds is not None:
+            raise PrivacyError(
+                "set_max_grad_norm: adaptive_bounds move the bounds by themselves; leave one of the two out"
+            )
+        if self._batch.pending:
+            raise PrivacyError(
+                "set_max_grad_norm within a logical batch, some of whose rows are clipped to the bound so far: call it "
+                "before the first microbatch, or after the release"
+            )
+        self._bounds.scale(float(max_grad_norm))
+        self.guard.asked_bound = float(max_grad_norm)
 
     def privatize(self) -> None:
         """Release now: every managed ``.grad`` becomes its private gradient, which the next step uses as it is."""

@@ -67,11 +67,15 @@ class ReleaseGuard:
 
     Args:
         noise_multiplier: sigma, the one that is accounted.
+
+    Attributes:
+        asked_bound: R as the user asked for it, where bounds do not move by themselves.
     """
 
     def __init__(self, model: ShardedModel, privacy: PrivacyConfig, noise_multiplier: float) -> None:
         self._model, self._privacy, self._noise_multiplier = model, privacy, noise_multiplier
         self._drawn, self._bound = True, 0.0
+        self.asked_bound = privacy.max_grad_norm
         self._releases, self._last, self._key = 0, 0, b""
         self.rows = torch.zeros((), dtype=torch.float64, device=model.device)
 
@@ -136,7 +140,7 @@ class ReleaseGuard:
     @property
     def _least_noise(self) -> float:
         """The standard deviation that is accounted for: sigma R, with the R that was asked for unless bounds move."""
-        bound = self._privacy.max_grad_norm if self._privacy.adaptive_bounds is None else self._bound
+        bound = self.asked_bound if self._privacy.adaptive_bounds is None else self._bound
         return self._noise_multiplier * bound
 
     def _check_rows(self, rows: int) -> None:
