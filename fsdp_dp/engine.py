@@ -98,7 +98,7 @@ class PrivacyEngine:
         if self._plan.streams:
             self.model.dedicate_groups()
         self._bounds = Bounds(self.model, self.groups, privacy, self.noise_multiplier, self.dtype)
-        self._releases = Releases(privacy, self.noise_multiplier)
+        self._releases = Releases(privacy, self.noise_multiplier, model)
         self.guard = ReleaseGuard(self.model, privacy, self.noise_multiplier)
         self._new_keys()
 
@@ -316,6 +316,7 @@ class PrivacyEngine:
     def detach(self) -> None:
         """Give the model back as it was. Un-released sums are dropped; the engine cannot be used any more."""
         self.discard()
+        self._releases.leave()
         self._batch.poison("the engine was detached from its model")
         self._recorder.remove()
         self._gate.remove()

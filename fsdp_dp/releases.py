@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+import weakref
 from typing import Any
 
 from fsdp_dp import accounting
@@ -17,6 +18,9 @@ _MECHANISM = (
     "noise_multiplier", "max_grad_norm", "expected_batch_size", "dataset_size", "sampling", "max_batch_size", "clipping",
     "group_bounds", "clip_function", "clip_stability", "adaptive_bounds", "numerics",
 )  # fmt: skip
+_of_detached: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+"""Model -> the releases that an engine had counted when it was detached from it."""
+
 SEED_WARNING = "seed fixed: no privacy guarantee. Leave seed=None outside tests"
 
 
@@ -25,6 +29,7 @@ class Releases:
 
     Args:
         noise_multiplier: sigma, given or calibrated.
+        model: whose releases they are.
 
     Attributes:
         number: releases so far.
@@ -34,8 +39,9 @@ class Releases:
         before_load: the releases that were counted when a state was loaded last; 0 before that.
     """
 
-    def __init__(self, privacy: PrivacyConfig, noise_multiplier: float) -> None:
-        self._privacy, self._noise_multiplier = privacy, noise_multiplier
+    def __init__(self, privacy: PrivacyConfig, noise_multiplier: float, model: object) -> None:
+        self._privacy, self._noise_multiplier, self._model = privacy, noise_multiplier, model
+        self._left_out = _of_detached.get(model, 0)
         self.number, self.before_load, self.vouched, self.seeded = 0, 0, True, privacy.seed is not None
         self._warned = False
         self._draws: list[int] = []  # of every loader
@@ -87,6 +93,13 @@ class Releases:
             )
         if self.seeded:
             warnings.warn(SEED_WARNING, stacklevel=3)
+        if self._left_out:
+            warnings.warn(
+                f"epsilon leaves out {self._left_out} releases of an engine that was detached from this model. Load its "
+                "state_dict() to count them, too; if they were made from other data, each has its own epsilon",
+                NoEpsilonWarning,
+                stacklevel=3,
+            )
         delta = privacy.target_delta if delta is None else delta
         return accounting.epsilon_for(privacy, self._noise_multiplier, self._accounted, delta).upper
 
@@ -129,8 +142,18 @@ class Releases:
         self._earlier_epochs = max(self._epochs, int(state["epochs"]))
         self._released.clear()
         self.number = self.before_load = max(self.number, int(state["steps"]))
+        if self.number >= self._left_out:
+            self._left_out = 0
         self.vouched = self.vouched and bool(state["vouched"])
         self.seeded = self.seeded or bool(state["seeded"])
+
+    def leave(self) -> None:
+        """Their engine is detached: one that comes after it is to count on, or to say that it does not.
+
+        Without noise nothing was private, and a check that released nothing is no release.
+        """
+        if self.number + self._left_out and self._noise_multiplier:
+            _of_detached[self._model] = self.number + self._left_out
 
     @property
     def _epochs(self) -> int:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsdp_dp import BudgetExceededError, PrivacyConfig, PrivacyError, UnsupportedModelError, accounting, make_private
+from fsdp_dp.errors import NoEpsilonWarning
 from tests.unit.toys import (
     INPUTS,
     ROWS,
@@ -597,6 +598,27 @@ def test_rule_10_loader_ends_with_the_budget_of_a_resumed_run() -> None:
             for x in logical_batch:
                 second.backward(x)
             second.step()
+
+
+def test_rule_10_releases_of_a_detached_engine_are_counted_on_or_said_to_be_left_out() -> None:
+    """Seen to fail: a second engine on the same model began at nothing, and told of a smaller epsilon."""
+    first = private(sampling="external_poisson", noise_multiplier=1.0)
+    first.backward(rows())
+    first.step()
+    state, alone = first.engine.state_dict(), first.engine.epsilon()
+    first.engine.detach()
+    second = private(first.model, sampling="external_poisson", noise_multiplier=1.0)
+    second.backward(rows())
+    second.step()
+    with pytest.warns(NoEpsilonWarning, match="epsilon leaves out 1 releases of an engine that was detached"):
+        assert second.engine.epsilon() == alone
+    second.engine.detach()
+    third = private(first.model, sampling="external_poisson", noise_multiplier=1.0)
+    third.engine.load_state_dict(state)  # of one of the two
+    with pytest.warns(NoEpsilonWarning, match="leaves out 2 releases"):
+        third.engine.epsilon()
+    third.engine.load_state_dict(state | {"steps": 2})
+    assert third.engine.epsilon() > alone
 
 
 def test_rule_10_seeded_releases_stay_seeded_after_a_load() -> None:
