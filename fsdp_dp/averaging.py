@@ -1,7 +1,7 @@
 """An exponential moving average of a run's weights, which often scores better than the last ones: their noise averages out.
 
 Weights after a release are public under the guarantee, and so is whatever is computed from them: averaging costs no epsilon
-(De et al. 2022, arXiv 2204.13650). ``torch.optim.swa_utils.AveragedModel`` copies the module, which FSDP refuses.
+(De et al. 2022, arXiv 2204.13650). ``torch.optim.swa_utils.AveragedModel`` copies the module, which FSDP refuses::
 
     average = WeightAverage(engine, decay=0.999)       # on every rank
     optimizer.step(); average.update()                 # after every release
