@@ -57,9 +57,9 @@ class WeightAverage:
         """The model has the averaged weights inside, and its own again behind it. Not for training, nor for a step."""
         self._refuse_inside("in_place")
         kept = [x.detach().clone() for x in self._shards()]
-        self._put(self._average)
         self._inside = True
         try:
+            self._put(self._average)
             yield
         finally:
             self._inside = False

@@ -269,7 +269,8 @@ class PrivacyEngine:
             raise PrivacyError(
                 "set_max_grad_norm: adaptive_bounds move the bounds by themselves; leave one of the two out"
             )
-        if self._batch.pending:
+        current = self._recorder.current
+        if self._batch.pending or (current is not None and current.entered and not current.done):
             raise PrivacyError(
                 "set_max_grad_norm within a logical batch, some of whose rows are clipped to the bound so far: call it "
                 "before the first microbatch, or after the release"

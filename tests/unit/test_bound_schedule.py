@@ -87,6 +87,33 @@ def test_what_is_refused_changes_nothing() -> None:
         adaptive.set_max_grad_norm(2.0)
 
 
+class AsksWithinBackward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 2)
+        self.ask = lambda: None
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        h_BP = self.first(x_BD)
+        h_BP.register_hook(lambda grad: self.ask())
+        return self.second(h_BP)
+
+
+@pytest.mark.parametrize("clipping", ["flat", "layer"])
+def test_a_backward_that_runs_keeps_its_bound(clipping: str) -> None:
+    """Seen to fail: the groups before were clipped to the old bound, and noised as for the new one."""
+    model = AsksWithinBackward()
+    engine = make_private(model, privacy_config(max_grad_norm=1.0, clipping=clipping))
+    model.ask = lambda: engine.set_max_grad_norm(0.01)
+    with pytest.raises(PrivacyError, match="within a logical batch"):
+        model(torch.randn(4, 4)).square().mean().backward()
+    engine.discard()
+    model.ask = lambda: None
+    engine.set_max_grad_norm(2.0)
+    model(torch.randn(4, 4)).square().mean().backward()
+    engine.privatize()
+
+
 def differ(rank: int, world_size: int) -> None:
     engine = make_private(fully_shard(nn.Linear(4, 2)), privacy_config(max_grad_norm=1.0))
     engine.set_max_grad_norm(1.0 + rank)
